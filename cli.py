@@ -1,0 +1,118 @@
+"""What every script shares at its edges: usage errors, whole files, the terminal.
+
+A `UsageError` is anything the person at the keyboard can put right; `run` prints it as one line and leaves with
+code 2. `write_whole` is the only way this project writes a file that someone reads later: it is there whole or not at all.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+ROOT = Path(__file__).resolve().parent
+OUT = ROOT / "out"  # everything that is made goes here unless --out says otherwise
+
+stdout = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+stderr = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+class UsageError(Exception):
+    """Something the user can mend: the message says what is wrong, where, and what to do, in one line."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after the finished work was put away; the message says how to go on."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors take one line; `--help` keeps the module docstring's layout."""
+
+    def __init__(self, doc, example):
+        super().__init__(
+            description=doc.strip().split("\n\n")[0],
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def run(main):
+    """Runs `main()`, turning usage errors into one line and exit code 2, and Ctrl-C into exit code 130."""
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        stderr.print(f"\nstopped. {escape(str(error))}", soft_wrap=True)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our stdout (head, less) has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def note(message):
+    """One plain line on stderr."""
+    stderr.print(escape(message), soft_wrap=True)
+
+
+def escape(text):
+    """Text for a terminal: no rich markup, no control characters (a message must not move the cursor or ring a bell)."""
+    text = "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+    return text.replace("\\[", "\\\\[").replace("[", "\\[")
+
+
+def progress(*columns, **kwargs):
+    """A progress bar on stderr that vanishes when done, and stays silent where stderr is not a terminal."""
+    columns = columns or (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal, **kwargs)
+
+
+@contextlib.contextmanager
+def write_whole(path, mode="w"):
+    """Opens a temporary neighbour of `path`; on success it is flushed, synced and renamed to `path`, else removed."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_text(path):
+    """The text of a file the user named, or a UsageError that says why not."""
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+    if not text.strip():
+        raise UsageError(f"{path}: the file is empty")
+    return text
+
+
+def make_dir(path):
+    """Creates an output directory, or says why it cannot be."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot make this directory: {error.strerror}; choose another --out") from None
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"{path}: not writable; choose another --out")
+    return Path(path)

@@ -1,0 +1,209 @@
+"""Reads scenes: books in the CoSER format, test files, and the project's own stories under data/stage.
+
+A book file holds plots, each with conversations; a test file is a list of scenes. Both become a list of `Scene`, the one
+shape the rest of the project knows. Real files are messy, so reading normalises (an older key such as `thought` for
+`motivation`), drops what cannot be used, and counts both in a `Counter` whose keys say what happened:
+
+    report = Counter()
+    scenes = load_scenes("../shared/data/coser/books/Othello.json", report)
+"""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from cli import UsageError, read_text
+
+ENVIRONMENT = "Environment"
+STAGE = Path(__file__).resolve().parent / "stage"
+
+
+@dataclass
+class Scene:
+    """One conversation with its given circumstances.
+
+    book, i_p, i_c identify it (title, plot number, conversation number within the plot). `tag` is `train`, `id` (a
+    held-out plot of a book seen in training) or `ood` (a book not seen). `dialogues` are `{character, message}` with
+    `[thoughts]` and `(actions)`. `speaking_characters` are all who speak, the Environment included, most messages first.
+    `major_characters` are those of them with a profile. `profiles` and `motivations` map a name to text.
+    """
+
+    book: str
+    i_p: int
+    i_c: int
+    tag: str
+    scenario: str
+    topic: str
+    plot_summary: str
+    dialogues: list
+    speaking_characters: list = field(default_factory=list)
+    major_characters: list = field(default_factory=list)
+    profiles: dict = field(default_factory=dict)
+    motivations: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        counts = Counter(turn["character"] for turn in self.dialogues)
+        self.speaking_characters = self.speaking_characters or [name for name, _ in counts.most_common()]
+        self.major_characters = self.major_characters or [
+            name for name in self.speaking_characters if name in self.profiles
+        ]
+
+    @property
+    def key(self):
+        return f"{self.book}-{self.i_p}-{self.i_c}"
+
+    def to_dict(self):
+        return asdict(self)
+
+
+def load_scenes(path, report=None):
+    """Scenes of a book file, a test file, or every `*.json` of a directory, in order. UsageError if there are none."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.json"))
+        if not files:
+            raise UsageError(f"{path}: no .json files in this directory")
+        return [scene for file in files for scene in load_scenes(file, report)]
+    report = Counter() if report is None else report
+    try:
+        data = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
+    if isinstance(data, dict) and isinstance(data.get("plots"), list):
+        scenes = _book_scenes(data, path, report)
+    elif isinstance(data, list):
+        scenes = [scene for i, item in enumerate(data) if (scene := _test_scene(item, i, report))]
+    else:
+        raise UsageError(f"{path}: neither a book (an object with `plots`) nor a test file (a list of scenes)")
+    if not scenes:
+        raise UsageError(f"{path}: no usable scene in it ({dict(report) or 'it is empty'})")
+    return scenes
+
+
+def load_book(path, report=None):
+    """Scenes of one book file: `tag` is `train` before `split_plot_index` (else the first 90% of plots), `id` after."""
+    return load_scenes(path, report)
+
+
+def load_stage():
+    """The bundled scenes by name, `story/number` from 1, as `simulate.py --scene` takes them: {name: Scene}."""
+    scenes = {}
+    for file in sorted(STAGE.glob("*.json")):
+        for number, scene in enumerate(load_book(file), 1):
+            scenes[f"{file.stem.replace('_', '-')}/{number}"] = scene
+    return scenes
+
+
+def _book_scenes(data, path, report):
+    title = _text(data.get("title")) or path.stem
+    plots = [plot for plot in data["plots"] if isinstance(plot, dict)]
+    report["dropped: plot that is not an object"] += len(data["plots"]) - len(plots)
+    split = data.get("split_plot_index")
+    split = int(0.9 * len(plots)) if not isinstance(split, int) else split
+    profiles = {}
+    characters = data.get("character_datasets")
+    for name, character in (characters if isinstance(characters, dict) else {}).items():
+        if isinstance(character, dict) and _text(character.get("profile")):
+            profiles[name] = character["profile"]
+    scenes = []
+    for i_p, plot in enumerate(plots):
+        conversations = plot.get("conversation")
+        if not isinstance(conversations, list) or not conversations:
+            report["dropped: plot without a conversation"] += 1
+            continue
+        for i_c, conversation in enumerate(conversations):
+            if not isinstance(conversation, dict):
+                report["dropped: conversation that is not an object"] += 1
+                continue
+            tag = "train" if i_p < split else "id"
+            scene = _scene(conversation, title, i_p, i_c, tag, plot, profiles, report)
+            if scene:
+                scenes.append(scene)
+    return scenes
+
+
+def _test_scene(item, index, report):
+    if not isinstance(item, dict):
+        report["dropped: scene that is not an object"] += 1
+        return None
+    if "plot_summary" in item and "speaking_characters" in item:  # our own form, as transcripts keep it
+        known = {name: item[name] for name in Scene.__dataclass_fields__ if name in item}
+        return Scene(**known)
+    plot = item.get("plot") if isinstance(item.get("plot"), dict) else {}
+    profiles = item.get("character_profiles")
+    profiles = {n: p for n, p in profiles.items() if _text(p)} if isinstance(profiles, dict) else {}
+    book = _text(item.get("book")) or "untitled"
+    i_p, i_c = (item[k] if isinstance(item.get(k), int) else d for k, d in (("i_p", index), ("i_c", 0)))
+    scene = _scene(item, book, i_p, i_c, _text(item.get("tag")) or "ood", plot, profiles, report)
+    if scene and isinstance(item.get("speaking_characters_w_env"), list):
+        scene.speaking_characters = [n for n in item["speaking_characters_w_env"] if _text(n)]
+    return scene
+
+
+def _scene(conversation, book, i_p, i_c, tag, plot, profiles, report):
+    dialogues = []
+    for turn in conversation.get("dialogues") if isinstance(conversation.get("dialogues"), list) else []:
+        turn = _turn(turn, report)
+        if turn:
+            dialogues.append(turn)
+    if not dialogues:
+        report["dropped: conversation without messages"] += 1
+        return None
+    motivations = {}
+    for key_character in _records(conversation.get("key_characters")):
+        name = _text(key_character.get("name") or key_character.get("character"))
+        motivation = _text(key_character.get("motivation"))
+        if not motivation and _text(key_character.get("thought")):
+            motivation = key_character["thought"]
+            report["repaired: `thought` read as `motivation`"] += 1
+        if name and motivation:
+            motivations[name] = motivation
+    speaking = {turn["character"] for turn in dialogues}
+    return Scene(
+        book=book,
+        i_p=i_p,
+        i_c=i_c,
+        tag=tag,
+        scenario=_text(conversation.get("scenario")),
+        topic=_text(conversation.get("topic")),
+        plot_summary=_text(plot.get("summary")),
+        dialogues=dialogues,
+        profiles={name: profile for name, profile in profiles.items() if name in speaking or _named(name, plot)},
+        motivations=motivations,
+    )
+
+
+def _named(name, plot):
+    return any(k.get("name") == name for k in _records(plot.get("key_characters")))
+
+
+def _turn(turn, report):
+    """One `{character, message}`; other keys that stand where these should are accepted, and counted."""
+    if not isinstance(turn, dict):
+        report["dropped: message that is not an object"] += 1
+        return None
+    name, message = _text(turn.get("character")), turn.get("message")
+    if not name and _text(turn.get("name")):
+        name = turn["name"]
+        report["repaired: `name` read as `character`"] += 1
+    if not isinstance(message, str):
+        for other in ("thought", "description", "dialogues", *(k for k in turn if k.startswith("["))):
+            if _text(turn.get(other)):
+                key = "[...]" if other.startswith("[") else other
+                message = f"{other} {turn[other]}" if key == "[...]" else turn[other]
+                report[f"repaired: `{key}` read as `message`"] += 1
+                break
+    if not name or not _text(message):
+        report["dropped: message without a name or a text"] += 1
+        return None
+    return {"character": name.strip(), "message": message}
+
+
+def _records(value):
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _text(value):
+    """The value if it is a string with something in it, else the empty string."""
+    return value if isinstance(value, str) and value.strip() else ""

@@ -1,0 +1,218 @@
+"""The forward pass of LLaMA 3.1 and nothing else.
+
+    logits = Transformer(config)(tokens)          # [B, T] -> [B, T, vocab]
+
+One pass serves training (packed rows, `positions`), prefill and cached decode (`cache`). Modules are named as in Hugging Face
+checkpoints, so loading is not even a rename. In shapes, B is batch, T time, C hidden size, H query heads, K key/value heads,
+D head size, N selected rows, V vocabulary.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """LLaMA 3.1's stretch of the rotary wavelengths, from 8k training to 128k tokens of context."""
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model's shape, in the words of Hugging Face's `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 131_072
+    tie_word_embeddings: bool = False
+
+    def num_parameters(self):
+        """Parameters of the whole model, counted from the shapes."""
+        C, D = self.hidden_size, self.head_dim
+        attention = 2 * C * D * (self.num_attention_heads + self.num_key_value_heads)
+        layer = attention + 3 * C * self.intermediate_size + 2 * C
+        embeddings = self.vocab_size * C * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * layer + embeddings + C
+
+
+PRESETS = {  # the vocabulary follows the tokenizer
+    "stage": dict(
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        rope_theta=10_000.0,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "llama-3.1-8b": dict(
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_scaling=RopeScaling(),
+    ),
+    "llama-3.1-70b": dict(
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        rope_scaling=RopeScaling(),
+    ),
+}
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def rope_frequencies(config, device):
+    """Angle per position of each pair of dimensions, fp32 [D/2]. Kept outside the model: a cast to bf16 must not reach it.
+
+    With scaling (Llama 3.1, section on long context): wavelengths shorter than 8192/4 stay, longer than 8192/1 are divided by
+    the factor, and between the two the frequency is interpolated.
+    """
+    D = config.head_dim
+    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
+    if config.rope_scaling is not None:
+        scaling = config.rope_scaling
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
+    return frequencies
+
+
+def rotary(positions, config):
+    """cos and sin [B, T, 1, D], fp32, for positions int [B, T]."""
+    angles = positions[:, :, None].float() * rope_frequencies(config, positions.device)  # [B, T, D/2]
+    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns each pair (x[i], x[i + D/2]) by its angle: x [B, T, heads, D] -> the same shape."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x, residual=None):
+        return kernels.rms_norm(x, self.weight, self.eps, residual)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K key/value heads."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.layer = D, layer
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+
+    def forward(self, x, cos, sin, positions, cache):
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, T, H, D], [B, T, K, D]
+        if cache is None:
+            out = kernels.attention(q, k, v, positions)
+        else:
+            out = cache.attend(self.layer, q, k, v)
+        return self.o_proj(out.flatten(2))  # [B, T, H, D] -> [B, T, C]
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, M = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, M, bias=False)
+        self.up_proj = nn.Linear(C, M, bias=False)
+        self.down_proj = nn.Linear(M, C, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, positions, cache):
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, positions, cache)
+        normed, x = self.post_attention_layernorm(attended, residual=x)
+        return x + self.mlp(normed)
+
+
+class Transformer(nn.Module):
+    """tokens int64 [B, T] -> logits [B, T, V], in the model's dtype."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        blocks = (Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(blocks),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens, positions=None, cache=None, rows=None):
+        """Logits [B, T, V], or [N, V] at `rows`, int64 [N] counted through the flattened [B * T].
+
+        positions: int [B, T], from 0 in each document of a packed row; None means 0, 1, 2, ... in every row.
+        cache: an object whose `attend(layer, q, k, v)` keeps keys and values and attends over all it has kept; it knows where
+        the tokens belong (see generate.KVCache), and needs `positions`.
+        """
+        x = self.model["embed_tokens"](tokens)  # [B, T, C]
+        packed = positions  # None lets attention take whole rows at once
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
+        cos, sin = (angle.to(x.dtype) for angle in rotary(positions, self.config))
+        for block in self.model["layers"]:
+            x = block(x, cos, sin, packed, cache)
+        if rows is not None:
+            x = x.flatten(0, 1)[rows]  # [N, C]
+        x = self.model["norm"](x)
+        head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(x, head.weight)
