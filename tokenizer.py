@@ -37,7 +37,6 @@ LLAMA3_NAMED = {
     10: "<|python_tag|>",
 }
 STAGE_SPECIALS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-LONGEST_RUN = 20_000  # characters given to the splitting pattern at once, so that a wall of spaces cannot stall it
 
 
 class Tokenizer:
@@ -91,8 +90,7 @@ class Llama3Tokenizer(Tokenizer):
 
     def encode(self, text):
         """Ids of the text; whatever it holds, never a special one."""
-        parts = (text[i : i + LONGEST_RUN] for i in range(0, len(text), LONGEST_RUN))
-        return [token for part in parts for token in self.bpe.encode_ordinary(part)]
+        return self.bpe.encode_ordinary(text)
 
     def decode(self, ids):
         """Text of the ids; specials appear by name, torn characters as U+FFFD."""

@@ -1,0 +1,315 @@
+"""Checkpoints: Hugging Face safetensors directories, and the state of a training run.
+
+    model = load_model("DIR")                    # any LLaMA 3 directory that transformers opens
+    save_model(model, "DIR", tokenizer)          # one that transformers opens
+
+Weights come from safetensors alone. The same `fill` loads a model in one piece or the shards of an FSDP one: each rank
+reads only its own rows. Directories are written under a temporary name with a manifest of checksums, then renamed; `verify`
+checks a directory against its manifest, and whatever is loaded from one that has a manifest is verified first.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cli import UsageError, make_dir, read_text, write_whole
+from model import ModelConfig, RopeScaling, Transformer
+
+INDEX = "model.safetensors.index.json"
+MANIFEST = "manifest.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# ---- config.json --------------------------------------------------------------------------------------------------------
+
+
+def load_config(directory):
+    """ModelConfig of a Hugging Face directory, as transformers 4 or 5 wrote it; UsageError for what is not supported."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise UsageError(f"{directory}: no config.json here, so this is not a checkpoint directory")
+    try:
+        hf = json.loads(read_text(path))
+        return _config_from(hf, path)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: not JSON (line {error.lineno}: {error.msg})") from None
+    except KeyError as error:
+        raise UsageError(f"{path}: {error} is missing") from None
+
+
+def _config_from(hf, path):
+    for key, supported in {
+        "model_type": ("llama",),
+        "hidden_act": ("silu",),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "quantization_config": (None,),
+    }.items():
+        if hf.get(key) not in supported:
+            raise UsageError(f"{path}: {key} {hf.get(key)!r} is not supported (only {supported[0]!r})")
+    rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10_000.0)}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise UsageError(f"{path}: rope type {rope_type!r} is not supported (only 'default' and 'llama3')")
+    scaling = RopeScaling(**{name: rope[name] for name in RopeScaling.__dataclass_fields__}) if rope_type == "llama3" else None
+    heads = hf["num_attention_heads"]
+    return ModelConfig(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_hidden_layers=hf["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // heads,
+        rms_norm_eps=hf["rms_norm_eps"],
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=scaling,
+        max_position_embeddings=hf["max_position_embeddings"],
+        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+    )
+
+
+def _config_to(config, dtype, tokenizer):
+    """config.json in the form of transformers 4, which both 4 and 5 read."""
+    fields = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
+    scaling = fields.pop("rope_scaling")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        **fields,
+        "rope_scaling": scaling and {"rope_type": "llama3", **vars(scaling)},
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **({"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_ids} if tokenizer else {}),
+    }
+
+
+# ---- weights ------------------------------------------------------------------------------------------------------------
+
+
+class Weights:
+    """The tensors of a safetensors directory, by name, read lazily: `weights[name]` is a slice that is read when indexed."""
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        verify(directory)
+        self.files = {}  # tensor name -> open file
+        if (self.directory / INDEX).is_file():
+            index = json.loads(read_text(self.directory / INDEX))
+            names = sorted(set(index["weight_map"].values()))
+            for name in names:
+                if Path(name).name != name:
+                    raise UsageError(f"{self.directory / INDEX}: {name!r} leaves the directory")
+        else:
+            names = ["model.safetensors"]
+        for name in names:
+            self._open(self.directory / name)
+
+    def _open(self, path):
+        if not path.is_file():
+            raise UsageError(f"{path}: missing; a checkpoint directory holds its weights in safetensors files")
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UsageError(f"{path}: damaged or truncated ({error}); copy or download it again") from None
+        for name in file.keys():
+            self.files[name] = file
+
+    def __getitem__(self, name):
+        return self.files[name].get_slice(name)
+
+    def check(self, model):
+        """UsageError that names what is missing, unexpected or of another shape than the model's."""
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        extra = self.files.keys() - shapes.keys() - {"lm_head.weight"}  # tied models may carry a copy of the embeddings
+        wrong = [f"missing {name}" for name in shapes if name not in self.files]
+        wrong += [f"unexpected {name}" for name in sorted(extra) if not name.endswith("rotary_emb.inv_freq")]
+        for name, shape in shapes.items():
+            if name in self.files and self[name].get_shape() != shape:
+                wrong.append(f"{name} is {self[name].get_shape()}, config.json says {shape}")
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise UsageError(f"{self.directory}: the weights do not match config.json: {'; '.join(wrong[:3])}{more}")
+
+
+class RandomWeights:
+    """Initial weights by name: normal of standard deviation 0.02, projections back into the stream scaled by depth.
+
+    Each tensor depends on the seed and its name alone, so it is the same on any number of ranks.
+    """
+
+    def __init__(self, model, seed):
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.layers, self.seed = model.config.num_hidden_layers, seed
+
+    def __getitem__(self, name):
+        if name.endswith("norm.weight"):
+            return torch.ones(self.shapes[name])
+        digest = hashlib.sha256(f"{self.seed}|{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        std = 0.02 / (2 * self.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        return torch.randn(self.shapes[name], generator=generator) * std
+
+
+@torch.no_grad()
+def fill(model, weights):
+    """Copies weights[name] into every parameter; of a sharded one, only the rows that live on this rank."""
+    for name, parameter in model.named_parameters():
+        local, rows = parameter, slice(None)
+        if isinstance(parameter, DTensor):
+            local, everything = parameter.to_local(), torch.arange(parameter.shape[0], device=parameter.device_mesh.device_type)
+            mine = distribute_tensor(everything, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+            if not len(mine):
+                continue
+            rows = slice(int(mine[0]), int(mine[-1]) + 1)
+        local.copy_(weights[name][rows])
+    return model
+
+
+def build_model(config, device, dtype):
+    """A Transformer with memory but no values yet."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    return model.to_empty(device=device)
+
+
+def load_model(directory, device="cpu", dtype=torch.float32):
+    """The Transformer of a Hugging Face directory, in eval mode. UsageError says what is wrong with a directory."""
+    if not Path(directory).is_dir():
+        raise UsageError(f"{directory}: no such checkpoint directory")
+    config = load_config(directory)
+    weights = Weights(directory)
+    with torch.device("meta"):
+        weights.check(Transformer(config))
+    return fill(build_model(config, device, dtype), weights).eval()
+
+
+def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 * 10**9):
+    """Writes `config.json`, `generation_config.json`, safetensors shards, the tokenizer's file, a manifest: whole or not at all.
+
+    Works on one process or on every rank of a sharded model (a collective then; rank 0 writes, a tensor at a time is gathered).
+    """
+    writer = not dist.is_initialized() or dist.get_rank() == 0
+    dtype = dtype or next(model.parameters()).dtype
+    with whole_directory(directory) if writer else contextlib.nullcontext() as temporary:
+        shard, size, shards = {}, 0, []
+
+        def flush():
+            shards.append({name: f"{len(shards)}.safetensors" for name in shard})
+            save_file(shard, temporary / f"{len(shards) - 1}.safetensors", metadata={"format": "pt"})
+
+        total = 0
+        for name, parameter in model.named_parameters():
+            tensor = parameter.detach()
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if not writer:
+                continue
+            bytes_ = tensor.numel() * dtype.itemsize
+            if shard and size + bytes_ > max_shard_bytes:
+                flush()
+                shard, size = {}, 0
+            shard[name] = tensor.to("cpu", dtype).contiguous()
+            size, total = size + bytes_, total + bytes_
+        if not writer:
+            return
+        flush()
+        if len(shards) == 1:
+            os.rename(temporary / "0.safetensors", temporary / "model.safetensors")
+        else:
+            weight_map = {}
+            for i, part in enumerate(shards):
+                file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+                os.rename(temporary / f"{i}.safetensors", temporary / file)
+                weight_map |= dict.fromkeys(part, file)
+            _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(temporary / "config.json", _config_to(model.config, dtype, tokenizer))
+        if tokenizer:
+            stops = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_ids}
+            _write_json(temporary / "generation_config.json", stops)
+            shutil.copyfile(tokenizer.file, temporary / tokenizer.file.name)
+
+
+# ---- directories, whole or not at all -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_directory(directory):
+    """Yields a temporary neighbour; on success it gets a manifest and takes the place of `directory`, else it is removed."""
+    directory = Path(directory)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    make_dir(directory.parent)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        manifest = {str(file.relative_to(temporary)): _checksum(file) for file in files}
+        _write_json(temporary / MANIFEST, manifest)
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            os.rename(directory, old)
+        os.rename(temporary, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def verify(directory):
+    """UsageError if a directory with a manifest lacks one of its files or one was altered. Without a manifest, nothing."""
+    directory = Path(directory)
+    if not (directory / MANIFEST).is_file():
+        return
+    for name, checksum in json.loads(read_text(directory / MANIFEST)).items():
+        file = directory / name
+        if not file.is_file() or _checksum(file) != checksum:
+            raise UsageError(f"{file}: altered or truncated since it was saved; use another checkpoint")
+
+
+def _checksum(file):
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _write_json(path, value):
+    with write_whole(path) as file:
+        json.dump(value, file, indent=1)
+
+
+# ---- the state of a training run ----------------------------------------------------------------------------------------
+
+
+def save_state(directory, model, optimizer, progress):
+    """Parameters, optimiser and `progress` (a JSON dict) of a run, from all ranks, as one directory."""
+    writer = dist.get_rank() == 0
+    with whole_directory(directory) if writer else contextlib.nullcontext() as temporary:
+        dist.barrier()  # the temporary directory is there
+        target = Path(directory).with_name(f".{Path(directory).name}.tmp")
+        dcp.save({"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=target)
+        if writer:
+            _write_json(temporary / "progress.json", progress)
+    dist.barrier()  # and it has its name
+
+
+def load_state(directory, model, optimizer):
+    """Puts a saved state into a model and optimiser of the same shapes, on any number of ranks; returns its `progress`."""
+    if dist.get_rank() == 0:
+        verify(directory)
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=directory)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    return json.loads(read_text(Path(directory) / "progress.json"))

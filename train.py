@@ -1,0 +1,407 @@
+"""Trains an actor: the loss is on a character's own messages, packed rows, FSDP over any number of ranks.
+
+    torchrun train.py                                            the stage actor, on the bundled scenes
+    torchrun --nproc_per_node 8 train.py --model DIR --data BOOK.json ... --out DIR
+
+The loss of a step is the sum over supervised tokens of all ranks and micro-batches, divided by their number, so it does not
+depend on how the batch is split. `--out DIR` holds `log.jsonl` (a line a step), `loss.png`, checkpoints `step-N/` and at the
+end `final/`, a Hugging Face directory. Ctrl-C saves and leaves; `--resume` goes on.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import checkpoint
+import cli
+from cli import UsageError
+from data.chats import scene_to_chats
+from data.packing import IGNORE, make_row, pack, split_long
+from data.scenes import STAGE, load_scenes
+from model import PRESETS, ModelConfig, Transformer
+from tokenizer import STAGE_TOKENIZER, load_tokenizer
+
+# What a flag is when it is not given: for the stage actor, and as published for CoSER (paper, section 5).
+STAGE_RECIPE = dict(seq_len=2048, batch_size=2, epochs=4.0, lr=2e-3, weight_decay=0.1)
+PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_decay=0.0)
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, "torchrun --nproc_per_node 2 train.py --max-steps 20 --out out/try")
+    add = parser.add_argument
+    add("--model", default="stage", help=f"checkpoint directory, or a preset: {', '.join(PRESETS)} (default: stage)")
+    add("--tokenizer", help="directory or file (default: the checkpoint's, else the stage's)")
+    add("--data", nargs="+", default=[STAGE], help="books in the CoSER format (default: the bundled stories)")
+    add("--out", default=cli.OUT / "stage", help="directory of the run (default: out/stage)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
+    add("--dry-run", action="store_true", help="print sizes, memory, tokens and steps; allocate nothing")
+    add("--epochs", type=float)
+    add("--max-steps", type=int, help="stop after this many steps, whatever --epochs says")
+    add("--seq-len", type=int, help="tokens in a packed row")
+    add("--batch-size", type=int, help="rows in a step, over all ranks")
+    add("--micro-batch", type=int, default=1, help="rows in one forward pass of one rank (default: 1)")
+    add("--lr", type=float, help="peak learning rate; linear warm-up, then a cosine down to a tenth")
+    add("--warmup", type=float, default=0.03, help="share of the steps (default: 0.03)")
+    add("--weight-decay", type=float, help="on matrices only")
+    add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1.0)")
+    add("--dtype", choices=checkpoint.DTYPES, help="of the forward and backward pass (default: bfloat16 where it is native)")
+    add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
+    add("--save-every", type=int, default=200, help="steps between checkpoints; the last two are kept (default: 200)")
+    add("--eval-every", type=int, default=50, help="steps between evaluations on held-out scenes (default: 50)")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name, value in (STAGE_RECIPE if args.model == "stage" else PAPER_RECIPE).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for name in ("epochs", "seq_len", "batch_size", "micro_batch", "lr", "clip", "save_every", "eval_every"):
+        if getattr(args, name) <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    args.dtype = args.dtype or ("bfloat16" if native_bfloat16() else "float32")
+    if args.max_steps is not None and args.max_steps <= 0:
+        raise UsageError(f"--max-steps must be above 0, not {args.max_steps}")
+    return args
+
+
+# ---- data ---------------------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """The endless stream of packed rows: those of epoch 0, then of epoch 1, each with its own draw of prompts and order."""
+
+    def __init__(self, scenes, tokenizer, args):
+        self.scenes, self.tokenizer, self.args = scenes, tokenizer, args
+        self.epoch, self.at, self.rows = 0, 0, self.epoch_rows(0)
+
+    def epoch_rows(self, epoch):
+        documents = render_scenes(self.scenes, self.tokenizer, self.args, epoch)
+        documents, self.cut = split_long(documents, self.args.seq_len)
+        return pack(documents, self.args.seq_len, seed=f"{self.args.seed}|{epoch}")
+
+    def take(self, number):
+        """The next rows. Every rank takes them all and keeps its share, so the order is the same on any number of ranks."""
+        taken = []
+        while len(taken) < number:
+            if self.at == len(self.rows):
+                self.seek(self.epoch + 1, 0)
+            taken.append(self.rows[self.at])
+            self.at += 1
+        return taken
+
+    def seek(self, epoch, at):
+        if epoch != self.epoch:
+            self.rows = self.epoch_rows(epoch)
+        self.epoch, self.at = epoch, at
+
+
+def render_scenes(scenes, tokenizer, args, epoch):
+    """(ids, mask) of every training chat of the scenes."""
+    return [
+        tokenizer.render(chat.messages)
+        for scene in scenes
+        for chat in scene_to_chats(scene, epoch, args.seed, thoughts=not args.without_thoughts)
+    ]
+
+
+def read_data(args):
+    """(training scenes, held-out scenes) of --data, with a line on what was read, repaired and dropped."""
+    report = Counter()
+    scenes = [scene for path in args.data for scene in load_scenes(path, report)]
+    train = [scene for scene in scenes if scene.tag == "train"]
+    held_out = [scene for scene in scenes if scene.tag != "train"]
+    if not train:
+        raise UsageError(f"{args.data[0]}: no training scene in it (all {len(scenes)} are held out); give a book with --data")
+    repairs = "".join(f"; {count} {what}" for what, count in sorted((+report).items()))
+    return train, held_out, f"{len(train)} scenes to learn from, {len(held_out)} held out{repairs}"
+
+
+def stack(rows, device):
+    """Rows as one batch {tokens, targets, positions}, int64 [B, T]."""
+    return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+
+
+# ---- one step -----------------------------------------------------------------------------------------------------------
+
+
+def loss_sum(model, batch):
+    """Summed cross-entropy (nats) over the supervised tokens of a batch; the projection to the vocabulary only there."""
+    targets = batch["targets"].flatten()
+    rows = (targets != IGNORE).nonzero().flatten()  # [N]
+    logits = model(batch["tokens"], batch["positions"], rows=rows)  # [N, V]
+    return F.cross_entropy(logits.float(), targets[rows], reduction="sum")
+
+
+def total(value, device):
+    """The sum of a number over all ranks."""
+    value = torch.as_tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(value)
+    return value.item()
+
+
+def train_step(model, optimizer, rows, args, device):
+    """One optimiser step on this rank's rows. Returns what the log keeps of it."""
+    supervised = total(sum((row["targets"] != IGNORE).sum().item() for row in rows), device)
+    micro_batches = [rows[i : i + args.micro_batch] for i in range(0, len(rows), args.micro_batch)]
+    loss = torch.zeros((), device=device)
+    for i, micro_batch in enumerate(micro_batches):
+        model.set_requires_gradient_sync(i == len(micro_batches) - 1)
+        part = loss_sum(model, stack(micro_batch, device))
+        # FSDP takes the mean of the ranks' gradients; what is wanted is the sum over ranks, over all supervised tokens
+        (part * dist.get_world_size() / max(supervised, 1)).backward()
+        loss += part.detach()
+    loss = total(loss, device) / max(supervised, 1)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UsageError(f"loss {loss}, gradient norm {norm}: not finite, stopped before the optimiser; lower --lr and --resume")
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": loss, "grad_norm": norm, "supervised": int(supervised)}
+
+
+@torch.no_grad()
+def evaluate(model, rows, device):
+    """Mean loss (nats per supervised token) over rows, shared out over the ranks."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    empty = make_row([], len(rows[0]["tokens"]))
+    rows = rows + [empty] * (-len(rows) % world)  # every rank must make the same number of passes
+    mine = rows[rank::world]
+    model.eval()
+    loss = total(sum(loss_sum(model, stack([row], device)).item() for row in mine), device)
+    model.train()
+    return loss / max(1, sum((row["targets"] != IGNORE).sum().item() for row in rows))
+
+
+def learning_rate(step, steps, args):
+    """Linear warm-up, then a cosine down to a tenth of --lr."""
+    warmup = max(1, round(steps * args.warmup))
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---- the run ------------------------------------------------------------------------------------------------------------
+
+
+def start_ranks():
+    """Joins the ranks torchrun started, or is the only one; returns this rank's device."""
+    cuda = torch.cuda.is_available()
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    else:
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return device
+
+
+def native_bfloat16():
+    """Whether this machine multiplies bf16 matrices faster than fp32 ones, rather than emulating them."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def shard_model(config, device, dtype):
+    """A Transformer whose every block, then the rest, is sharded over all ranks: fp32 master weights, compute in `dtype`."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+    for block in model.model["layers"]:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return model.to_empty(device=device)
+
+
+def make_optimizer(model, args):
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
+def find_checkpoints(out):
+    """Checkpoints of a run, oldest first."""
+    steps = [path for path in Path(out).glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+class Log:
+    """log.jsonl, loss.png and the terminal; only rank 0 has one."""
+
+    def __init__(self, out, steps, kept):
+        self.path, self.picture, self.steps = Path(out) / "log.jsonl", Path(out) / "loss.png", steps
+        lines = self.path.read_text().splitlines() if kept and self.path.exists() else []
+        self.lines = [line for line in map(json.loads, lines) if line["step"] <= kept]
+        with cli.write_whole(self.path) as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.lines)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bar = cli.progress(*columns)
+        self.task = self.bar.add_task("training", total=steps, completed=kept)
+        self.bar.start()
+        self.started, self.begun = time.perf_counter(), kept
+
+    def write(self, line):
+        self.lines.append(line)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        speed = line["tokens"] / line["seconds"]
+        text = f"loss {line['loss']:.3f}  {speed:,.0f} tok/s"
+        self.bar.update(self.task, completed=line["step"], description=text)
+        evaluated = f"  held out {line['eval_loss']:.3f}" if "eval_loss" in line else ""
+        if evaluated or (self.bar.disable and line["step"] % 10 == 0):
+            left = (time.perf_counter() - self.started) / (line["step"] - self.begun) * (self.steps - line["step"])
+            cli.note(f"step {line['step']}/{self.steps}  {text}{evaluated}  {left:,.0f} s left")
+
+    def draw(self):
+        """The loss curve as a picture, renewed as the run goes."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        axes.plot([line["step"] for line in self.lines], [line["loss"] for line in self.lines], lw=0.8, label="training")
+        held_out = [line for line in self.lines if "eval_loss" in line]
+        axes.plot([line["step"] for line in held_out], [line["eval_loss"] for line in held_out], "o-", label="held out")
+        axes.set(xlabel="step", ylabel="loss, nats per supervised token")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        with cli.write_whole(self.picture, "wb") as file:
+            figure.savefig(file, format="png", dpi=130)
+        plt.close(figure)
+
+
+def describe(config, args, rows, steps, world):
+    """The plan, in lines: sizes, memory for weights and optimiser, tokens and steps."""
+    parameters = config.num_parameters()
+    used = sum(len(row["tokens"]) for row in rows)
+    learnt = sum((row["targets"] != IGNORE).sum().item() for row in rows)
+    memory = 16 * parameters / world / 2**30  # fp32 weights, gradients and two moments
+    return (
+        f"{parameters:,} parameters; weights, gradients and optimiser take {memory:.2f} GiB on each of {world} rank(s)\n"
+        f"{len(rows)} rows of {args.seq_len} tokens an epoch, {learnt / used:.1%} under loss; {steps} steps of {args.batch_size} rows"
+    )
+
+
+def main():
+    args = parse_args()
+    tokenizer_path = args.tokenizer or (STAGE_TOKENIZER if args.model in PRESETS else args.model)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if args.model in PRESETS:
+        config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[args.model])
+    elif Path(args.model).is_dir():
+        config = checkpoint.load_config(args.model)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UsageError(f"{tokenizer_path}: {tokenizer.vocab_size} tokens, but {args.model} has {config.vocab_size}")
+    else:
+        raise UsageError(f"--model {args.model}: neither a directory nor a preset ({', '.join(PRESETS)})")
+    scenes, held_out, said = read_data(args)
+    stream = Rows(scenes, tokenizer, args)
+    steps = args.max_steps or math.ceil(args.epochs * len(stream.rows) / args.batch_size)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    first = int(os.environ.get("RANK", 0)) == 0
+    if args.batch_size % (world * args.micro_batch):
+        raise UsageError(f"--batch-size {args.batch_size} does not divide into {world} ranks of --micro-batch {args.micro_batch}")
+    if first:
+        cli.note(f"{said}\n{describe(config, args, stream.rows, steps, world)}")
+    if args.dry_run:
+        return
+    checkpoints = find_checkpoints(args.out)
+    if (Path(args.out) / "log.jsonl").exists() and not args.resume:
+        raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
+    out = cli.make_dir(args.out)
+
+    device = start_ranks()
+    model = shard_model(config, device, checkpoint.DTYPES[args.dtype])
+    optimizer = make_optimizer(model, args)
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("resume", "out", "dry_run")}
+    step = 0
+    if checkpoints:
+        progress = checkpoint.load_state(checkpoints[-1], model, optimizer)
+        changed = [name for name, value in settings.items() if progress["settings"].get(name) != value]
+        if changed:
+            raise UsageError(f"{checkpoints[-1]}: was trained with other --{', --'.join(changed).replace('_', '-')}; use the same")
+        step = progress["step"]
+        stream.seek(progress["epoch"], progress["at"])
+        if first:
+            cli.note(f"going on from {checkpoints[-1]}")
+    elif args.model in PRESETS:
+        checkpoint.fill(model, checkpoint.RandomWeights(model, args.seed))
+    else:
+        weights = checkpoint.Weights(args.model)
+        weights.check(model)
+        checkpoint.fill(model, weights)
+
+    # torchrun passes Ctrl-C on to every rank; all of them must agree on the step they stop after
+    stop = {"now": False}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.update(now=True))
+
+    def save():
+        progress = {"step": step, "epoch": stream.epoch, "at": stream.at, "settings": settings}
+        checkpoint.save_state(out / f"step-{step}", model, optimizer, progress)
+        if first:
+            for old in find_checkpoints(out)[:-2]:
+                shutil.rmtree(old)
+
+    evaluation = []
+    if held_out:
+        documents, _ = split_long(render_scenes(held_out, tokenizer, args, 0), args.seq_len)
+        evaluation = pack(documents, args.seq_len)
+    log = None
+    if first:
+        versions = {"torch": torch.__version__, "ranks": world, "device": str(device)}
+        with cli.write_whole(out / "run.json") as file:
+            json.dump({**settings, **versions, "model_config": dataclasses.asdict(config)}, file, indent=1, default=vars)
+        log = Log(out, steps, step)
+    while step < steps and not stop["now"]:
+        begun = time.perf_counter()
+        lr = learning_rate(step, steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = stream.take(args.batch_size)
+        line = train_step(model, optimizer, batch[dist.get_rank() :: world], args, device)
+        step += 1
+        tokens = sum(len(row["tokens"]) for row in batch)
+        line = {"step": step, "lr": lr, "tokens": tokens, **line, "seconds": time.perf_counter() - begun}
+        evaluating = evaluation and (step % args.eval_every == 0 or step in (1, steps))
+        if evaluating:
+            line["eval_loss"] = evaluate(model, evaluation, device)
+        if first:
+            log.write(line)
+            if evaluating:
+                log.draw()
+        stop["now"] = bool(total(stop["now"], device))
+        if step % args.save_every == 0 or step == steps or stop["now"]:
+            save()
+    if first:
+        log.bar.stop()
+    if step < steps:
+        dist.destroy_process_group()
+        raise KeyboardInterrupt(f"step {step} of {steps} is saved in {out}; the same command with --resume goes on")
+    checkpoint.save_model(model, out / "final", tokenizer, dtype=torch.bfloat16)
+    dist.barrier()
+    if first:
+        log.draw()
+        cli.note(f"the trained actor is in {out / 'final'}, its loss curve in {out / 'loss.png'}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    cli.run(main)
