@@ -36,6 +36,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_config(directory):
     """ModelConfig of a Hugging Face directory, as transformers 4 or 5 wrote it; UsageError for what is not supported."""
     path = Path(directory) / "config.json"
+    if not Path(directory).is_dir():
+        raise UsageError(f"{directory}: no such checkpoint directory")
     if not path.is_file():
         raise UsageError(f"{directory}: no config.json here, so this is not a checkpoint directory")
     try:
@@ -187,8 +189,6 @@ def build_model(config, device, dtype):
 
 def load_model(directory, device="cpu", dtype=torch.float32):
     """The Transformer of a Hugging Face directory, in eval mode. UsageError says what is wrong with a directory."""
-    if not Path(directory).is_dir():
-        raise UsageError(f"{directory}: no such checkpoint directory")
     config = load_config(directory)
     weights = Weights(directory)
     with torch.device("meta"):
@@ -238,7 +238,7 @@ def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 *
         if tokenizer:
             stops = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_ids}
             _write_json(temporary / "generation_config.json", stops)
-            shutil.copyfile(tokenizer.file, temporary / tokenizer.file.name)
+            shutil.copyfile(tokenizer.file, temporary / "tokenizer.model")
 
 
 # ---- directories, whole or not at all -----------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ code 2. `write_whole` is the only way this project writes a file that someone re
 import argparse
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -22,10 +23,6 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty()
 
 class UsageError(Exception):
     """Something the user can mend: the message says what is wrong, where, and what to do, in one line."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C after the finished work was put away; the message says how to go on."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,10 +45,11 @@ def run(main):
     try:
         sys.exit(main())
     except UsageError as error:
-        stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        stderr.print("error:", style="bold red", end=" ")
+        note(" ".join(str(error).split()))
         sys.exit(2)
     except KeyboardInterrupt as error:
-        stderr.print(f"\nstopped. {escape(str(error))}", soft_wrap=True)
+        note(f"\nstopped. {error}")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,14 +57,10 @@ def run(main):
 
 
 def note(message):
-    """One plain line on stderr."""
-    stderr.print(escape(message), soft_wrap=True)
+    """A plain message on stderr."""
+    stderr.print(plain(message), soft_wrap=True, markup=False)
 
 
-def escape(text):
-    """Text for a terminal: no rich markup, no control characters (a message must not move the cursor or ring a bell)."""
-    text = "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
-    return text.replace("\\[", "\\\\[").replace("[", "\\[")
 
 
 def progress(*columns, **kwargs):
@@ -116,3 +110,54 @@ def make_dir(path):
     if not os.access(path, os.W_OK):
         raise UsageError(f"{path}: not writable; choose another --out")
     return Path(path)
+
+
+# ---- what is said on stage ----------------------------------------------------------------------------------------------
+
+THOUGHT, ACTION = "dim", "italic"
+
+
+def plain(text):
+    """Text without the control characters that could move a cursor, ring a bell or change colours."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+
+
+class Painter:
+    """Prints a message as it comes: thoughts dim, actions in italics, speech plain; `drop` is a beginning left out."""
+
+    def __init__(self, drop=None):
+        self.drop, self.held, self.depth, self.acting = drop, "", 0, False
+
+    def feed(self, text):
+        if self.drop:
+            self.held += text
+            start = self.held.lstrip()
+            if self.drop.startswith(start) and start != self.drop:
+                return  # it may still be the beginning to leave out
+            text, self.drop = start.removeprefix(self.drop).lstrip(), None
+        for part in re.split(r"([\[\]()])", plain(text)):
+            self.depth += part == "["
+            self.acting |= part == "("
+            style = THOUGHT if self.depth else ACTION if self.acting else None
+            stdout.print(part, end="", style=style, markup=False)
+            self.depth -= part == "]" and self.depth > 0
+            self.acting &= part != ")"
+        stdout.file.flush()
+
+    def end(self):
+        if self.drop and self.held:  # all there was is a part of the beginning to leave out
+            self.drop, held = None, self.held
+            self.feed(held)
+        stdout.print()
+
+
+def lines(prompt):
+    """Lines typed by a person (or piped in), until an empty one or the end; the prompt shows on terminals only."""
+    while True:
+        try:
+            line = input(prompt if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line

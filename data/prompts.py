@@ -55,6 +55,9 @@ FORMAT_THOUGHTS = (
 )
 FORMAT_CONCISE = " Keep each turn short, about 60 words, and leave room for the others."
 
+# What is told at play: all that a player may know beforehand, so not how the plot comes out.
+AT_PLAY = {"opener": 0, "style": "=", "plot_summary": False, "motivation": True, "others": True, "thoughts": True}
+
 ENVIRONMENT = (
     "You are the world around the characters of {book}. Tell what happens around them as they speak and act: the place, the "
     "light, sounds, weather, crowds and people in passing. Be brief, one to three sentences, in the tone and time of the "
