@@ -126,7 +126,7 @@ class Weights:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise UsageError(f"{path}: damaged or truncated ({error}); copy or download it again") from None
-        for name in file.keys():
+        for name in file.keys():  # noqa: SIM118 (not a dict)
             self.files[name] = file
 
     def __getitem__(self, name):
@@ -147,21 +147,23 @@ class Weights:
 
 
 class RandomWeights:
-    """Initial weights by name: normal of standard deviation 0.02, projections back into the stream scaled by depth.
+    """Initial weights by name: normal of variance 1 / hidden size, projections back into the stream scaled down by depth.
 
     Each tensor depends on the seed and its name alone, so it is the same on any number of ranks.
     """
 
     def __init__(self, model, seed):
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.layers, self.seed = model.config.num_hidden_layers, seed
+        self.config, self.seed = model.config, seed
 
     def __getitem__(self, name):
         if name.endswith("norm.weight"):
             return torch.ones(self.shapes[name])
         digest = hashlib.sha256(f"{self.seed}|{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        std = 0.02 / (2 * self.layers) ** 0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        std = self.config.hidden_size**-0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * self.config.num_hidden_layers) ** 0.5
         return torch.randn(self.shapes[name], generator=generator) * std
 
 
@@ -197,7 +199,7 @@ def load_model(directory, device="cpu", dtype=torch.float32):
 
 
 def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 * 10**9):
-    """Writes `config.json`, `generation_config.json`, safetensors shards, the tokenizer's file, a manifest: whole or not at all.
+    """Writes `config.json`, `generation_config.json`, safetensors shards, the tokenizer, a manifest: whole or not at all.
 
     Works on one process or on every rank of a sharded model (a collective then; rank 0 writes, a tensor at a time is gathered).
     """

@@ -61,8 +61,6 @@ def note(message):
     stderr.print(plain(message), soft_wrap=True, markup=False)
 
 
-
-
 def progress(*columns, **kwargs):
     """A progress bar on stderr that vanishes when done, and stays silent where stderr is not a terminal."""
     columns = columns or (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

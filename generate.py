@@ -11,7 +11,7 @@ sequence that ends leaves its keys and values behind, and a later prompt that be
 
 import itertools
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -144,9 +144,7 @@ class Engine:
         return self.completion(sequence)
 
     def completion(self, sequence):
-        return Completion(
-            sequence.generated, sequence.text, sequence.finish_reason, sequence.prompt_tokens, sequence.reused
-        )
+        return Completion(sequence.generated, sequence.text, sequence.finish_reason, sequence.prompt_tokens, sequence.reused)
 
     def add(self, prompt, params):
         """Puts a prompt in line. UsageError if it is empty, longer than the model's context, or not made of its tokens."""
@@ -343,7 +341,7 @@ def main():
     args = parser.parse_args()
     if args.chat == (args.prompt is not None):
         raise UsageError("give either --prompt TEXT or --chat")
-    if (args.character or args.scene) and not args.chat or args.scene and not args.character:
+    if (args.character and not args.chat) or (args.scene and not args.character):
         raise UsageError("--character goes with --chat, and --scene with --character")
     params = SamplingParams(
         args.temperature, args.top_p, args.top_k, args.max_tokens, tuple(filter(None, args.stop)), args.seed

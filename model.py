@@ -58,7 +58,7 @@ PRESETS = {  # the vocabulary follows the tokenizer
     "stage": dict(
         hidden_size=256,
         intermediate_size=704,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,

@@ -362,7 +362,9 @@ def main():
             perform(left, models, protocol, on_message, on_end)
         except (KeyboardInterrupt, UsageError) as error:
             why = str(error) + ". " if str(error) else ""
-            kept = f"{len(done)} of {len(scenes)} scenes are in {out}; the same command with --out {out} --resume plays the rest"
+            kept = (
+                f"{len(done)} of {len(scenes)} scenes are in {out}; the same command with --out {out} --resume plays the rest"
+            )
             raise type(error)(f"{why}{kept}") from None
     totals = {name: sum(line["stats"][name] for line in done) for name in ("prefilled", "cached", "decoded", "seconds")}
     cli.note(

@@ -166,7 +166,9 @@ def train_step(model, optimizer, rows, args, device):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UsageError(f"loss {loss}, gradient norm {norm}: not finite, stopped before the optimiser; lower --lr and --resume")
+        raise UsageError(
+            f"loss {loss}, gradient norm {norm}: not finite, stopped before the optimiser; lower --lr and --resume"
+        )
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": loss, "grad_norm": norm, "supervised": int(supervised)}
@@ -295,36 +297,36 @@ def describe(config, args, rows, steps, world):
     memory = 16 * parameters / world / 2**30  # fp32 weights, gradients and two moments
     return (
         f"{parameters:,} parameters; weights, gradients and optimiser take {memory:.2f} GiB on each of {world} rank(s)\n"
-        f"{len(rows)} rows of {args.seq_len} tokens an epoch, {learnt / used:.1%} under loss; {steps} steps of {args.batch_size} rows"
+        f"{len(rows)} rows of {args.seq_len} tokens an epoch, {learnt / used:.1%} under loss; "
+        f"{steps} steps of {args.batch_size} rows"
     )
 
 
 def main():
     args = parse_args()
-    tokenizer_path = args.tokenizer or (STAGE_TOKENIZER if args.model in PRESETS else args.model)
+    config = None if args.model in PRESETS else checkpoint.load_config(args.model)
+    tokenizer_path = args.tokenizer or (args.model if config else STAGE_TOKENIZER)
     tokenizer = load_tokenizer(tokenizer_path)
-    if args.model in PRESETS:
+    if config is None:
         config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[args.model])
-    elif Path(args.model).is_dir():
-        config = checkpoint.load_config(args.model)
-        if tokenizer.vocab_size > config.vocab_size:
-            raise UsageError(f"{tokenizer_path}: {tokenizer.vocab_size} tokens, but {args.model} has {config.vocab_size}")
-    else:
-        raise UsageError(f"--model {args.model}: neither a directory nor a preset ({', '.join(PRESETS)})")
+    elif tokenizer.vocab_size > config.vocab_size:
+        raise UsageError(f"{tokenizer_path}: {tokenizer.vocab_size} tokens, but {args.model} has {config.vocab_size}")
     scenes, held_out, said = read_data(args)
     stream = Rows(scenes, tokenizer, args)
     steps = args.max_steps or math.ceil(args.epochs * len(stream.rows) / args.batch_size)
     world = int(os.environ.get("WORLD_SIZE", 1))
     first = int(os.environ.get("RANK", 0)) == 0
     if args.batch_size % (world * args.micro_batch):
-        raise UsageError(f"--batch-size {args.batch_size} does not divide into {world} ranks of --micro-batch {args.micro_batch}")
+        raise UsageError(
+            f"--batch-size {args.batch_size} does not divide into {world} ranks of --micro-batch {args.micro_batch}"
+        )
+    if (Path(args.out) / "log.jsonl").exists() and not (args.resume or args.dry_run):
+        raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
     if first:
         cli.note(f"{said}\n{describe(config, args, stream.rows, steps, world)}")
     if args.dry_run:
         return
     checkpoints = find_checkpoints(args.out)
-    if (Path(args.out) / "log.jsonl").exists() and not args.resume:
-        raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
     out = cli.make_dir(args.out)
 
     device = start_ranks()
@@ -336,7 +338,9 @@ def main():
         progress = checkpoint.load_state(checkpoints[-1], model, optimizer)
         changed = [name for name, value in settings.items() if progress["settings"].get(name) != value]
         if changed:
-            raise UsageError(f"{checkpoints[-1]}: was trained with other --{', --'.join(changed).replace('_', '-')}; use the same")
+            raise UsageError(
+                f"{checkpoints[-1]}: was trained with other --{', --'.join(changed).replace('_', '-')}; use the same"
+            )
         step = progress["step"]
         stream.seek(progress["epoch"], progress["at"])
         if first:

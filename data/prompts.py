@@ -136,9 +136,9 @@ DIMENSIONS = {
 }
 
 JUDGE_SYSTEM = (
-    "You are a strict reader of acted scenes. You are given a scene from a book as it was written, and the same scene as it was "
-    "played by a model from the same starting point. You look at one quality only: {dimension}, that is, {brief}. You list "
-    "flaws; you give no overall score and no praise."
+    "You are a strict reader of acted scenes. You are given a scene from a book as it was written, and the same scene as it "
+    "was played by a model from the same starting point. You look at one quality only: {dimension}, that is, {brief}. You "
+    "list flaws; you give no overall score and no praise."
 )
 
 JUDGE_USER = (

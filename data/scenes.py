@@ -45,9 +45,7 @@ class Scene:
     def __post_init__(self):
         counts = Counter(turn["character"] for turn in self.dialogues)
         self.speaking_characters = self.speaking_characters or [name for name, _ in counts.most_common()]
-        self.major_characters = self.major_characters or [
-            name for name in self.speaking_characters if name in self.profiles
-        ]
+        self.major_characters = self.major_characters or [name for name in self.speaking_characters if name in self.profiles]
 
     @property
     def key(self):

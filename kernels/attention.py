@@ -1,9 +1,9 @@
 """Attention over packed documents: softmax(q k' / sqrt(D)) v, causal, each document by itself.
 
 The torch twin. Shapes: B batch, T time, H query heads, K key/value heads (H a multiple of K), D head size; a packed row
-holds documents one after the other, and a position of 0 starts one. Cost of a document of n tokens: 2 H D n^2 multiply-adds
-forward (q k' and p v, of which the causal half is needed), against 2 H D T^2 for the row; documents of a CoSER row of 8,192 tokens
-average 1,600, so going document by document leaves about a fifth of the work.
+holds documents one after the other, and a position of 0 starts one. A document of n tokens costs 2 H D n^2 multiply-adds
+forward (q k' and p v, of which the causal half is needed), against 2 H D T^2 for the row: documents in CoSER rows of 8,192
+tokens average 1,600, so going document by document leaves about a fifth of the work.
 """
 
 import torch

@@ -1,0 +1,27 @@
+"""Metadata. From a checkout: pip install -c constraints.txt -e .  (or .[test])"""
+
+from setuptools import setup
+
+setup(
+    name="coser",
+    version="0.1.0",
+    description="CoSER in pure PyTorch: train an actor, put it on stage, judge it",
+    license="MIT",
+    python_requires=">=3.11",
+    py_modules=["checkpoint", "cli", "generate", "judge", "llm", "model", "simulate", "tokenizer", "train"],
+    packages=["data", "kernels"],
+    package_data={"data": ["stage/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "sentencepiece",
+        "tiktoken",
+        "safetensors",
+        "numpy",
+        "httpx",  # endpoints
+        "matplotlib",  # loss.png
+        "nltk",  # BLEU
+        "rich",  # the terminal
+    ],
+    extras_require={"test": ["pytest", "hypothesis", "rouge==1.0.0", "ruff", "transformers"]},
+)
