@@ -121,18 +121,12 @@ def plain(text):
 
 
 class Painter:
-    """Prints a message as it comes: thoughts dim, actions in italics, speech plain; `drop` is a beginning left out."""
+    """Prints a message as it comes: thoughts dim, actions in italics, speech plain."""
 
-    def __init__(self, drop=None):
-        self.drop, self.held, self.depth, self.acting = drop, "", 0, False
+    def __init__(self):
+        self.depth, self.acting = 0, False
 
     def feed(self, text):
-        if self.drop:
-            self.held += text
-            start = self.held.lstrip()
-            if self.drop.startswith(start) and start != self.drop:
-                return  # it may still be the beginning to leave out
-            text, self.drop = start.removeprefix(self.drop).lstrip(), None
         for part in re.split(r"([\[\]()])", plain(text)):
             self.depth += part == "["
             self.acting |= part == "("
@@ -143,9 +137,6 @@ class Painter:
         stdout.file.flush()
 
     def end(self):
-        if self.drop and self.held:  # all there was is a part of the beginning to leave out
-            self.drop, held = None, self.held
-            self.feed(held)
         stdout.print()
 
 

@@ -193,7 +193,8 @@ class Engine:
             self.idle.pop(0)
 
     def take_over(self, sequence):
-        """Gives a new sequence the cache of the idle one that begins most like its prompt."""
+        """Gives a new sequence the cache of the idle one that begins most like its prompt: the cache itself where most of it
+        serves, as in a chat that goes on, else a copy of the beginning."""
         best, common = None, 0
         for idle in self.idle:
             pairs = zip(idle.ids[: idle.cached], sequence.ids[:-1], strict=False)
@@ -201,8 +202,11 @@ class Engine:
             if same > common:
                 best, common = idle, same
         if best:
-            self.idle.remove(best)
             sequence.kv, sequence.cached, sequence.reused = best.kv, common, common
+            if 2 * common > best.cached:
+                self.idle.remove(best)
+            else:
+                sequence.kv = best.kv[:, :, :, :common]  # no room left in it, so reserve will copy
             self.stats["reused"] += common
 
     def reserve(self, sequence):
@@ -284,15 +288,15 @@ def find_character(name, scene_name=None):
     raise UsageError(f"--character {name}: not in the cast; there are {', '.join(sorted(cast))}")
 
 
-def say(engine, messages, params, painter=None):
-    """Streams one reply to the terminal and returns its text."""
+def say(engine, messages, params, opening=""):
+    """Streams one reply to the terminal and returns its text; opening is what it has begun with."""
     ids, _ = engine.tokenizer.render(messages, add_generation_prompt=True)
-    return show(engine.stream(ids, params), painter)
+    return show(engine.stream(ids + engine.tokenizer.encode(opening), params))
 
 
-def show(pieces, painter=None):
+def show(pieces):
     """Prints pieces of text as they come, then a line end; returns the whole."""
-    painter, text = painter or cli.Painter(), ""
+    painter, text = cli.Painter(), ""
     for piece in pieces:
         painter.feed(piece)
         text += piece
@@ -315,10 +319,9 @@ def meet(engine, params, scene, character, visitor="Visitor"):
     dialogue = []
     for line in cli.lines("you> "):
         dialogue.append({"character": visitor, "message": line})
-        cli.stdout.print(f"{character}: ", end="", style="bold", markup=False)
-        painter = cli.Painter(drop=f"{character}:")
-        text = say(engine, [system, *perspective(dialogue, character)], params, painter)
-        dialogue.append({"character": character, "message": text.strip().removeprefix(f"{character}:").strip()})
+        cli.stdout.print(f"{character}:", end="", style="bold", markup=False)
+        text = say(engine, [system, *perspective(dialogue, character)], params, opening=f"{character}:")
+        dialogue.append({"character": character, "message": text.strip()})
 
 
 def main():

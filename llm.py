@@ -44,9 +44,14 @@ class Local:
     def __init__(self, directory):
         self.name, self.engine = str(directory), load_engine(directory)
 
-    def chat(self, conversations, params):
-        """conversations: lists of messages; params: one SamplingParams for all, or one each. Returns a list of Reply."""
+    def chat(self, conversations, params, openings=None):
+        """conversations: lists of messages; params: one SamplingParams for all, or one each. Returns a list of Reply.
+
+        openings: the text each reply is to begin with; it is not part of the Reply. An endpoint cannot be made to, and is not.
+        """
         prompts = [self.engine.tokenizer.render(messages, add_generation_prompt=True)[0] for messages in conversations]
+        if openings:
+            prompts = [prompt + self.engine.tokenizer.encode(text) for prompt, text in zip(prompts, openings, strict=True)]
         done = self.engine.generate(prompts, params)
         return [Reply(c.text, c.finish_reason, c.prompt_tokens, len(c.ids), c.cached_tokens) for c in done]
 
@@ -66,8 +71,8 @@ class Endpoint:
             raise UsageError("OPENAI_API_KEY: holds characters that no key has; was it pasted whole?")
         self.client = httpx.Client(timeout=TIMEOUT, headers={"Authorization": f"Bearer {self.key}"})
 
-    def chat(self, conversations, params):
-        """conversations: lists of messages; params: one SamplingParams for all, or one each. Returns a list of Reply."""
+    def chat(self, conversations, params, openings=None):
+        """As `Local.chat`; what a reply is to begin with is not passed on, since the interface has no place for it."""
         params = params if isinstance(params, list) else [params] * len(conversations)
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             return list(pool.map(self.ask, conversations, params))

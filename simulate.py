@@ -52,6 +52,7 @@ class Call:
     role: str
     messages: list
     params: SamplingParams
+    opening: str = ""  # what the reply begins with: in training, a turn begins with its speaker's name
 
 
 # ---- one scene ----------------------------------------------------------------------------------------------------------
@@ -76,7 +77,8 @@ def play(scene, protocol):
     def ask(role, chat, max_tokens, temperature, occasion):
         digest = hashlib.sha256(f"{protocol.seed}|{scene.key}|{occasion}|{role}".encode()).digest()
         seed = int.from_bytes(digest[:4], "big")
-        reply = yield Call(role, chat, SamplingParams(temperature, max_tokens=max_tokens, seed=seed))
+        opening = "" if role == "next_speaker" else f"{speaker}:"
+        reply = yield Call(role, chat, SamplingParams(temperature, max_tokens=max_tokens, seed=seed), opening)
         stats["prefilled"] += reply.prompt_tokens - reply.cached_tokens
         stats["cached"] += reply.cached_tokens
         stats["decoded"] += reply.completion_tokens
@@ -203,9 +205,11 @@ def perform(scenes, models, protocol, on_message=lambda *_: None, on_end=lambda 
         waiting = [None] * len(live)
         for model in {id(model): model for model in models.values()}.values():
             mine = [i for i in calls if models[calls[i].role] is model]
-            replies = model.chat([calls[i].messages for i in mine], [calls[i].params for i in mine]) if mine else []
-            for i, reply in zip(mine, replies, strict=True):
-                waiting[i] = reply
+            if mine:
+                asked = [calls[i] for i in mine]
+                replies = model.chat([c.messages for c in asked], [c.params for c in asked], [c.opening for c in asked])
+                for i, reply in zip(mine, replies, strict=True):
+                    waiting[i] = reply
         waiting = [reply for reply, scene in zip(waiting, live, strict=True) if scene]
         live, calls = [scene for scene in live if scene], {}
 

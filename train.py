@@ -289,15 +289,16 @@ class Log:
         plt.close(figure)
 
 
-def describe(config, args, rows, steps, world):
+def describe(config, args, stream, steps, world):
     """The plan, in lines: sizes, memory for weights and optimiser, tokens and steps."""
+    rows, cut = stream.rows, f"; {stream.cut} chats longer than a row are cut" if stream.cut else ""
     parameters = config.num_parameters()
     used = sum(len(row["tokens"]) for row in rows)
     learnt = sum((row["targets"] != IGNORE).sum().item() for row in rows)
     memory = 16 * parameters / world / 2**30  # fp32 weights, gradients and two moments
     return (
         f"{parameters:,} parameters; weights, gradients and optimiser take {memory:.2f} GiB on each of {world} rank(s)\n"
-        f"{len(rows)} rows of {args.seq_len} tokens an epoch, {learnt / used:.1%} under loss; "
+        f"{len(rows)} rows of {args.seq_len} tokens an epoch, {learnt / used:.1%} under loss{cut}; "
         f"{steps} steps of {args.batch_size} rows"
     )
 
@@ -323,7 +324,7 @@ def main():
     if (Path(args.out) / "log.jsonl").exists() and not (args.resume or args.dry_run):
         raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
     if first:
-        cli.note(f"{said}\n{describe(config, args, stream.rows, steps, world)}")
+        cli.note(f"{said}\n{describe(config, args, stream, steps, world)}")
     if args.dry_run:
         return
     checkpoints = find_checkpoints(args.out)

@@ -15,14 +15,18 @@ IGNORE = -100
 def split_long(documents, seq_len):
     """Documents (ids, mask) of at most seq_len tokens: a longer one is cut into pieces, each a document of its own.
 
-    Returns (documents, how many were cut). Nothing is lost but the prediction of each later piece's first token.
+    Returns (documents, how many were cut). A piece without a token under loss, such as the first of a long prompt, is left out,
+    since it would teach nothing; nothing else is lost but the prediction of each later piece's first token.
     """
-    pieces = [
-        (ids[start : start + seq_len], mask[start : start + seq_len])
-        for ids, mask in documents
-        for start in range(0, len(ids), seq_len)
-    ]
-    return pieces, sum(len(ids) > seq_len for ids, _ in documents)
+    pieces, cut = [], 0
+    for ids, mask in documents:
+        if len(ids) <= seq_len:
+            pieces.append((ids, mask))
+            continue
+        cut += 1
+        starts = range(0, len(ids), seq_len)
+        pieces += [(ids[i : i + seq_len], mask[i : i + seq_len]) for i in starts if any(mask[i + 1 : i + seq_len])]
+    return pieces, cut
 
 
 def pack(documents, seq_len, seed=0):

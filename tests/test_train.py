@@ -199,8 +199,9 @@ def test_bad_input_is_one_line_and_exit_2(script, small, story, tmp_path):
 
 
 def test_long_documents_are_cut_and_counted():
-    """A chat longer than a row is cut into pieces, none of its tokens lost."""
-    documents, cut = split_long([(list(range(25)), [True] * 25), ([1, 2], [False, True])], 10)
+    """A chat longer than a row is cut into pieces; only a piece that teaches nothing is left out."""
+    mask = [False] * 10 + [True] * 15
+    documents, cut = split_long([(list(range(25)), mask), ([1, 2], [False, True])], 10)
     assert cut == 1
-    assert [len(ids) for ids, _ in documents] == [10, 10, 5, 2]
-    assert sum((ids for ids, _ in documents[:3]), []) == list(range(25))
+    assert [ids for ids, _ in documents] == [list(range(10, 20)), list(range(20, 25)), [1, 2]]
+    assert [mask for _, mask in documents] == [[True] * 10, [True] * 5, [False, True]]
