@@ -41,15 +41,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Runs `main()`, turning usage errors into one line and exit code 2, and Ctrl-C into exit code 130."""
+    """Runs `main()`, turning usage errors into one line and exit code 2, and Ctrl-C into exit code 130.
+
+    Of several ranks only the first speaks.
+    """
+    first = os.environ.get("RANK", "0") == "0"
     try:
         sys.exit(main())
     except UsageError as error:
-        stderr.print("error:", style="bold red", end=" ")
-        note(" ".join(str(error).split()))
+        if first:
+            stderr.print("error:", style="bold red", end=" ")
+            note(" ".join(str(error).split()))
         sys.exit(2)
     except KeyboardInterrupt as error:
-        note(f"\nstopped. {error}")
+        if first:
+            note(f"\nstopped. {error}")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our stdout (head, less) has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -58,7 +64,7 @@ def run(main):
 
 def note(message):
     """A plain message on stderr."""
-    stderr.print(plain(message), soft_wrap=True, markup=False)
+    stderr.print(plain(message), markup=False)
 
 
 def progress(*columns, **kwargs):
@@ -121,23 +127,19 @@ def plain(text):
 
 
 class Painter:
-    """Prints a message as it comes: thoughts dim, actions in italics, speech plain."""
+    """Styles a message as it comes, piece by piece: thoughts dim, actions in italics, speech plain."""
 
     def __init__(self):
         self.depth, self.acting = 0, False
 
-    def feed(self, text):
+    def spans(self, text):
+        """The next piece of the message as (text, style) pairs."""
         for part in re.split(r"([\[\]()])", plain(text)):
             self.depth += part == "["
             self.acting |= part == "("
-            style = THOUGHT if self.depth else ACTION if self.acting else None
-            stdout.print(part, end="", style=style, markup=False)
+            yield part, THOUGHT if self.depth else ACTION if self.acting else ""
             self.depth -= part == "]" and self.depth > 0
             self.acting &= part != ")"
-        stdout.file.flush()
-
-    def end(self):
-        stdout.print()
 
 
 def lines(prompt):

@@ -298,9 +298,11 @@ def show(pieces):
     """Prints pieces of text as they come, then a line end; returns the whole."""
     painter, text = cli.Painter(), ""
     for piece in pieces:
-        painter.feed(piece)
+        for part, style in painter.spans(piece):
+            cli.stdout.print(part, end="", style=style, markup=False, soft_wrap=True)
+        cli.stdout.file.flush()
         text += piece
-    painter.end()
+    cli.stdout.print()
     return text
 
 

@@ -19,6 +19,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.text import Text
+
 import cli
 from cli import UsageError
 from data import prompts
@@ -269,11 +271,8 @@ class Stage:
         if name == ENVIRONMENT:
             self._line(message["content"] + "\n", "dim italic")
         elif name != NEXT_SPEAKER:
-            cli.stdout.print(cli.plain(name), style=self.styles.get(name, "bold"), end="  ", markup=False)
-            painter = cli.Painter()
-            painter.feed(message["content"])
-            painter.end()
-            cli.stdout.print()
+            spans = cli.Painter().spans(message["content"])
+            cli.stdout.print(Text.assemble((cli.plain(name), self.styles.get(name, "bold")), "  ", *spans, "\n"))
 
     def _line(self, text, style=None):
         cli.stdout.print(cli.plain(text), style=style, markup=False)
