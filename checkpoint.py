@@ -49,16 +49,28 @@ def load_config(directory):
         raise UsageError(f"{path}: {error} is missing") from None
 
 
+# model_type in config.json -> the class that transformers names in `architectures`
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+
+
 def _config_from(hf, path):
+    family = hf.get("model_type")
     for key, supported in {
-        "model_type": ("llama",),
+        "model_type": tuple(FAMILIES),
+        "architectures": ([FAMILIES.get(family)], None),
         "hidden_act": ("silu",),
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
+        "use_sliding_window": (False, None),  # Qwen 2 could have a window in some layers only
         "quantization_config": (None,),
     }.items():
         if hf.get(key) not in supported:
-            raise UsageError(f"{path}: {key} {hf.get(key)!r} is not supported (only {supported[0]!r})")
+            raise UsageError(f"{path}: {key} {hf.get(key)!r} is not supported (only {', '.join(map(repr, supported))})")
     rope = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {}), "rope_theta": hf.get("rope_theta", 10_000.0)}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
@@ -78,19 +90,27 @@ def _config_from(hf, path):
         rope_scaling=scaling,
         max_position_embeddings=hf["max_position_embeddings"],
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        model_type=family,
+        qkv_bias=family == "qwen2",
+        sliding_window=hf.get("sliding_window") if family in ("mistral", "mixtral") else None,
+        num_local_experts=hf["num_local_experts"] if family == "mixtral" else 0,
+        num_experts_per_tok=hf.get("num_experts_per_tok", 2) if family == "mixtral" else 2,
     )
 
 
 def _config_to(config, dtype, tokenizer):
     """config.json in the form of transformers 4, which both 4 and 5 read."""
-    fields = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__}
+    fields = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__ if name != "qkv_bias"}
     scaling = fields.pop("rope_scaling")
+    if config.model_type == "llama":
+        fields |= {"attention_bias": False, "mlp_bias": False}
+    if config.model_type == "qwen2":
+        fields |= {"use_sliding_window": False}
+    if config.model_type != "mixtral":
+        del fields["num_local_experts"], fields["num_experts_per_tok"]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [FAMILIES[config.model_type]],
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         **fields,
         "rope_scaling": scaling and {"rope_type": "llama3", **vars(scaling)},
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -159,10 +179,12 @@ class RandomWeights:
     def __getitem__(self, name):
         if name.endswith("norm.weight"):
             return torch.ones(self.shapes[name])
+        if name.endswith("bias"):
+            return torch.zeros(self.shapes[name])
         digest = hashlib.sha256(f"{self.seed}|{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         std = self.config.hidden_size**-0.5
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
+        if name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight")):
             std /= (2 * self.config.num_hidden_layers) ** 0.5
         return torch.randn(self.shapes[name], generator=generator) * std
 

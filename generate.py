@@ -78,22 +78,29 @@ class StepCache:
 
     spans: list
 
-    def attend(self, layer, q, k, v):
-        """Keeps the new keys and values, attends over all that are kept: q [1, N, H, D], k and v [1, N, K, D] -> as q."""
+    def attend(self, layer, q, k, v, window=None):
+        """Keeps the new keys and values, attends over all that are kept: q [1, N, H, D], k and v [1, N, K, D] -> as q.
+
+        With a window w a query at i sees the keys i - w < j <= i.
+        """
         out = torch.empty_like(q)
         for sequence, first, last in self.spans:
             old, new = sequence.cached, last - first
             store = sequence.kv[layer]
             store[0, :, old : old + new] = k[0, first:last].transpose(0, 1)
             store[1, :, old : old + new] = v[0, first:last].transpose(0, 1)
-            keys, values = store[:, None, :, : old + new]  # [1, K, old + new, D]
+            begin = max(0, old + 1 - window) if window else 0  # no query here sees further back
+            keys, values = store[:, None, :, begin : old + new]  # [1, K, seen, D]
             queries = q[:, first:last].transpose(1, 2)  # [1, H, new, D]
             if new == 1:  # fold the heads of a group into query rows: one product a key head
                 folded = queries.view(1, keys.shape[1], -1, q.shape[-1])
                 attended = F.scaled_dot_product_attention(folded, keys, values).view(queries.shape)
             else:
-                mask = torch.ones(new, old + new, dtype=torch.bool, device=q.device).tril(old) if old else None
-                grouped = q.shape[2] != k.shape[2]
+                mask, grouped = None, q.shape[2] != k.shape[2]
+                if old or (window and new > window):
+                    reach = old - begin  # query i of these sees keys up to i + reach
+                    mask = torch.ones(new, keys.shape[2], dtype=torch.bool, device=q.device).tril(reach)
+                    mask = mask.triu(reach + 1 - window) if window else mask
                 attended = F.scaled_dot_product_attention(
                     queries, keys, values, mask, is_causal=mask is None, enable_gqa=grouped
                 )

@@ -1,10 +1,10 @@
-"""The forward pass of LLaMA 3.1 and nothing else.
+"""The forward pass of the Llama family and nothing else: Llama 2 to 3.2, Mistral, Qwen 2, Mixtral.
 
     logits = Transformer(config)(tokens)          # [B, T] -> [B, T, vocab]
 
 One pass serves training (packed rows, `positions`), prefill and cached decode (`cache`). Modules are named as in Hugging Face
 checkpoints, so loading is not even a rename. In shapes, B is batch, T time, C hidden size, H query heads, K key/value heads,
-D head size, N selected rows, V vocabulary.
+D head size, E experts, N selected rows, V vocabulary.
 """
 
 import functools
@@ -44,12 +44,18 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 131_072
     tie_word_embeddings: bool = False
+    model_type: str = "llama"  # of config.json; what differs between families is said by the fields below
+    qkv_bias: bool = False  # Qwen 2
+    sliding_window: int | None = None  # Mistral v0.1: a query sees so many keys, itself included
+    num_local_experts: int = 0  # Mixtral; 0 is a plain MLP
+    num_experts_per_tok: int = 2
 
     def num_parameters(self):
         """Parameters of the whole model, counted from the shapes."""
-        C, D = self.hidden_size, self.head_dim
-        attention = 2 * C * D * (self.num_attention_heads + self.num_key_value_heads)
-        layer = attention + 3 * C * self.intermediate_size + 2 * C
+        C, D, E = self.hidden_size, self.head_dim, self.num_local_experts
+        heads = self.num_attention_heads + 2 * self.num_key_value_heads
+        attention = C * D * (heads + self.num_attention_heads) + D * heads * self.qkv_bias
+        layer = attention + 3 * C * self.intermediate_size * max(E, 1) + C * E + 2 * C
         embeddings = self.vocab_size * C * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + C
 
@@ -136,19 +142,19 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.layer = D, layer
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, K * D, bias=False)
-        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.head_dim, self.layer, self.window = D, layer, config.sliding_window
+        self.q_proj = nn.Linear(C, H * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
     def forward(self, x, cos, sin, positions, cache):
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, T, H, D], [B, T, K, D]
         if cache is None:
-            out = kernels.attention(q, k, v, positions)
+            out = kernels.attention(q, k, v, positions, self.window)
         else:
-            out = cache.attend(self.layer, q, k, v)
+            out = cache.attend(self.layer, q, k, v, self.window)
         return self.o_proj(out.flatten(2))  # [B, T, H, D] -> [B, T, C]
 
 
@@ -166,18 +172,54 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class Expert(nn.Module):
+    """SwiGLU under Mixtral's names: w2(silu(w1(x)) * w3(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, M = config.hidden_size, config.intermediate_size
+        self.w1, self.w2, self.w3 = (nn.Linear(*sizes, bias=False) for sizes in ((C, M), (M, C), (C, M)))
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes through the experts its gate ranks first, weighted by the gate (Jiang et al. 2024, section 2.1)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
+
+    def forward(self, x):
+        tokens = x.flatten(0, -2)  # [N, C]
+        shares, chosen = self.gate(tokens).softmax(-1, dtype=torch.float32).topk(self.top_k)  # [N, top_k]
+        shares = (shares / shares.sum(-1, keepdim=True)).to(x.dtype)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, rank = (chosen == number).nonzero(as_tuple=True)  # the tokens this expert serves
+            out = out.index_add(0, rows, expert(tokens[rows]) * shares[rows, rank, None])
+        return out.view_as(x)
+
+
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        if config.num_local_experts:
+            self.block_sparse_moe = MixtureOfExperts(config)
+        else:
+            self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, positions, cache):
         attended = self.self_attn(self.input_layernorm(x), cos, sin, positions, cache)
         normed, x = self.post_attention_layernorm(attended, residual=x)
-        return x + self.mlp(normed)
+        feed_forward = self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
+        return x + feed_forward(normed)
 
 
 class Transformer(nn.Module):
@@ -201,7 +243,7 @@ class Transformer(nn.Module):
         """Logits [B, T, V], or [N, V] at `rows`, int64 [N] counted through the flattened [B * T].
 
         positions: int [B, T], from 0 in each document of a packed row; None means 0, 1, 2, ... in every row.
-        cache: an object whose `attend(layer, q, k, v)` keeps keys and values and attends over all it has kept; it knows where
+        cache: an object whose `attend(layer, q, k, v, window)` keeps keys and values and attends over all it has kept; it knows where
         the tokens belong (see generate.KVCache), and needs `positions`.
         """
         x = self.model["embed_tokens"](tokens)  # [B, T, C]
