@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cli import UsageError, make_dir, read_text, write_whole
 from model import ModelConfig, RopeScaling, Transformer
+from tokenizer import save_tokenizer
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "manifest.json"
@@ -262,7 +263,7 @@ def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 *
         if tokenizer:
             stops = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_ids}
             _write_json(temporary / "generation_config.json", stops)
-            shutil.copyfile(tokenizer.file, temporary / "tokenizer.model")
+            save_tokenizer(tokenizer, temporary)
 
 
 # ---- directories, whole or not at all -----------------------------------------------------------------------------------

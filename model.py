@@ -243,8 +243,8 @@ class Transformer(nn.Module):
         """Logits [B, T, V], or [N, V] at `rows`, int64 [N] counted through the flattened [B * T].
 
         positions: int [B, T], from 0 in each document of a packed row; None means 0, 1, 2, ... in every row.
-        cache: an object whose `attend(layer, q, k, v, window)` keeps keys and values and attends over all it has kept; it knows where
-        the tokens belong (see generate.KVCache), and needs `positions`.
+        cache: an object whose `attend(layer, q, k, v, window)` keeps keys and values and attends over all it has kept; it
+        knows where the tokens belong (see generate.StepCache), and needs `positions`.
         """
         x = self.model["embed_tokens"](tokens)  # [B, T, C]
         packed = positions  # None lets attention take whole rows at once

@@ -1,30 +1,35 @@
 """Text <-> token ids, and conversations -> ids with a loss mask.
 
-    tokenizer = load_tokenizer("DIR")            # or a tokenizer.model file
+    tokenizer = load_tokenizer("DIR")            # or a tokenizer.model or tokenizer.json file
     ids, mask = tokenizer.render([{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}])
 
-Two kinds of `tokenizer.model`: tiktoken ranks (LLaMA 3) and SentencePiece (the stage actor's own). Text is always encoded apart
-from the markers around it, so nothing a user or a model writes ever becomes a special token.
+Three kinds of file: tiktoken ranks (LLaMA 3's `tokenizer.model`), byte-level BPE (a Hugging Face `tokenizer.json`: LLaMA 3,
+Qwen 2) and SentencePiece (`tokenizer.model`: Llama 2, Vicuna, Mistral, the stage). A chat format is a generator of segments; text
+is always encoded apart from the markers around it, so nothing a user or a model writes ever becomes a special token.
 
     python tokenizer.py train [--data PATH ...] [--out FILE] [--vocab-size N]     makes the stage's tokenizer from its scenes
 """
 
 import base64
 import io
+import json
+import shutil
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
 import tiktoken
 
-from cli import ROOT, UsageError
+from cli import ROOT, UsageError, read_text
 
-FILE = "tokenizer.model"
+FILE, HF_FILE = "tokenizer.model", "tokenizer.json"
 STAGE_TOKENIZER = ROOT / "data" / "stage" / FILE
 
-# LLaMA 3's split of text into words before byte-pair merging.
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# How text splits into words before byte-pair merging; Qwen 2 takes digits one by one, LLaMA 3 up to three.
+_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN, QWEN2_PATTERN = _PATTERN % "{1,3}", _PATTERN % ""
 LLAMA3_RANKS = 128_000
 LLAMA3_NAMED = {
     0: "<|begin_of_text|>",
@@ -36,118 +41,410 @@ LLAMA3_NAMED = {
     9: "<|eot_id|>",
     10: "<|python_tag|>",
 }
+SPACE = "\u2581"  # how SentencePiece writes a space
 STAGE_SPECIALS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+
+
+# ---- chat formats -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Special:
+    """A segment that is one special token."""
+
+    name: str
+    loss: bool = False
+
+
+@dataclass
+class Text:
+    """A segment of text, encoded by itself."""
+
+    text: str
+    loss: bool = False
+
+
+def llama3_format(messages, generate):
+    yield Special("<|begin_of_text|>")
+    for message in [*messages, *([{"role": "assistant"}] if generate else [])]:
+        yield from (Special("<|start_header_id|>"), Text(message["role"]), Special("<|end_header_id|>"), Text("\n\n"))
+        if "content" in message:
+            yield Text(message["content"], message["role"] == "assistant")
+            yield Special("<|eot_id|>", message["role"] == "assistant")
+
+
+def chatml_format(messages, generate):
+    """Qwen 2: no beginning of text; the line end after a turn's end mark is not the speaker's."""
+    for message in messages:
+        own = message["role"] == "assistant"
+        yield from (Special("<|im_start|>"), Text(message["role"] + "\n"), Text(message["content"], own))
+        yield from (Special("<|im_end|>", own), Text("\n"))
+    if generate:
+        yield from (Special("<|im_start|>"), Text("assistant\n"))
+
+
+def stage_format(messages, generate):
+    yield Special("<s>")
+    for message in messages:
+        own = message["role"] == "assistant"
+        yield from (Special(f"<|{message['role']}|>"), Text(message["content"], own), Special("<|end|>", own))
+    if generate:
+        yield Special("<|assistant|>")
+
+
+def mistral_format(messages, generate, marker=Text):
+    """v0.1 and Mixtral: the markers are plain text. There is no system role; its text opens the first user turn."""
+    yield Special("<s>")
+    for message in _system_into_user(messages, "{system}\n\n{user}"):
+        if message["role"] == "user":
+            yield from (marker("[INST]"), Text(message["content"]), marker("[/INST]"))
+        else:
+            yield from (Text(message["content"], True), Special("</s>", True))
+
+
+def mistral_v3_format(messages, generate):
+    """v0.3: the markers are special tokens."""
+    return mistral_format(messages, generate, Special)
+
+
+def vicuna_format(messages, generate):
+    """Vicuna 1.5: the system text stands in front, turns are labelled in plain text."""
+    yield Special("<s>")
+    for message in messages:
+        if message["role"] == "system":
+            yield Text(message["content"])
+        elif message["role"] == "user":
+            yield from (Text("USER:"), Text(message["content"]))
+        else:
+            yield from (Text("ASSISTANT:"), Text(message["content"], True), Special("</s>", True))
+    if generate:
+        yield Text("ASSISTANT:")
+
+
+def _system_into_user(messages, form):
+    if messages and messages[0]["role"] == "system":
+        system, *rest = messages
+        if not rest or rest[0]["role"] != "user":
+            rest = [{"role": "user", "content": ""}, *rest]
+        text = form.format(system=system["content"], user=rest[0]["content"])
+        return [{"role": "user", "content": text}, *rest[1:]]
+    return messages
+
+
+_SYSTEM_FIRST = (
+    "{%- set ns = namespace(system='') %}{%- set turns = messages %}{%- if messages[0]['role'] == 'system' %}"
+    "{%- set ns.system = messages[0]['content'] + '\\n\\n' %}{%- set turns = messages[1:] %}{%- endif %}"
+)
+
+
+@dataclass
+class ChatFormat:
+    """segments: messages, whether to end on a generation prompt -> Special and Text; stops: the names that end a turn;
+    template: the same as Jinja, for checkpoints that others open."""
+
+    segments: Callable
+    stops: tuple
+    template: str
+
+
+CHAT_FORMATS = {
+    "llama3": ChatFormat(
+        llama3_format,
+        ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+        "<|begin_of_text|>{%- for m in messages %}"
+        "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] + '<|eot_id|>' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}",
+    ),
+    "chatml": ChatFormat(
+        chatml_format,
+        ("<|im_end|>", "<|endoftext|>"),
+        "{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}",
+    ),
+    "stage": ChatFormat(
+        stage_format,
+        ("<|end|>", "</s>"),
+        "<s>{%- for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|assistant|>' }}{%- endif %}",
+    ),
+    "mistral": ChatFormat(
+        mistral_format,
+        ("</s>",),
+        _SYSTEM_FIRST
+        + "<s>{%- for m in turns %}{%- if m['role'] == 'user' %}{{ '[INST] ' + ns.system + m['content'] + ' [/INST]' }}"
+        "{%- set ns.system = '' %}{%- else %}{{ ' ' + m['content'] + '</s>' }}{%- endif %}{%- endfor %}",
+    ),
+    "mistral-v3": ChatFormat(
+        mistral_v3_format,
+        ("</s>",),
+        _SYSTEM_FIRST
+        + "<s>{%- for m in turns %}{%- if m['role'] == 'user' %}{{ '[INST] ' + ns.system + m['content'] + '[/INST]' }}"
+        "{%- set ns.system = '' %}{%- else %}{{ ' ' + m['content'] + '</s>' }}{%- endif %}{%- endfor %}",
+    ),
+    "vicuna": ChatFormat(
+        vicuna_format,
+        ("</s>",),
+        "<s>{%- for m in messages %}{%- if m['role'] == 'system' %}{{ m['content'] + ' ' }}{%- elif m['role'] == 'user' %}"
+        "{{ 'USER: ' + m['content'] + ' ' }}{%- else %}{{ 'ASSISTANT: ' + m['content'] + '</s>' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{%- endif %}",
+    ),
+}
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------------------------------
 
 
 class Tokenizer:
     """What all tokenizers share.
 
-    vocab_size: ids are 0 .. vocab_size - 1. specials: marker -> id. bos_id: begins every rendered conversation.
-    stop_ids: the ids that end a turn or a text.
+    vocab_size: ids are 0 .. vocab_size - 1. specials: name -> id. chat_format: a key of CHAT_FORMATS. stop_ids: the ids that
+    end a turn or a text. bos_id: begins a text, or None. file: what a checkpoint's directory keeps, as it is.
     """
 
-    def __init__(self, vocab_size, specials, bos_id, stop_ids, file):
-        self.vocab_size, self.specials, self.bos_id, self.stop_ids = vocab_size, specials, bos_id, stop_ids
-        self.file = Path(file)  # what a checkpoint's directory keeps, as it is
+    def __init__(self, vocab_size, specials, chat_format, file):
+        self.vocab_size, self.specials, self.file = vocab_size, specials, Path(file)
+        self.chat_format = chat_format
+        self.format = CHAT_FORMATS[chat_format]
+        missing = [name for name in self.format.stops[:1] if name not in specials]
+        if missing:
+            raise UsageError(f"{file}: no {missing[0]} in this tokenizer, so {chat_format} is not its chat format")
+        self.stop_ids = [specials[name] for name in self.format.stops if name in specials]
+        first = next(self.format.segments([], False), None)
+        self.bos_id = specials[first.name] if first else None
+        self.names = {i: name for name, i in specials.items()}
 
     def render(self, messages, add_generation_prompt=False):
         """(ids, mask) of a conversation; mask[i] is True where ids[i] is under loss: assistants' text and end of turn."""
-        ids, mask = [self.bos_id], [False]
         for message in messages:
-            role, content = message["role"], message["content"]
-            if role not in ("system", "user", "assistant"):
-                raise ValueError(f"role {role!r} is not system, user or assistant")
-            head, body = self.header(role), [*self.encode(content), self.end_of_turn]
-            ids += head + body
-            mask += [False] * len(head) + [role == "assistant"] * len(body)
-        if add_generation_prompt:
-            head = self.header("assistant")
-            ids += head
-            mask += [False] * len(head)
+            if message["role"] not in ("system", "user", "assistant"):
+                raise ValueError(f"role {message['role']!r} is not system, user or assistant")
+        ids, mask = [], []
+        for segment in self.format.segments(messages, add_generation_prompt):
+            new = [self.specials[segment.name]] if isinstance(segment, Special) else self.encode(segment.text)
+            ids += new
+            mask += [segment.loss] * len(new)
         return ids, mask
 
-
-class Llama3Tokenizer(Tokenizer):
-    """Byte-pair ranks through tiktoken, 256 specials above them, and the LLaMA 3 chat format."""
-
-    def __init__(self, path):
-        ranks = {}
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token)] = int(rank)
-            except ValueError:
-                raise UsageError(f"{path}: line {number} is not a token in base64 and its rank") from None
-        if sorted(ranks.values()) != list(range(LLAMA3_RANKS)):
-            raise UsageError(f"{path}: {len(ranks)} ranks, but LLaMA 3 has {LLAMA3_RANKS}, counted from 0")
-        names = [LLAMA3_NAMED.get(i, f"<|reserved_special_token_{i}|>") for i in range(256)]
-        specials = {name: LLAMA3_RANKS + i for i, name in enumerate(names)}
-        self.bpe = tiktoken.Encoding("llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
-        self.special_bytes = {i: name.encode() for name, i in specials.items()}
-        stop_ids = [specials[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
-        super().__init__(LLAMA3_RANKS + 256, specials, specials["<|begin_of_text|>"], stop_ids, path)
-        self.end_of_turn = specials["<|eot_id|>"]
-
     def encode(self, text):
-        """Ids of the text; whatever it holds, never a special one."""
-        return self.bpe.encode_ordinary(text)
+        """Ids of the text; whatever it holds, never a special one. UsageError where it holds half a surrogate pair."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"character {error.start} of a text is half of a surrogate pair, not a character") from None
+        return self.encode_text(text)
 
     def decode(self, ids):
-        """Text of the ids; specials appear by name, torn characters as U+FFFD."""
-        pieces = (self.special_bytes.get(i) or self.bpe.decode_single_token_bytes(i) for i in ids)
-        return b"".join(pieces).decode("utf-8", errors="replace")
+        """Text of the ids; specials appear by name, torn characters and ids of no token as U+FFFD."""
+        text, plain = [], []
+        for i in ids:
+            if i in self.names or not 0 <= i < self.vocab_size:
+                text += [self.decode_text(plain), self.names.get(i, "\ufffd")]
+                plain = []
+            else:
+                plain.append(i)
+        return "".join([*text, self.decode_text(plain)])
 
-    def header(self, role):
-        start, end = self.specials["<|start_header_id|>"], self.specials["<|end_header_id|>"]
-        return [start, *self.encode(role), end, *self.encode("\n\n")]
+
+class BytePairTokenizer(Tokenizer):
+    """Byte-level BPE through tiktoken. ranks: token bytes -> id; a lower id merges first."""
+
+    def __init__(self, ranks, pattern, specials, chat_format, file, normalization=None):
+        self.ranks, self.normalization = ranks, normalization
+        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self.tokens = {i: token for token, i in ranks.items()}
+        super().__init__(max(*ranks.values(), *specials.values()) + 1, specials, chat_format, file)
+
+    def encode_text(self, text):
+        return self.bpe.encode_ordinary(unicodedata.normalize(self.normalization, text) if self.normalization else text)
+
+    def decode_text(self, ids):
+        return b"".join(self.tokens.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
 
 
-class StageTokenizer(Tokenizer):
-    """SentencePiece with a marker for each role: `<s> <|system|> text <|end|> <|user|> text <|end|> ...`."""
+class SentencePieceTokenizer(Tokenizer):
+    """SentencePiece; control pieces are never matched in text."""
 
-    def __init__(self, path):
+    def __init__(self, path, chat_format=None, model_type=None):
         self.pieces = sentencepiece.SentencePieceProcessor()
         try:
             self.pieces.load(str(path))
         except (RuntimeError, OSError):
             raise UsageError(f"{path}: neither tiktoken ranks nor a SentencePiece model") from None
         specials = {self.pieces.id_to_piece(i): i for i in range(len(self.pieces)) if self.pieces.is_control(i)}
-        if not specials.keys() >= set(STAGE_SPECIALS):
-            raise UsageError(f"{path}: a SentencePiece model without the stage's markers {', '.join(STAGE_SPECIALS)}")
-        end = specials["<|end|>"]
-        super().__init__(len(self.pieces), specials, self.pieces.bos_id(), [end, self.pieces.eos_id()], path)
-        self.end_of_turn = end
+        if chat_format is None:
+            chat_format = (
+                "stage" if "<|end|>" in specials
+                else "mistral-v3" if "[INST]" in specials
+                else "mistral" if model_type in ("mistral", "mixtral")
+                else "vicuna"
+            )  # fmt: skip
+        super().__init__(len(self.pieces), specials, chat_format, path)
 
-    def encode(self, text):
-        """Ids of the text; control pieces are never matched in text."""
+    def encode_text(self, text):
         return self.pieces.encode(text)
 
-    def decode(self, ids):
-        """Text of the ids; specials appear by name, torn characters as U+FFFD."""
-        text, plain = [], []
-        for i in ids:
-            if self.pieces.is_control(i):
-                text += [self.pieces.decode(plain), self.pieces.id_to_piece(i)]
-                plain = []
-            else:
-                plain.append(i)
-        return "".join([*text, self.pieces.decode(plain)])
-
-    def header(self, role):
-        return [self.specials[f"<|{role}|>"]]
+    def decode_text(self, ids):
+        return self.pieces.decode(ids)
 
 
-def load_tokenizer(path):
-    """The tokenizer of a directory that holds a `tokenizer.model`, or of such a file. UsageError where there is none."""
+def load_tokenizer(path, chat_format=None):
+    """The tokenizer of a checkpoint directory, or of a `tokenizer.model` or `tokenizer.json`. UsageError where there is none.
+
+    chat_format overrides what the tokenizer's own markers, then `model_type` in config.json, say.
+    """
     path = Path(path)
-    file = path / FILE if path.is_dir() else path
+    if chat_format is not None and chat_format not in CHAT_FORMATS:
+        raise UsageError(f"chat format {chat_format!r} is not one of {', '.join(CHAT_FORMATS)}")
+    file = next((path / name for name in (FILE, HF_FILE) if (path / name).is_file()), path)
     if not file.is_file():
-        raise UsageError(f"{path}: no {FILE} here; give --tokenizer a directory (or file) that has one")
+        raise UsageError(f"{path}: no {FILE} or {HF_FILE} here; give --tokenizer a directory (or file) that has one")
+    if file.suffix == ".json":
+        return _load_hf(file, chat_format)
     with open(file, "rb") as stream:
         first = stream.readline(200).split()
     if len(first) == 2 and first[1].isdigit():
-        return Llama3Tokenizer(file)
-    return StageTokenizer(file)
+        return _load_llama3(file, chat_format)
+    config = file.with_name("config.json")
+    model_type = json.loads(read_text(config)).get("model_type") if config.is_file() else None
+    return SentencePieceTokenizer(file, chat_format, model_type)
+
+
+def _load_llama3(path, chat_format):
+    ranks = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
+        except ValueError:
+            raise UsageError(f"{path}: line {number} is not a token in base64 and its rank") from None
+    if sorted(ranks.values()) != list(range(LLAMA3_RANKS)):
+        raise UsageError(f"{path}: {len(ranks)} ranks, but LLaMA 3 has {LLAMA3_RANKS}, counted from 0")
+    names = [LLAMA3_NAMED.get(i, f"<|reserved_special_token_{i}|>") for i in range(256)]
+    specials = {name: LLAMA3_RANKS + i for i, name in enumerate(names)}
+    return BytePairTokenizer(ranks, LLAMA3_PATTERN, specials, chat_format or "llama3", path)
+
+
+def _load_hf(path, chat_format):
+    """tiktoken ranks out of a Hugging Face byte-level BPE; refused where tiktoken would not give the same ids."""
+    try:
+        hf = json.loads(read_text(path))
+        model, split, byte_level = hf["model"], *_pre_tokenizers(hf)
+        pattern = split["pattern"]["Regex"]
+        normalization = hf["normalizer"] and hf["normalizer"]["type"]
+        known = {
+            "model": (model["type"], "BPE"),
+            "byte_fallback": (bool(model.get("byte_fallback")), False),
+            "normalizer": (normalization, None, "NFC"),
+            "split": (split["type"], "Split"),
+            "split behaviour": (split["behavior"], "Isolated"),
+            "split pattern": (pattern, LLAMA3_PATTERN, QWEN2_PATTERN),
+            "byte level": (byte_level["type"], "ByteLevel"),
+            "prefix space": (byte_level["add_prefix_space"], False),
+        }
+        for what, (found, *supported) in known.items():
+            if found not in supported:
+                raise UsageError(f"{path}: {what} {found!r} is not supported (only {', '.join(map(repr, supported))})")
+        to_byte = _unicode_to_byte()
+        ids = {bytes(to_byte[c] for c in token): i for token, i in model["vocab"].items()}
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        merged = [ids[bytes(to_byte[c] for c in left + right)] for left, right in pairs]
+        specials = {token["content"]: token["id"] for token in hf["added_tokens"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path}: not a byte-level BPE that is known ({type(error).__name__}: {error})") from None
+    if merged != sorted(merged):
+        raise UsageError(f"{path}: its merges are not in the order of its ids, so tiktoken would split words otherwise")
+    if not model.get("ignore_merges"):  # a token that no merge makes is never found; tiktoken would find it
+        reached = set(merged)
+        ids = {token: i for token, i in ids.items() if len(token) == 1 or i in reached}
+    if chat_format is None:
+        chat_format = "llama3" if "<|start_header_id|>" in specials else "chatml"
+    return BytePairTokenizer(ids, pattern, specials, chat_format, path, normalization)
+
+
+def _pre_tokenizers(hf):
+    pre = hf["pre_tokenizer"]
+    if pre["type"] != "Sequence" or len(pre["pretokenizers"]) != 2:
+        raise ValueError(f"pre-tokenizer {pre['type']}")
+    return pre["pretokenizers"]
+
+
+def _unicode_to_byte():
+    """The characters byte-level BPE writes for bytes: printable Latin-1 stands for itself, the others for 256, 257, ..."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+# ---- for others to open -------------------------------------------------------------------------------------------------
+
+
+def save_tokenizer(tokenizer, directory):
+    """Writes the tokenizer's own file, and those that transformers' AutoTokenizer reads."""
+    directory = Path(directory)
+    name = HF_FILE if tokenizer.file.suffix == ".json" else FILE
+    shutil.copyfile(tokenizer.file, directory / name)
+    if name == FILE:
+        (directory / HF_FILE).write_text(json.dumps(_hf_tokenizer(tokenizer), ensure_ascii=False), encoding="utf-8")
+    bos = tokenizer.bos_id
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None if bos is None else tokenizer.names[bos],
+        "eos_token": tokenizer.names[tokenizer.stop_ids[0]],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": tokenizer.format.template,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _hf_tokenizer(tokenizer):
+    """A `tokenizer.json` that gives the same ids. Merges are every way to make a token out of two, the best token first."""
+    specials = [
+        {"id": i, "content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+        for i, name in sorted(tokenizer.names.items())
+    ]
+    if isinstance(tokenizer, BytePairTokenizer):
+        to_char = {byte: char for char, byte in _unicode_to_byte().items()}
+        vocab = {"".join(to_char[byte] for byte in token): i for token, i in tokenizer.ranks.items()}
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+        rest = {
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+            "decoder": byte_level,
+        }
+        options, worse = {"ignore_merges": True}, int  # a lower id merges first
+    else:
+        pieces = tokenizer.pieces
+        vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+        prefix = [{"type": "Prepend", "prepend": SPACE}] if pieces.encode("a")[0] != pieces.piece_to_id("a") else []
+        space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+        decoders = [
+            {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
+        ]
+        rest = {
+            "normalizer": {"type": "Sequence", "normalizers": [*prefix, space]},
+            "pre_tokenizer": None,
+            "decoder": {"type": "Sequence", "decoders": decoders},
+        }
+        options = {"byte_fallback": True, "unk_token": pieces.id_to_piece(pieces.unk_id())}
+
+        def worse(i):  # a higher score merges first
+            return -pieces.get_score(i), i
+
+        user = [i for i in range(len(pieces)) if pieces.id_to_piece(i) == "\n"]  # the stage's user-defined symbol
+        specials += [{**specials[0], "id": i, "content": "\n", "special": False} for i in user]
+    merges = sorted(
+        (worse(i), vocab[token[:at]], vocab[token[at:]], token[:at], token[at:])
+        for token, i in vocab.items()
+        if i not in tokenizer.names
+        for at in range(1, len(token))
+        if token[:at] in vocab and token[at:] in vocab
+    )
+    model = {"type": "BPE", "vocab": vocab, "merges": [[left, right] for *_, left, right in merges], **options}
+    return {"version": "1.0", "added_tokens": specials, "post_processor": None, **rest, "model": model}
 
 
 def train_stage_tokenizer(scenes, vocab_size):
