@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cli import UsageError, make_dir, read_text, write_whole
+from cli import UsageError, make_dir, read_json, write_whole
 from model import ModelConfig, RopeScaling, Transformer
 from tokenizer import save_tokenizer
 
@@ -42,12 +42,11 @@ def load_config(directory):
     if not path.is_file():
         raise UsageError(f"{directory}: no config.json here, so this is not a checkpoint directory")
     try:
-        hf = json.loads(read_text(path))
-        return _config_from(hf, path)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}: not JSON (line {error.lineno}: {error.msg})") from None
+        return _config_from(read_json(path), path)
     except KeyError as error:
         raise UsageError(f"{path}: {error} is missing") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path}: a value of another type than it should have ({error})") from None
 
 
 # model_type in config.json -> the class that transformers names in `architectures`
@@ -130,8 +129,10 @@ class Weights:
         verify(directory)
         self.files = {}  # tensor name -> open file
         if (self.directory / INDEX).is_file():
-            index = json.loads(read_text(self.directory / INDEX))
-            names = sorted(set(index["weight_map"].values()))
+            weight_map = read_json(self.directory / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise UsageError(f"{self.directory / INDEX}: no weight_map from tensors to files in it")
+            names = sorted(set(weight_map.values()))
             for name in names:
                 if Path(name).name != name:
                     raise UsageError(f"{self.directory / INDEX}: {name!r} leaves the directory")
@@ -286,7 +287,12 @@ def whole_directory(directory):
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
             os.rename(directory, old)
-        os.rename(temporary, directory)
+        try:
+            os.rename(temporary, directory)
+        except OSError:
+            if old.exists():
+                os.rename(old, directory)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -298,7 +304,7 @@ def verify(directory):
     directory = Path(directory)
     if not (directory / MANIFEST).is_file():
         return
-    for name, checksum in json.loads(read_text(directory / MANIFEST)).items():
+    for name, checksum in read_json(directory / MANIFEST).items():
         file = directory / name
         if not file.is_file() or _checksum(file) != checksum:
             raise UsageError(f"{file}: altered or truncated since it was saved; use another checkpoint")
@@ -337,4 +343,4 @@ def load_state(directory, model, optimizer):
     state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.load(state, checkpoint_id=directory)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    return json.loads(read_text(Path(directory) / "progress.json"))
+    return read_json(Path(directory) / "progress.json")

@@ -6,6 +6,7 @@ code 2. `write_whole` is the only way this project writes a file that someone re
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import sys
@@ -13,12 +14,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent
 OUT = ROOT / "out"  # everything that is made goes here unless --out says otherwise
 
-stdout = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-stderr = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+stdout = Console(highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+stderr = Console(stderr=True, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
 
 
 class UsageError(Exception):
@@ -53,13 +55,18 @@ def run(main):
             stderr.print("error:", style="bold red", end=" ")
             note(" ".join(str(error).split()))
         sys.exit(2)
+    except OSError as error:  # a disk that is full, a directory where a file should be, no permission
+        if isinstance(error, BrokenPipeError):  # the reader of our stdout (head, less) has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        if first:
+            stderr.print("error:", style="bold red", end=" ")
+            note(f"{error.filename2 or error.filename or 'system'}: {error.strerror or error}")
+        sys.exit(2)
     except KeyboardInterrupt as error:
         if first:
             note(f"\nstopped. {error}")
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our stdout (head, less) has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def note(message):
@@ -105,6 +112,36 @@ def read_text(path):
     return text
 
 
+def read_json(path, kind=dict):
+    """The JSON of a file the user named, of the given kind (or kinds), or a UsageError that says why not."""
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deeply to be read") from None
+    if not isinstance(value, kind):
+        raise UsageError(f"{path}: holds a {type(value).__name__} where something else is expected")
+    return value
+
+
+def read_lines(path, keys):
+    """The objects of a JSONL file of ours, each with these keys; [] where there is no file.
+
+    A torn last line, as a kill leaves it, is left out; anything else that is not such an object is a UsageError.
+    """
+    whole = Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
+    read = []
+    for number, line in enumerate(whole, 1):
+        try:
+            read.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from None
+        if not isinstance(read[-1], dict) or not read[-1].keys() >= set(keys):
+            raise UsageError(f"{path}: line {number} is not an object with {', '.join(keys)}; mend or remove it")
+    return read
+
+
 def make_dir(path):
     """Creates an output directory, or says why it cannot be."""
     try:
@@ -126,6 +163,15 @@ def plain(text):
     return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
 
 
+def put(text, style=""):
+    """Text on stdout as it is, without a line end; styled where stdout is a terminal."""
+    if stdout.is_terminal:
+        stdout.print(Text(plain(text), style, tab_size=8), end="", soft_wrap=True)
+    else:
+        sys.stdout.write(plain(text))
+    sys.stdout.flush()
+
+
 class Painter:
     """Styles a message as it comes, piece by piece: thoughts dim, actions in italics, speech plain."""
 
@@ -134,7 +180,7 @@ class Painter:
 
     def spans(self, text):
         """The next piece of the message as (text, style) pairs."""
-        for part in re.split(r"([\[\]()])", plain(text)):
+        for part in re.split(r"([\[\]()])", text):
             self.depth += part == "["
             self.acting |= part == "("
             yield part, THOUGHT if self.depth else ACTION if self.acting else ""
@@ -149,6 +195,8 @@ def lines(prompt):
             line = input(prompt if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise UsageError(f"stdin: not UTF-8 text (byte {error.start} of a line)") from None
         if not line:
             return
         yield line

@@ -10,7 +10,9 @@ honoured); what more tries cannot mend (400, 401, 403, 404) ends at once. Keys a
 
 import os
 import random
+import re
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -62,12 +64,16 @@ class Endpoint:
     def __init__(self, model, url=None, key=None, pause=1.0):
         self.name, self.model, self.pause = f"openai:{model}", model, pause
         self.url = (url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
-        self.key = key or os.environ.get("OPENAI_API_KEY")
+        self.key = (key or os.environ.get("OPENAI_API_KEY") or "").strip()
         if not self.key:
             raise UsageError(f"{self.name}: set OPENAI_API_KEY (to anything, for a server that asks for none)")
-        if not self.url.startswith(("http://", "https://")):
+        try:
+            valid = httpx.URL(self.url).scheme in ("http", "https") and httpx.URL(self.url).host
+        except httpx.InvalidURL:
+            valid = False
+        if not valid:
             raise UsageError(f"OPENAI_BASE_URL {self.url}: not an http(s) address")
-        if not self.key.isascii() or not self.key.isprintable():
+        if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
             raise UsageError("OPENAI_API_KEY: holds characters that no key has; was it pasted whole?")
         self.client = httpx.Client(timeout=TIMEOUT, headers={"Authorization": f"Bearer {self.key}"})
 
@@ -93,7 +99,7 @@ class Endpoint:
             pause = self.pause * 2**attempt * random.uniform(0.75, 1.25)
             try:
                 response = self.client.post(f"{self.url}/chat/completions", json=body)
-            except httpx.TransportError as error:
+            except (httpx.RequestError, zlib.error) as error:  # no connection, no time left, an answer in pieces
                 trouble = f"{type(error).__name__}: {error}"
             else:
                 trouble = f"HTTP {response.status_code}: {self.said(response)}"
@@ -105,7 +111,7 @@ class Endpoint:
                 elif response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
                     raise UsageError(f"{self.name} at {self.url} refused: {trouble}")
                 asked = response.headers.get("Retry-After", "")
-                pause = float(asked) if asked.replace(".", "", 1).isdigit() else pause
+                pause = float(asked) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked) else pause
             if attempt < TRIES - 1:
                 time.sleep(min(pause, LONGEST_PAUSE))
         raise UsageError(f"{self.name} at {self.url} did not answer in {TRIES} tries; the last: {trouble}")
@@ -125,7 +131,8 @@ class Endpoint:
             choice, usage = answer["choices"][0], answer.get("usage") or {}
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             counts = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0, cached)
-            return Reply(choice["message"]["content"] or "", choice.get("finish_reason") or "stop", *counts)
+            text = choice["message"]["content"] or ""
+            return Reply(text, choice.get("finish_reason") or "stop", *counts) if isinstance(text, str) else None
         except (ValueError, LookupError, TypeError, AttributeError):
             return None
 

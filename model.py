@@ -102,13 +102,13 @@ def rope_frequencies(config, device):
     the factor, and between the two the frequency is interpolated.
     """
     D = config.head_dim
-    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
     if config.rope_scaling is not None:
         scaling = config.rope_scaling
-        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = frequencies * (keep + (1 - keep) / scaling.factor)
+        frequencies = (1 - keep) * frequencies / scaling.factor + keep * frequencies
     return frequencies
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from cli import UsageError, read_text
+from cli import UsageError, read_json
 
 ENVIRONMENT = "Environment"
 STAGE = Path(__file__).resolve().parent / "stage"
@@ -64,10 +64,7 @@ def load_scenes(path, report=None):
             raise UsageError(f"{path}: no .json files in this directory")
         return [scene for file in files for scene in load_scenes(file, report)]
     report = Counter() if report is None else report
-    try:
-        data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
+    data = _mend_surrogates(read_json(path, (dict, list)), report)
     if isinstance(data, dict) and isinstance(data.get("plots"), list):
         scenes = _book_scenes(data, path, report)
     elif isinstance(data, list):
@@ -93,10 +90,26 @@ def load_stage():
     return scenes
 
 
+def _mend_surrogates(data, report):
+    """JSON can escape half of a surrogate pair, which is no character and no tokenizer takes: it becomes a question mark."""
+    text = json.dumps(data, ensure_ascii=False)
+    whole = text.encode("utf-8", errors="replace").decode()
+    if whole == text:
+        return data
+    report["repaired: half of a surrogate pair"] += 1
+    return json.loads(whole)
+
+
+def _title(text, report):
+    """Curly quotes become straight ones, so that two spellings of a title are one book."""
+    straight = text.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
+    report["repaired: curly quotes in a title"] += straight != text
+    return straight
+
+
 def _book_scenes(data, path, report):
-    title = _text(data.get("title")) or path.stem
-    plots = [plot for plot in data["plots"] if isinstance(plot, dict)]
-    report["dropped: plot that is not an object"] += len(data["plots"]) - len(plots)
+    title = _title(_text(data.get("title")) or path.stem, report)
+    plots = data["plots"]
     split = data.get("split_plot_index")
     split = int(0.9 * len(plots)) if not isinstance(split, int) else split
     profiles = {}
@@ -106,6 +119,9 @@ def _book_scenes(data, path, report):
             profiles[name] = character["profile"]
     scenes = []
     for i_p, plot in enumerate(plots):
+        if not isinstance(plot, dict):
+            report["dropped: plot that is not an object"] += 1
+            continue
         conversations = plot.get("conversation")
         if not isinstance(conversations, list) or not conversations:
             report["dropped: plot without a conversation"] += 1
@@ -125,17 +141,25 @@ def _test_scene(item, index, report):
     if not isinstance(item, dict):
         report["dropped: scene that is not an object"] += 1
         return None
-    if "plot_summary" in item and "speaking_characters" in item:  # our own form, as transcripts keep it
-        known = {name: item[name] for name in Scene.__dataclass_fields__ if name in item}
-        return Scene(**known)
+    if "plot_summary" in item:  # our own form, as transcripts keep it
+        motivations = item.get("motivations") if isinstance(item.get("motivations"), dict) else {}
+        item = {
+            **item,
+            "plot": {"summary": item["plot_summary"]},
+            "key_characters": [{"name": name, "motivation": text} for name, text in motivations.items()],
+            "character_profiles": item.get("profiles"),
+            "speaking_characters_w_env": item.get("speaking_characters"),
+        }
     plot = item.get("plot") if isinstance(item.get("plot"), dict) else {}
     profiles = item.get("character_profiles")
     profiles = {n: p for n, p in profiles.items() if _text(p)} if isinstance(profiles, dict) else {}
     book = _text(item.get("book")) or "untitled"
     i_p, i_c = (item[k] if isinstance(item.get(k), int) else d for k, d in (("i_p", index), ("i_c", 0)))
     scene = _scene(item, book, i_p, i_c, _text(item.get("tag")) or "ood", plot, profiles, report)
-    if scene and isinstance(item.get("speaking_characters_w_env"), list):
-        scene.speaking_characters = [n for n in item["speaking_characters_w_env"] if _text(n)]
+    if scene:  # what the file says of its cast stands, where it says anything
+        scene.profiles = profiles
+        scene.speaking_characters = _names(item.get("speaking_characters_w_env")) or scene.speaking_characters
+        scene.major_characters = _names(item.get("major_characters")) or scene.major_characters
     return scene
 
 
@@ -150,7 +174,10 @@ def _scene(conversation, book, i_p, i_c, tag, plot, profiles, report):
         return None
     motivations = {}
     for key_character in _records(conversation.get("key_characters")):
-        name = _text(key_character.get("name") or key_character.get("character"))
+        name = _text(key_character.get("name"))
+        if not name and _text(key_character.get("character")):
+            name = key_character["character"]
+            report["repaired: `character` read as `name`"] += 1
         motivation = _text(key_character.get("motivation"))
         if not motivation and _text(key_character.get("thought")):
             motivation = key_character["thought"]
@@ -173,7 +200,7 @@ def _scene(conversation, book, i_p, i_c, tag, plot, profiles, report):
 
 
 def _named(name, plot):
-    return any(k.get("name") == name for k in _records(plot.get("key_characters")))
+    return any(name in (k.get("name"), k.get("character")) for k in _records(plot.get("key_characters")))
 
 
 def _turn(turn, report):
@@ -196,6 +223,10 @@ def _turn(turn, report):
         report["dropped: message without a name or a text"] += 1
         return None
     return {"character": name.strip(), "message": message}
+
+
+def _names(value):
+    return [name for name in value if _text(name)] if isinstance(value, list) else []
 
 
 def _records(value):

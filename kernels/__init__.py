@@ -21,9 +21,8 @@ def use(name):
 
 def attention(q, k, v, positions=None, window=None):
     """Causal attention within each document of a packed row; shapes as in `kernels.attention.attention_torch`."""
-    B, T, H, D = q.shape
-    K = k.shape[2]
-    if k.shape != v.shape or k.shape != (B, T, K, D) or H % K or (positions is not None and positions.shape != (B, T)):
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and k.shape == (*q.shape[:2], k.shape[2], q.shape[3])
+    if not fits or q.shape[2] % k.shape[2] or (positions is not None and positions.shape != q.shape[:2]):
         shapes = {"q": q, "k": k, "v": v, "positions": positions}
         shapes = ", ".join(f"{n} {list(x.shape)}" for n, x in shapes.items() if x is not None)
         raise ValueError(f"attention takes q [B, T, H, D], k and v [B, T, K, D], positions [B, T], K dividing H; got {shapes}")
@@ -33,5 +32,6 @@ def attention(q, k, v, positions=None, window=None):
 def rms_norm(x, weight, eps=1e-5, residual=None):
     """RMSNorm over the last dimension; with a residual, `(normed, x + residual)`. See `kernels.rms_norm.rms_norm_torch`."""
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
-        raise ValueError(f"rms_norm takes x [..., C] and weight [C]; got x {list(x.shape)}, weight {list(weight.shape)}")
+        shapes = f"x {list(x.shape)}, weight {list(weight.shape)}, residual {residual is not None and list(residual.shape)}"
+        raise ValueError(f"rms_norm takes x [..., C], weight [C] and a residual like x or none; got {shapes}")
     return _chosen["rms_norm"](x, weight, eps, residual)

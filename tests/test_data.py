@@ -1,0 +1,686 @@
+"""Books to chats to packed rows: what is read, what each character perceives, what is drawn, and what a row holds."""
+
+import copy
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import ROOT, usage_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tokenizer
+from cli import UsageError
+from data import prompts
+from data.chats import (
+    END_CHAT,
+    START,
+    draw_options,
+    next_speaker_chat,
+    next_speaker_perspective,
+    perspective,
+    remove_thoughts,
+    scene_to_chats,
+)
+from data.packing import IGNORE, pack, split_long
+from data.scenes import Scene, load_book, load_scenes
+
+BOOKS = ("King Lear", "Othello")
+HI, HO = {"character": "A", "message": "hi"}, {"character": "B", "message": "ho"}
+
+
+@pytest.fixture(scope="module")
+def plays(shared):
+    """The scenes of King Lear and Othello."""
+    return [scene for name in BOOKS for scene in load_book(shared / "coser" / "books" / f"{name}.json")]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Writes data as JSON (bytes as they are) and reads it: read(data) -> (scenes, report)."""
+
+    def read(data, name="book.json"):
+        file = tmp_path / name
+        file.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
+        report = Counter()
+        return load_scenes(file, report), +report
+
+    return read
+
+
+def book(*dialogues, **conversation):
+    return {"plots": [{"conversation": [{"dialogues": list(dialogues) or [HI, HO], **conversation}]}]}
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "held_out", "messages", "without"), [("King Lear", 17, 2, 193, 2), ("Othello", 13, 1, 137, 0)]
+)
+def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, without):
+    """Every conversation of the file, word for word and in order, split where the file says, and nothing repaired."""
+    file, report = shared / "coser" / "books" / f"{name}.json", Counter()
+    raw, scenes = json.loads(file.read_text("utf-8")), load_book(file, report)
+    assert +report == Counter({"dropped: plot without a conversation": without} if without else {})
+    assert Counter(scene.tag for scene in scenes) == {"train": train, "id": held_out}
+    assert sum(len(scene.dialogues) for scene in scenes) == messages
+    found = [(i, j, c, p) for i, p in enumerate(raw["plots"]) for j, c in enumerate(p["conversation"])]
+    for scene, (i_p, i_c, conversation, plot) in zip(scenes, found, strict=True):
+        assert (scene.book, scene.i_p, scene.i_c) == (name, i_p, i_c)
+        assert scene.tag == ("train" if i_p < raw["split_plot_index"] else "id")
+        assert scene.dialogues == [{k: turn[k] for k in ("character", "message")} for turn in conversation["dialogues"]]
+        assert (scene.scenario, scene.topic) == (conversation["scenario"], conversation["topic"])
+        assert scene.plot_summary == plot["summary"]
+        assert scene.motivations == {k["name"]: k["motivation"] for k in conversation["key_characters"]}
+        counts = [Counter(turn["character"] for turn in scene.dialogues)[name] for name in scene.speaking_characters]
+        assert counts == sorted(counts, reverse=True) and sum(counts) == len(scene.dialogues)
+        profiled = [n for n in scene.speaking_characters if raw["character_datasets"].get(n, {}).get("profile")]
+        assert scene.major_characters == profiled
+        assert all(scene.profiles[n] == raw["character_datasets"][n]["profile"] for n in profiled)
+
+
+def test_the_test_file_is_read_whole(shared):
+    """All 100 scenes: same messages, same order of speakers, same profiles; 238 motivations found under `thought`."""
+    file, report = shared / "coser" / "test" / "id.json", Counter()
+    raw, scenes = json.loads(file.read_text("utf-8")), load_scenes(file, report)
+    assert len(scenes) == 100 and +report == {"repaired: `thought` read as `motivation`": 238}
+    for scene, item in zip(scenes, raw, strict=True):
+        assert (scene.book, scene.i_p, scene.i_c, scene.tag) == (item["book"], item["i_p"], item["i_c"], "id")
+        assert scene.dialogues == item["dialogues"]
+        assert scene.speaking_characters == item["speaking_characters_w_env"]
+        assert scene.profiles == {name: text for name, text in item["character_profiles"].items() if text}
+        assert scene.motivations == {k["name"]: k["thought"] for k in item["key_characters"]}
+        assert (scene.scenario, scene.plot_summary) == (item["scenario"], item["plot"]["summary"])
+
+
+def test_major_characters_are_those_the_test_file_names(shared):
+    """`major_characters` of the test file is kept, also for those of them whose profile is empty."""
+    file = shared / "coser" / "test" / "id.json"
+    named = [item["major_characters"] for item in json.loads(file.read_text("utf-8"))]
+    wrong = [(s.key, s.major_characters, n) for s, n in zip(load_scenes(file), named, strict=True) if s.major_characters != n]
+    assert not wrong, f"{len(wrong)} of {len(named)} scenes, the first: {wrong[0]}"
+
+
+def test_a_directory_is_all_its_books(shared):
+    """A directory reads as its files in order of name."""
+    both = [scene for name in BOOKS for scene in load_scenes(shared / "coser" / "books" / f"{name}.json")]
+    assert load_scenes(shared / "coser" / "books") == both
+
+
+def test_our_own_form_comes_back_as_it_was(stage, read):
+    """Scenes written by `to_dict`, as transcripts keep them, are read back equal."""
+    scenes = list(stage.values())
+    assert read([scene.to_dict() for scene in scenes]) == (scenes, Counter())
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        ({"name": "A", "message": "m"}, "m"),
+        ({"character": "A", "thought": "m"}, "m"),
+        ({"character": "A", "description": "m"}, "m"),
+        ({"character": "A", "dialogues": "m"}, "m"),
+        ({"character": "A", "[I wait] (sits)": "m"}, "[I wait] (sits) m"),
+        ({"character": "A", "message": None, "thought": "m"}, "m"),
+        ({"character": "A", "message": ""}, None),
+        ({"character": "A", "message": " \n"}, None),
+        ({"character": "A", "message": ["m"]}, None),
+        ({"character": "", "message": "m"}, None),
+        ({"character": ["A"], "message": "m"}, None),
+        ({"message": "m"}, None),
+        ({}, None),
+        ("A: m", None),
+        (None, None),
+    ],
+)
+def test_a_messy_message_is_repaired_or_dropped_and_counted(read, turn, expected):
+    """One odd message among good ones: what it says is kept or it goes, and the report has exactly one line on it."""
+    (scene,), report = read(book(HI, turn, HO))
+    assert scene.dialogues == [HI, *([{"character": "A", "message": expected}] if expected else []), HO]
+    assert sum(report.values()) == 1 and next(iter(report)).startswith("repaired: " if expected else "dropped: ")
+
+
+def test_both_repairs_of_one_message_are_counted(read):
+    """`name` for `character` and `thought` for `message` in the same message: two repairs."""
+    (scene,), report = read(book(HO, {"name": "A", "thought": "m"}))
+    assert scene.dialogues[1] == {"character": "A", "message": "m"} and sum(report.values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("key_character", "repairs"),
+    [
+        ({"name": "A", "motivation": "m"}, 0),
+        ({"name": "A", "thought": "m"}, 1),
+        ({"character": "A", "motivation": "m"}, 1),
+        ({"character": "A", "thought": "m"}, 2),
+    ],
+)
+def test_a_messy_motivation_is_repaired_and_counted(read, key_character, repairs):
+    """`thought` for `motivation` and `character` for `name`: the motivation reaches its owner, each repair is counted."""
+    (scene,), report = read(book(key_characters=[key_character, "B", None]))
+    assert scene.motivations == {"A": "m"}
+    assert sum(count for what, count in report.items() if what.startswith("repaired: ")) == repairs
+
+
+@pytest.mark.parametrize("key", ["name", "character"])
+def test_a_silent_key_characters_profile_is_kept(read, key):
+    """One who is named by the plot but does not speak keeps the profile, under either name of the key."""
+    data = book() | {"character_datasets": {"C": {"profile": "p"}, "D": {"profile": "q"}}}
+    data["plots"][0]["key_characters"] = [{key: "C"}]
+    assert read(data)[0][0].profiles == {"C": "p"}
+
+
+@pytest.mark.parametrize(
+    "plot",
+    [
+        {"text": "no conversation"},
+        {"conversation": None},
+        {"conversation": []},
+        {"conversation": {"dialogues": [HI]}},
+        {"conversation": ["A: m"]},
+        {"conversation": [{"scenario": "nobody speaks"}]},
+        {"conversation": [{"dialogues": []}]},
+        {"conversation": [{"dialogues": "A: m"}]},
+    ],
+)
+def test_a_plot_without_a_conversation_is_dropped_and_counted(read, plot):
+    """It gives no scene and one line of the report; the plots around it keep their numbers."""
+    good = book()["plots"][0]
+    scenes, report = read({"plots": [good, plot, good]})
+    assert [scene.i_p for scene in scenes] == [0, 2]
+    assert sum(report.values()) == 1 and next(iter(report)).startswith("dropped: ")
+
+
+def test_a_plot_that_is_no_object_moves_no_other_across_the_split(read):
+    """Plots keep the file's numbers, so the held-out ones stay held out whatever is dropped before them."""
+    good = book()["plots"][0]
+    scenes, report = read({"plots": ["odd", good, good], "split_plot_index": 2})
+    assert sum(report.values()) == 1
+    assert [(scene.i_p, scene.tag) for scene in scenes] == [(1, "train"), (2, "id")]
+
+
+@pytest.mark.parametrize("number", [1, 5, 10, 19, 30])
+def test_without_a_split_the_last_tenth_is_held_out(read, number):
+    """A book that does not say where to split holds out what lies behind 90% of its plots."""
+    scenes, _ = read({"plots": book()["plots"] * number})
+    assert [scene.tag for scene in scenes] == ["train"] * (number * 9 // 10) + ["id"] * (number - number * 9 // 10)
+
+
+def test_titles_that_differ_in_quotes_alone_are_one_book(read):
+    """Curly and straight quotes make two titles look alike: they are read as the same book, and that is counted."""
+    (straight,), none = read({"title": 'Howl\'s "Castle"', **book()})
+    (curly,), one = read({"title": "Howl’s “Castle”", **book()})
+    assert straight.key == curly.key
+    assert (sum(none.values()), sum(one.values())) == (0, 1)
+
+
+def test_half_a_character_does_not_reach_the_tokenizer(read, stage_tokenizer):
+    """JSON may escape half of a surrogate pair: it is mended or refused, and what is read can be encoded."""
+    try:
+        (scene,), _ = read(book({"character": "A", "message": "hi \ud83d there"}, HO))
+    except UsageError:
+        return
+    for chat in scene_to_chats(scene):
+        stage_tokenizer.render(chat.messages)
+
+
+OWN = Scene("b", 0, 0, "id", "s", "t", "p", [HI, HO], profiles={"A": "p"}, motivations={"A": "m"}).to_dict()
+TEST_SCENE = {
+    **{"book": "b", "i_p": 1, "i_c": 2, "tag": "id", "scenario": "s", "topic": "t"},
+    **{"plot": {"summary": "p", "key_characters": [{"name": "C"}]}, "dialogues": [HI, HO]},
+    **{"key_characters": [{"name": "A", "thought": "m"}], "character_profiles": {"A": "p", "C": "q"}},
+    **{"speaking_characters_w_env": ["A", "B"], "major_characters": ["A"]},
+}
+BOOK = {
+    "title": "b",
+    "plots": [{"summary": "p", "key_characters": [{"name": "A"}], **book(scenario="s", topic="t")["plots"][0]}],
+    "character_datasets": {"A": {"profile": "p"}},
+    "split_plot_index": 1,
+}
+
+
+def nodes(value, path=()):
+    yield path
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from nodes(child, (*path, key))
+
+
+@pytest.mark.parametrize("form", [BOOK, [TEST_SCENE], [OWN]], ids=["book", "test file", "own form"])
+def test_any_value_anywhere_is_read_or_refused(form, tmp_path):
+    """Each node of a good file replaced by each kind of JSON value: chats can be made of what is read, or UsageError."""
+    file, broken = tmp_path / "odd.json", []
+    for path in nodes(form):
+        for odd in (None, True, 5, -1.5, "", "x", [], ["x"], [None], [["x"]], {}, {"x": 1}):
+            data = {"file": copy.deepcopy(form)}
+            place = data
+            for key in ("file", *path)[:-1]:
+                place = place[key]
+            place[("file", *path)[-1]] = odd
+            file.write_text(json.dumps(data["file"]))
+            try:
+                for scene in load_scenes(file):
+                    scene_to_chats(scene, next_speaker_share=1)
+            except UsageError:
+                pass
+            except Exception as error:  # whatever else comes out of it is the finding
+                broken.append((path, odd, repr(error)))
+    assert not broken, f"{len(broken)} of them, the first: {broken[:3]}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b" \n",
+        b"{",
+        b"once upon a time",
+        b"\xff\xfe{}",
+        b'{"plots": "caf\xe9"}',
+        b"5",
+        b'"plots"',
+        b"null",
+        b"{}",
+        b'{"plots": {}}',
+        b'{"plots": []}',
+        b"[]",
+        b'["a", null]',
+        b'{"plots": [{"conversation": []}]}',
+        b'[{"plot_summary": "", "speaking_characters": []}]',
+        b"[" * 200_000,
+    ],
+    ids=lambda content: repr(content)[:40],
+)
+def test_a_file_that_cannot_be_read_is_a_usage_error(script, tmp_path, content):
+    """Missing, empty, not JSON, not UTF-8, of the wrong kind, nothing usable: one line that names the file, exit code 2."""
+    file, out = tmp_path / "book.json", tmp_path / "tokenizer.model"
+    if content is not None:
+        file.write_bytes(content)
+    assert str(file) in usage_error(script("tokenizer", "train", "--data", file, "--out", out))
+    assert not out.exists()
+
+
+def test_a_directory_without_books_is_a_usage_error(script, tmp_path):
+    """The line names the directory."""
+    (tmp_path / "notes.txt").write_text("{}")
+    assert str(tmp_path) in usage_error(script("tokenizer", "train", "--data", tmp_path, "--out", tmp_path / "x"))
+
+
+# ---- what each character perceives --------------------------------------------------------------------------------------
+
+
+def release_rows(shared):
+    """Rows of the release without their system prompts: lists of (role, text)."""
+    rows = json.loads((shared / "coser" / "sft_sharegpt.json").read_text("utf-8"))
+    roles = {"human": "user", "assistant": "assistant"}
+    return [[(roles[t["from"]], t["value"]) for t in row["conversations"] if t["from"] != "system"] for row in rows]
+
+
+def test_perspective_equals_the_release(shared, plays):
+    """All 420 rows of characters and Environment, up to their last assistant turn, are ours, with and without thoughts."""
+
+    def up_to_last_own(turns):
+        return tuple(turns[: max(i for i, (role, _) in enumerate(turns) if role == "assistant") + 1])
+
+    theirs = [row for row in release_rows(shared) if row[-1][1] != END_CHAT]
+    assert len(theirs) == 420
+    ours = Counter()
+    for scene in (scene for scene in plays if scene.tag == "train"):
+        for character in scene.speaking_characters:
+            for thoughts in (True, False):
+                turns = perspective(scene.dialogues, character, thoughts)
+                ours[up_to_last_own([(turn["role"], turn["content"]) for turn in turns])] += 2
+    assert ours == Counter(map(up_to_last_own, theirs))
+
+
+def test_next_speaker_perspective_equals_the_release(shared, plays):
+    """All 14 next-speaker rows are ours, once their shown thoughts are gone; `random` stands only for a minor speaker."""
+    rows = [row for row in release_rows(shared) if row[-1] == ("assistant", END_CHAT)]
+    assert len(rows) == 14
+    for row in rows:
+        shown = [re.sub(r"\[[^\]]*\]", "", text).split(": ", 1) for role, text in row if role == "user"]
+        shown = [": ".join(part.strip() for part in parts) for parts in shown]
+        names = [text for role, text in row if role == "assistant"]
+        matches = []
+        for scene in plays:
+            turns = next_speaker_perspective(scene.dialogues)
+            if [turn["content"].strip() for turn in turns if turn["role"] == "user"] == shown:
+                matches.append((scene, [turn["content"] for turn in turns if turn["role"] == "assistant"] + [END_CHAT]))
+                assert [turn["role"] for turn in turns] == [role for role, _ in row[:-1]]
+        assert len(matches) == 1, row
+        scene, ours = matches[0]
+        for theirs, name in zip(names, ours, strict=True):
+            assert theirs == name or (theirs == "random" and name not in scene.major_characters and name != "Environment")
+
+
+@pytest.mark.parametrize(
+    ("message", "visible"),
+    [
+        ("plain", "plain"),
+        ("[a] b [c]", "b"),
+        ("b (does [c]) d", "b (does ) d"),
+        ("[a [b] c] d", "d"),
+        ("x [a\n\nb]\n y", "x\ny"),
+        ("x\n\n\n  y  ", "x\ny"),
+        ("x [a", "x"),
+        ("x [a [b] c", "x"),
+        ("x [a\ny] z [b\nw", "x  z"),
+        ("[a]", ""),
+        ("", ""),
+    ],
+)
+def test_thoughts_are_removed(message, visible):
+    """Nested and over several lines, whole; an unclosed one hides all that follows; lines stripped, blank ones gone."""
+    assert remove_thoughts(message) == visible
+
+
+@given(st.text("[[]] \nab(", max_size=30))
+def test_thought_removal_equals_innermost_first(message):
+    """The same as taking out innermost pairs until none is left, then all from the first `[` on, then tidying lines."""
+    plain, before = message, None
+    while plain != before:
+        plain, before = re.sub(r"\[[^\[\]]*\]", "", plain), plain
+    plain = "\n".join(line.strip() for line in plain.split("[")[0].split("\n"))
+    assert remove_thoughts(message) == re.sub(r"\n+", "\n", plain).strip()
+
+
+THINKS = {"P": "αβγ", "Q": "жзи", "R": "אבג", "Environment": "ɐɔə"}  # what each one thinks in; they speak in digits
+
+
+@st.composite
+def dialogues(draw):
+    """Messages of digits, brackets and lines to be seen, and of thoughts, nested and unclosed too, to be hidden."""
+    turns = []
+    for name in draw(st.lists(st.sampled_from(list(THINKS)), min_size=1, max_size=8)):
+        letters = st.text(THINKS[name] + " \n", max_size=4)
+        nested = st.recursive(letters, lambda inside, t=letters: st.builds("{}[{}]{}".format, t, inside, t), max_leaves=3)
+        thought = st.builds("[{}]".format, nested)
+        parts = draw(st.lists(st.text("0123 ().\n", max_size=6) | thought, max_size=5))
+        unclosed = draw(st.just("") | st.builds("[{}".format, nested))
+        turns.append({"character": name, "message": "".join(parts) + unclosed})
+    return turns
+
+
+@settings(max_examples=150, deadline=None)
+@given(dialogues(), st.integers(0, 5), st.booleans())
+def test_no_thought_of_another_reaches_any_chat(turns, epoch, thoughts):
+    """Not one letter of another's thoughts is in any chat; one's own are in one's own turns alone, and only if drawn."""
+    profiles = {"P": "one", "Q": "two"}
+    scene = Scene("book", 0, 0, "train", "where", "what", "how", turns, profiles=profiles, motivations={"Q": "why"})
+    for chat in scene_to_chats(scene, epoch, thoughts=thoughts, next_speaker_share=1):
+        for message in chat.messages:
+            for name, letters in THINKS.items():
+                own = name == chat.character and message["role"] == "assistant" and chat.options["thoughts"]
+                assert own or not set(letters) & set(message["content"]), (chat.character, message)
+        assert thoughts or not chat.options.get("thoughts")
+
+
+@settings(max_examples=100, deadline=None)
+@given(dialogues(), st.sampled_from(list(THINKS)))
+def test_nothing_else_is_lost(turns, character):
+    """All that is visible is in the perspective of each, in order, and of the own messages every letter of thought."""
+    seen = "".join(turn["content"] for turn in perspective(turns, character))
+    letters = THINKS[character]
+    kept = [m if (m := turn["message"]) and turn["character"] == character else m.translate(OTHERS) for turn in turns]
+    assert re.sub(f"[^0-9(){letters}]", "", seen) == re.sub(f"[^0-9(){letters}]", "", "".join(kept))
+    shown = "".join(turn["content"] for turn in next_speaker_perspective(turns))
+    assert re.sub("[^0-9()]", "", shown) == re.sub("[^0-9()]", "", "".join(turn["message"] for turn in turns))
+
+
+OTHERS = {ord(letter): None for letters in THINKS.values() for letter in letters}
+
+
+def test_own_and_others_messages_are_merged_into_turns():
+    """Others' messages share a user turn, each with its name; a second own message joins the first without the name."""
+    dialogue = [(n, m) for n, m in zip("BCAAB", ("[x] one", "two", "[y] three", "four", "five"), strict=True)]
+    turns = perspective([{"character": n, "message": m} for n, m in dialogue], "A")
+    assert turns == [
+        {"role": "user", "content": START + "B: one\n\nC: two\n\n"},
+        {"role": "assistant", "content": "A: [y] three\n\nfour\n\n"},
+        {"role": "user", "content": "B: five\n\n"},
+    ]
+
+
+# ---- training chats -----------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_ends_with_what_is_learnt(plays, stage):
+    """System first, then user and assistant by turns from the start of the conversation on, an assistant turn at the end."""
+    for scene in [*plays, *stage.values()]:
+        for epoch in range(3):
+            for chat in scene_to_chats(scene, epoch, next_speaker_share=1):
+                roles = [message["role"] for message in chat.messages]
+                assert roles == ["system"] + ["user", "assistant"] * (len(roles) // 2) and len(roles) >= 3
+                assert chat.messages[1]["content"].startswith(START)
+
+
+def test_a_scene_gives_one_chat_for_each_who_speaks(plays, stage):
+    """One for each speaker, of the right kind, and one for the next speaker where its share says so."""
+    for scene in [*plays, *stage.values()]:
+        chats = [(chat.character, chat.kind) for chat in scene_to_chats(scene, next_speaker_share=1)]
+        kinds = {"Environment": "environment"}
+        assert chats == [(n, kinds.get(n, "character")) for n in scene.speaking_characters] + [("NSP", "next_speaker")]
+        assert len(scene_to_chats(scene, next_speaker_share=0)) == len(chats) - 1
+
+
+def test_one_with_nothing_to_say_gives_no_chat():
+    """Where thoughts are removed, one who only thinks has no chat; one who says something once has."""
+    turns = [("A", "hi"), ("B", "[mm]"), ("C", "[mm]"), ("B", "[never\n closed"), ("C", "yes")]
+    scene = Scene("b", 0, 0, "train", "", "", "", [{"character": n, "message": m} for n, m in turns])
+    assert {chat.character for chat in scene_to_chats(scene, thoughts=False, next_speaker_share=0)} == {"A", "C"}
+    drawn = [(c.character, c.options["thoughts"]) for e in range(40) for c in scene_to_chats(scene, e, next_speaker_share=0)]
+    assert ("B", True) in drawn and ("B", False) not in drawn and ("C", False) in drawn
+
+
+def test_the_same_seed_is_the_same_draw(stage):
+    """Chats depend on seed and epoch alone: not on the process, its hash seed, or the state of `random`."""
+    scene = stage["ward-c/1"]
+    random.seed(1)
+    ours = [chat.__dict__ for chat in scene_to_chats(scene, 2, 7)]
+    random.seed(2)
+    assert ours == [chat.__dict__ for chat in scene_to_chats(scene, 2, 7)]
+    assert ours != [chat.__dict__ for chat in scene_to_chats(scene, 3, 7)]
+    assert ours != [chat.__dict__ for chat in scene_to_chats(scene, 2, 8)]
+    code = (
+        "import json; from data.scenes import load_stage; from data.chats import scene_to_chats;"
+        "print(json.dumps([c.__dict__ for c in scene_to_chats(load_stage()['ward-c/1'], 2, 7)]))"
+    )
+    for hash_seed in "12":
+        env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
+        there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert json.loads(there.stdout) == json.loads(json.dumps(ours))
+
+
+def test_adding_a_scene_changes_no_other_chat(stage, read):
+    """A book with one more plot, and more books before it, give the same chats for the scenes that were there."""
+    plot = book(scenario="s")["plots"][0]
+    short, _ = read({"title": "b", "plots": [plot] * 10, "split_plot_index": 9})
+    other = list(stage.values())[:3]
+    long, _ = read({"title": "b", "plots": [plot] * 11, "split_plot_index": 9})
+    alone = {scene.key: scene_to_chats(scene, 1) for scene in short}
+    among = {scene.key: scene_to_chats(scene, 1) for scene in [*other, *long]}
+    assert all(among[key] == chats for key, chats in alone.items()) and len(among) == 14
+
+
+def test_options_are_drawn_in_the_published_shares(stage):
+    """Over many epochs: styles 40/30/20/10, each of 20 openers 5%, plot summary, motivation, others and thoughts 50%."""
+    drawn = [chat.options for e in range(500) for chat in scene_to_chats(stage["ward-c/1"], e, next_speaker_share=0)]
+    expected = {("style", s): p for s, p in {"natural": 0.4, "=": 0.3, "#": 0.2, "*": 0.1}.items()}
+    expected |= {("opener", i): 0.05 for i in range(20)}
+    expected |= {(name, True): 0.5 for name in ("plot_summary", "motivation", "others", "thoughts")}
+    for (name, value), share in expected.items():
+        found = sum(options[name] == value for options in drawn) / len(drawn)
+        assert abs(found - share) < 4.5 * math.sqrt(share * (1 - share) / len(drawn)), (name, value, found)
+    assert {options["opener"] for options in drawn} == set(range(20))
+    assert len({json.dumps(options) for options in drawn}) > 0.4 * len(drawn)  # they are drawn apart from each other
+
+
+def test_next_speaker_chats_are_kept_and_random_in_the_published_shares():
+    """One in ten is kept; the minor speaker is `random` a quarter of the time, others never; thoughts are not shown."""
+    turns = [{"character": name, "message": f"[hush] {name} speaks"} for name in ("P", "Environment", "minor", "Q")]
+    scene = Scene("b", 0, 0, "train", "s", "", "", turns, profiles={"P": "p", "Q": "q"})
+    epochs = 4000
+    kept = sum(chat.kind == "next_speaker" for e in range(epochs) for chat in scene_to_chats(scene, e))
+    assert abs(kept / epochs - 0.1) < 4.5 * math.sqrt(0.09 / epochs)
+    said = Counter()
+    for seed in range(epochs):
+        chat = next_speaker_chat(scene, random.Random(seed))
+        assert "hush" not in str(chat.messages)
+        said[tuple(m["content"] for m in chat.messages if m["role"] == "assistant")] += 1
+    assert said.keys() == {("P", "Environment", third, "Q", END_CHAT) for third in ("minor", "random")}
+    share = said["P", "Environment", "random", "Q", END_CHAT] / epochs
+    assert abs(share - 0.25) < 4.5 * math.sqrt(0.1875 / epochs)
+
+
+def test_a_prompt_holds_what_was_drawn_and_nothing_more(plays, stage):
+    """Own profile and scenario always; plot summary, own motivation and others' profiles as drawn; another's motivation
+    never, that of the first key character included."""
+    for scene in [*plays, *stage.values()]:
+        for epoch in range(4):
+            for chat in scene_to_chats(scene, epoch, next_speaker_share=0):
+                prompt, options, name = chat.messages[0]["content"], chat.options, chat.character
+                assert scene.book in prompt and scene.scenario in prompt
+                if chat.kind == "environment":
+                    assert not any(text in prompt for text in [*scene.motivations.values(), scene.plot_summary])
+                    continue
+                assert name in prompt and (name not in scene.profiles or prompt.count(scene.profiles[name]) == 1)
+                assert (scene.plot_summary in prompt) == options["plot_summary"]
+                for who, text in scene.motivations.items():
+                    assert (text in prompt) == (who == name and options["motivation"]), (scene.key, name, who)
+                for who in set(scene.major_characters) - {name}:
+                    assert (scene.profiles[who] in prompt) == options["others"]
+                assert ("[square brackets]" in prompt) == options["thoughts"]
+
+
+def test_experience_stays_out_of_every_prompt(shared):
+    """What a character goes through in the plot gives the outcome away: no chat of the plays holds it."""
+    for name in BOOKS:
+        file = shared / "coser" / "books" / f"{name}.json"
+        plots = json.loads(file.read_text("utf-8"))["plots"]
+        for scene in load_book(file):
+            told = [k["experience"] for k in plots[scene.i_p]["key_characters"] if k["experience"]]
+            text = "".join(chat.messages[0]["content"] for e in range(3) for chat in scene_to_chats(scene, e))
+            assert told and not any(experience in text for experience in told)
+
+
+@pytest.mark.parametrize("odd", ["{character}", "{0} {}", "{{x}}", "{", "%s %(x)d 100%", "$name \\1 {book!r:>{x}}"])
+def test_braces_and_percent_signs_survive_templates(odd):
+    """Whatever stands in names, title, scenario, profiles and the rest stands in the prompts, in every style."""
+    name, book_, where, how, own, other, why = (f"{odd} {i}" for i in range(7))
+    turns = [{"character": n, "message": f"{odd} said"} for n in (name, "B", "Environment")]
+    profiles, motivations = {name: own, "B": other}, {name: why}
+    scene = Scene(book_, 0, 0, "train", where, "", how, turns, profiles=profiles, motivations=motivations)
+    for style in prompts.STYLES:
+        for opener in range(len(prompts.OPENERS)):
+            options = {name: True for name in draw_options(random.Random(0))} | {"opener": opener, "style": style}
+            prompt = prompts.actor(scene, name, options, concise=True)
+            assert all(text in prompt for text in (name, book_, where, how, own, other, why)), prompt
+    for prompt in (prompts.environment(scene), prompts.next_speaker(scene)):
+        assert all(text in prompt for text in (name, book_, where)), prompt
+    assert all(f"{odd} said" in str(turn["content"]) for turn in perspective(turns, name)[1:])
+
+
+# ---- packing ------------------------------------------------------------------------------------------------------------
+
+
+def documents_of(row):
+    """(ids, targets) of each document of a row, cut where positions restart at 0; padding is a document of zeros."""
+    starts = [*(row["positions"] == 0).nonzero()[:, 0].tolist(), len(row["positions"])]
+    documents = []
+    for start, end in zip(starts, starts[1:], strict=False):
+        assert row["positions"][start:end].tolist() == list(range(end - start))
+        ids, targets = row["tokens"][start:end].tolist(), row["targets"][start:end].tolist()
+        if any(ids):
+            documents.append((tuple(ids), tuple(targets)))
+        else:
+            assert end == len(row["tokens"]) and set(targets) == {IGNORE}
+    return documents
+
+
+def learnt(ids, mask):
+    """A document with the targets it should have: at each place the next token of the same document, if that is own."""
+    following = [(ids[i + 1], mask[i + 1]) if i + 1 < len(ids) else (0, False) for i in range(len(ids))]
+    return tuple(ids), tuple(token if own else -100 for token, own in following)
+
+
+@st.composite
+def rendered(draw, longest):
+    """Documents (ids, mask) whose tokens are all different from each other."""
+    masks = draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=longest), min_size=1, max_size=30))
+    starts = [1 + sum(map(len, masks[:i])) for i in range(len(masks))]
+    return [(list(range(start, start + len(mask))), mask) for start, mask in zip(starts, masks, strict=True)]
+
+
+@settings(deadline=None)
+@given(rendered(12), st.integers(12, 40), st.integers(0, 3))
+def test_every_document_is_packed_once_and_by_itself(documents, seq_len, seed):
+    """Each document stands whole in one row; its positions run from 0; its targets are its own next tokens, as masked."""
+    rows = pack(documents, seq_len, seed)
+    for row in rows:
+        assert all(row[key].shape == (seq_len,) and row[key].dtype == torch.int64 for key in ("tokens", "targets", "positions"))
+        assert row["positions"][0] == 0 and row["tokens"].any()
+    assert Counter(d for row in rows for d in documents_of(row)) == Counter(learnt(*document) for document in documents)
+
+
+@settings(deadline=None)
+@given(rendered(40), st.integers(1, 15))
+def test_long_documents_are_split_and_counted(documents, seq_len):
+    """Long ones are cut every seq_len tokens and counted; a piece that holds a target is kept, whatever else is not; of
+    all that is under loss, only the first token of a later piece is no target any more."""
+    pieces, cut = split_long(documents, seq_len)
+    assert cut == sum(len(ids) > seq_len for ids, _ in documents)
+    expected = []
+    for ids, mask in documents:
+        parts = [(ids[i : i + seq_len], mask[i : i + seq_len]) for i in range(0, len(ids), seq_len)]
+        expected += [part for part in parts if len(parts) == 1 or set(learnt(*part)[1]) != {IGNORE}]
+    assert pieces == expected
+    found = {t for row in pack(pieces, seq_len) for t in row["targets"].tolist()} - {IGNORE}
+    own = [(t, i % seq_len) for ids, mask in documents for i, t in enumerate(ids) if mask[i]]
+    assert found == {t for t, place in own if place}
+
+
+def test_a_document_longer_than_a_row_is_refused():
+    """`pack` splits nothing: it says so."""
+    with pytest.raises(ValueError, match="9 tokens in rows of 8"):
+        pack([([1] * 9, [True] * 9)], 8)
+
+
+def test_packing_follows_its_seed():
+    """The same seed gives the same rows; another one the same documents in another order, between rows and within."""
+    rng = random.Random(5)
+    documents = [([i + 1] * rng.randrange(1, 30), [True] * 30) for i in range(60)]
+    documents = [(ids, mask[: len(ids)]) for ids, mask in documents]
+    one, same, other = (pack(documents, 64, seed) for seed in ("1|0", "1|0", "1|1"))
+    assert all(torch.equal(a[key], b[key]) for a, b in zip(one, same, strict=True) for key in a)
+    orders = [[[ids[0] for ids, _ in documents_of(row)] for row in rows] for rows in (one, other)]
+    assert orders[0] != orders[1]
+    assert sorted(map(sorted, orders[0])) == sorted(map(sorted, orders[1]))
+    assert sorted(orders[0]) != sorted(orders[1])  # another order within rows
+    assert list(map(sorted, orders[0])) != list(map(sorted, orders[1]))  # and between them
+
+
+def test_rows_of_the_plays_are_full(shared, plays):
+    """LLaMA-3 tokens of King Lear and Othello in rows of 8,192: every row but the emptiest is 98% useful on average, at most
+    one row more than the least possible, every epoch; eight epochs together are 98% useful. (One epoch fills about 20 rows,
+    so its last, partly filled row alone can cost up to 5%: an epoch by itself is 94% to 99% useful.)"""
+    llama, seq_len, everything = tokenizer.load_tokenizer(shared / "tokenizers" / "llama3"), 8192, []
+    for epoch in range(8):
+        documents = [
+            llama.render(chat.messages) for scene in plays if scene.tag == "train" for chat in scene_to_chats(scene, epoch)
+        ]
+        assert split_long(documents, seq_len) == (documents, 0)
+        used = sorted(sum(len(ids) for ids, _ in documents_of(row)) for row in pack(documents, seq_len, epoch))
+        total = sum(len(ids) for ids, _ in documents)
+        assert sum(used) == total
+        assert sum(used[1:]) >= 0.98 * seq_len * (len(used) - 1), (epoch, used)
+        assert len(used) <= -(-total // seq_len) + 1
+        everything += documents
+    assert sum(len(ids) for ids, _ in everything) >= 0.98 * seq_len * len(pack(everything, seq_len))

@@ -1,0 +1,553 @@
+"""The engine: greedy as in transformers, the same alone or in any company, draws that follow their distribution; the script."""
+
+import copy
+import io
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, random_config, random_model, usage_error
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.utils import logging
+
+import checkpoint
+import tokenizer as tokenizer_module
+from cli import UsageError, plain
+from data import prompts
+from data.chats import perspective, system_prompt
+from generate import Engine, SamplingParams, find_character, load_engine
+from model import RopeScaling
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+
+
+def greedy(max_tokens, **kwargs):
+    return SamplingParams(temperature=0, max_tokens=max_tokens, **kwargs)
+
+
+def alone(model, prompt, params, **kwargs):
+    """The completion of one prompt by an engine that has seen nothing else."""
+    return Engine(model, **kwargs).generate([prompt], params)[0]
+
+
+def random_prompts(model, seed, lengths):
+    rng = random.Random(seed)
+    return [[rng.randrange(model.config.vocab_size) for _ in range(n)] for n in lengths]
+
+
+def parrot(ids, vocab_size, size=64):
+    """A model that says ids (each only once among them) one after the other, greedily, once it is given the first."""
+    assert len(set(ids)) == len(ids)
+    config = random_config(0, vocab_size=vocab_size, num_hidden_layers=1, hidden_size=size, tie_word_embeddings=False)
+    model = checkpoint.build_model(config, "cpu", torch.float32).eval()
+    vectors = torch.randn(len(ids), size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(parameter.ndim == 1)  # norms 1, all else 0: a token's embedding goes straight to the head
+        model.model["embed_tokens"].weight[ids] = vectors
+        model.lm_head.weight[ids[1:]] = vectors[:-1]
+    return model
+
+
+@pytest.fixture(scope="module")
+def chatter(tiny_actor):
+    """The tiny actor's model and tokenizer, a prompt, and 60 tokens it says greedily."""
+    model, tokenizer = checkpoint.load_model(tiny_actor), tokenizer_module.load_tokenizer(tiny_actor)
+    prompt = tokenizer.encode("The ferry leaves at")
+    ids = alone(model, prompt, greedy(60)).ids
+    assert len(set(ids)) > 20
+    return model, tokenizer, prompt, ids
+
+
+@pytest.fixture(params=["stage", "llama3"])
+def any_tokenizer(request):
+    """The stage's tokenizer, then LLaMA 3's where the real data is at hand."""
+    if request.param == "stage":
+        return request.getfixturevalue("stage_tokenizer")
+    return tokenizer_module.load_tokenizer(request.getfixturevalue("shared") / "tokenizers" / "llama3")
+
+
+# ---- greedy, batches, the cache -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_equals_transformers(seed, tmp_path):
+    """64 greedy tokens are those of transformers' generate, with grouped heads and scaled rope among the configurations."""
+    model = random_model(
+        random_config(seed, rope_scaling=RopeScaling(original_max_position_embeddings=32) if seed & 1 else None)
+    )
+    checkpoint.save_model(model, tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    theirs.generation_config.eos_token_id = None
+    for prompt in random_prompts(model, seed, [1, 17]):
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0, len(prompt) :].tolist()
+        done = alone(model, prompt, greedy(64))
+        assert len(expected) == 64 and done.ids == expected
+        assert (done.finish_reason, done.prompt_tokens, done.cached_tokens, done.text) == ("length", len(prompt), 0, None)
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_batch": 1}, {"max_batch": 3, "max_step_tokens": 16}, {"max_step_tokens": 1}])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_ragged_batch_equals_each_alone(seed, limits):
+    """However many run at once and whatever they wait for, each prompt gets its own tokens, in the order given."""
+    model, rng = random_model(random_config(seed)), random.Random(seed)
+    batch = random_prompts(model, seed, [1, 40, 2, 23, 7, 7, 1, 60, 12])
+    params = [greedy(rng.randrange(1, 30)) for _ in batch]
+    engine = Engine(model, **limits)
+    done = engine.generate(batch, params)
+    assert [c.ids for c in done] == [alone(model, prompt, p).ids for prompt, p in zip(batch, params, strict=True)]
+    assert [len(c.ids) for c in done] == [p.max_tokens for p in params]
+    assert engine.stats["decoded"] == sum(p.max_tokens for p in params)
+    assert engine.stats["prefilled"] + engine.stats["reused"] == sum(map(len, batch))
+
+
+def test_limits_of_a_step_are_kept():
+    """No more sequences run at once than max_batch, and no more of prompts is taken in than fits, except one by itself."""
+    model = random_model(random_config(2))
+    batch = random_prompts(model, 0, [9, 9, 9, 40, 5, 9, 9, 9])
+    engine = Engine(model, max_batch=3, max_step_tokens=20)
+    sequences, taken, running = [engine.add(prompt, greedy(n + 2)) for n, prompt in enumerate(batch)], [], []
+    while any(s.finish_reason is None for s in sequences):
+        before = engine.stats["prefilled"], engine.stats["decoded"]
+        engine.step()
+        taken.append(engine.stats["prefilled"] - before[0])
+        running.append(engine.stats["decoded"] - before[1])
+    assert max(running) == 3 and taken[0] == 18 and sorted(taken)[-2:] == [18, 40]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_prefix_is_reused(seed):
+    """Prompts that begin like something the engine has run take over its cache: the same tokens, and `cached_tokens` counts."""
+    model = random_model(random_config(seed))
+    engine, (first, other) = Engine(model), random_prompts(model, seed, [30, 12])
+    said = engine.generate([first], greedy(20))[0].ids
+    history = [  # a prompt, and how much of it the cache holds: not the last token said, nor the last of a prompt
+        (first + said + other, 30 + 19),
+        (first + said + other, 30 + 20 + 11),
+        (first[:10] + other, 10),
+        ([(first[0] + 1) % model.config.vocab_size, *first], 0),
+        (first[:5], 4),
+    ]
+    for prompt, cached in history:
+        done = engine.generate([prompt], greedy(25))[0]
+        assert done.cached_tokens == cached and done.prompt_tokens == len(prompt)
+        assert done.ids == alone(model, prompt, greedy(25)).ids
+    assert engine.stats["reused"] == sum(cached for _, cached in history)
+    assert engine.stats["prefilled"] == 30 + sum(len(prompt) - cached for prompt, cached in history)
+
+
+def test_a_cache_serves_one_sequence_at_a_time():
+    """Of two prompts with the same beginning only one takes over the cache, and neither disturbs the other."""
+    model = random_model(random_config(2))
+    engine, (start, a, b) = Engine(model), random_prompts(model, 0, [20, 3, 4])
+    engine.generate([start], greedy(1))
+    done = engine.generate([start + a, start + b], greedy(20))
+    assert sorted(c.cached_tokens for c in done) == [0, 20]
+    assert [c.ids for c in done] == [alone(model, start + x, greedy(20)).ids for x in (a, b)]
+
+
+def test_the_cache_of_the_past_is_bounded():
+    """What idles beyond `idle_tokens` is dropped, oldest first."""
+    model = random_model(random_config(2))
+    batch = random_prompts(model, 0, [20, 20, 20])
+    engine = Engine(model, idle_tokens=50)
+    for prompt in batch:
+        engine.generate([prompt], greedy(1))
+    assert [c.cached_tokens for c in engine.generate(batch[2:1:-1] + batch[:1], greedy(1))] == [19, 0]
+    engine = Engine(model, idle_tokens=0)
+    assert [engine.generate(batch[:1], greedy(1))[0].cached_tokens for _ in range(2)] == [0, 0]
+
+
+def test_bf16_keeps_its_cache_in_bf16(tiny_actor):
+    """A bf16 model goes on from its cache with the same tokens as without, give or take a near tie."""
+    model = checkpoint.load_model(tiny_actor, dtype=torch.bfloat16)
+    engine = Engine(model)
+    ids = engine.generate([[5, 6, 7]], greedy(30))[0].ids
+    assert engine.idle[0].kv.dtype == torch.bfloat16
+    tokens = torch.tensor([[5, 6, 7, *ids[:-1]]])
+    with torch.no_grad():
+        logits = model(tokens)[0, 2:].float()
+    chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
+    assert (logits.max(-1).values - chosen).max() < 0.05 * logits.std()
+
+
+# ---- where a text ends --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [1, 10, 500])
+def test_the_context_is_a_limit_too(max_tokens):
+    """A text ends at max_tokens or where the context ends, whichever comes first."""
+    model = random_model(random_config(0, max_position_embeddings=50))
+    for length in (1, 45, 49):
+        done = alone(model, random_prompts(model, 0, [length])[0], greedy(max_tokens))
+        assert (len(done.ids), done.finish_reason) == (min(max_tokens, 50 - length), "length")
+
+
+def test_stop_ids_end_a_text(chatter):
+    """The text ends before the first of the tokenizer's stop ids, wherever it comes, as transformers ends it."""
+    model, tokenizer, prompt, ids = chatter
+    for at in (0, 7, 30):
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.stop_ids = [ids[at], tokenizer.vocab_size - 1]
+        end = ids.index(ids[at])
+        done = alone(model, prompt, greedy(60), tokenizer=tokenizer)
+        assert (done.ids, done.text, done.finish_reason) == (ids[:end], tokenizer.decode(ids[:end]), "stop")
+
+
+def test_stop_strings_end_a_text(chatter):
+    """The text ends before a stop string, also one that begins in one token and ends in another; the earliest counts."""
+    model, tokenizer, prompt, ids = chatter
+    whole, cuts = tokenizer.decode(ids), 0
+    for n in range(1, len(ids)):
+        border = len(tokenizer.decode(ids[:n]))
+        stop = whole[border - 2 : border + 2]
+        if len(stop) < 4 or "\ufffd" in stop:
+            continue
+        done = alone(model, prompt, greedy(60, stop=("not there", stop)), tokenizer=tokenizer)
+        assert (done.text, done.finish_reason) == (whole[: whole.find(stop)], "stop")
+        assert len(done.ids) <= n + 2
+        cuts += 1
+    assert cuts > 10
+    token = max(ids, key=lambda i: len(tokenizer.decode([i])))
+    early, late = tokenizer.decode([token])[:2], tokenizer.decode([token])[-2:]  # both come with the same token
+    assert whole.find(late) > whole.find(early)
+    assert alone(model, prompt, greedy(60, stop=(late, early)), tokenizer=tokenizer).text == whole[: whole.find(early)]
+
+
+def test_a_stop_string_is_part_of_neither_ids_nor_text(stage_tokenizer):
+    """Where the stop string is whole tokens, ids end before it like the text."""
+    ids = stage_tokenizer.encode("A ferry.\nHalt! Go")
+    model = parrot(ids, stage_tokenizer.vocab_size)
+    end = next(n for n in range(len(ids)) if stage_tokenizer.decode(ids[:n]).endswith("\n"))
+    done = alone(model, ids[:1], greedy(len(ids) - 1, stop=("Halt!",)), tokenizer=stage_tokenizer)
+    assert (done.text, done.finish_reason) == (stage_tokenizer.decode(ids[1:end]), "stop")
+    assert done.ids == ids[1:end]
+
+
+def test_what_a_stopped_prompt_leaves_can_be_taken_over(chatter):
+    """After a stop string the conversation goes on from the cache with the tokens a fresh engine gives."""
+    model, tokenizer, prompt, ids = chatter
+    whole = tokenizer.decode(ids)
+    engine = Engine(model, tokenizer)
+    done = engine.generate([prompt], greedy(60, stop=(whole[20:24],)))[0]
+    longer = prompt + tokenizer.encode(done.text + " and then")
+    again = engine.generate([longer], greedy(20))[0]
+    assert again.cached_tokens >= len(prompt) and again.ids == alone(model, longer, greedy(20)).ids
+
+
+# ---- streaming ----------------------------------------------------------------------------------------------------------
+
+
+def collect(stream):
+    """(pieces, completion) of a stream."""
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+def test_pieces_make_up_the_text(chatter):
+    """Pieces joined are the text generate gives, with the same completion at the end, stopped or not."""
+    model, tokenizer, prompt, ids = chatter
+    whole = tokenizer.decode(ids)
+    borders = [len(tokenizer.decode(ids[:n])) for n in range(5, 25, 2)]
+    torn = [(whole[at - 2 : at + 2],) for at in borders]  # stop strings that are half said before they are whole
+    for stop in ((), *torn, (whole[30:33], whole[50:58]), (whole[:1],), ("never said",)):
+        params = greedy(60, stop=stop)
+        pieces, done = collect(Engine(model, tokenizer).stream(prompt, params))
+        assert done == alone(model, prompt, params, tokenizer=tokenizer)
+        assert "".join(pieces) == done.text and "" not in pieces
+        assert len(pieces) > 3 or len(done.text) < 20
+
+
+def test_streams_never_tear_a_character(any_tokenizer):
+    """Characters that take several tokens come whole, each as soon as it is complete."""
+    text = "x\u65e5b\U0001f702c\u017ed"
+    first = any_tokenizer.encode("Z")[-1]
+    ids = [first, *any_tokenizer.encode(text), any_tokenizer.stop_ids[0]]
+    assert len(ids) - 2 > len(text)
+    model = parrot(ids, any_tokenizer.vocab_size)
+    pieces, done = collect(Engine(model, any_tokenizer).stream(ids[:1], greedy(100)))
+    assert (done.text, done.ids, done.finish_reason) == (text, ids[1:-1], "stop")
+    assert "".join(pieces) == text and len(pieces) > 4
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("after", ["", "ok"])
+def test_streams_of_broken_characters(any_tokenizer, after):
+    """A character that stays torn, in the middle or at the end, shows as U+FFFD in pieces and text alike."""
+    torn = any_tokenizer.encode("\U0001f702")[:-1]
+    first, *rest = any_tokenizer.encode("Z")[-1:] + torn + any_tokenizer.encode(after)
+    model = parrot([first, *rest], any_tokenizer.vocab_size)
+    pieces, done = collect(Engine(model, any_tokenizer).stream([first], greedy(len(rest))))
+    assert done.ids == rest and done.text == any_tokenizer.decode(rest)
+    assert "\ufffd" in done.text and "".join(pieces) == done.text
+
+
+def test_streams_side_by_side(chatter):
+    """Work on the same engine between two pieces takes nothing from a stream, though it may end in the meantime."""
+    model, tokenizer, prompt, _ = chatter
+    engine = Engine(model, tokenizer)
+    streams = [engine.stream(prompt, greedy(60)), engine.stream(prompt[1:], greedy(40))]
+    started = [next(stream) for stream in streams]
+    done = engine.generate([prompt[2:]], greedy(80))[0]
+    assert done.ids == alone(model, prompt[2:], greedy(80)).ids
+    for stream, piece, begin, n in zip(streams, started, (0, 1), (60, 40), strict=True):
+        pieces, completion = collect(stream)
+        assert completion.ids == alone(model, prompt[begin:], greedy(n)).ids
+        assert piece + "".join(pieces) == completion.text
+
+
+def test_a_stream_that_is_left_runs_no_further(chatter):
+    """When the reader leaves, its sequence stops costing steps, whether it was running or still in line."""
+    model, tokenizer, prompt, _ = chatter
+    engine = Engine(model, tokenizer, max_batch=1)
+    stream = engine.stream(prompt, greedy(60))
+    next(stream)
+    stream.close()
+    before = engine.stats["decoded"]
+    assert engine.generate([prompt], greedy(5))[0].ids == alone(model, prompt, greedy(5)).ids
+    assert engine.stats["decoded"] == before + 5
+
+
+# ---- sampling -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.5},
+        {"temperature": 2.0, "top_k": 7},
+        {"temperature": 1.5, "top_p": 0.8},
+        {"temperature": 3.0, "top_k": 20, "top_p": 0.6},
+    ],
+    ids=str,
+)
+def test_draws_follow_the_exact_distribution(settings):
+    """Frequencies over many seeds fit, by chi-square, the distribution transformers' own processors leave; nothing outside."""
+    draws = 3000
+    model = random_model(random_config(1, vocab_size=40, num_hidden_layers=1), seed=5)
+    params = [SamplingParams(max_tokens=1, seed=seed, **settings) for seed in range(draws)]
+    done = Engine(model, max_batch=draws, idle_tokens=0).generate([[3, 14, 15]] * draws, params)
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in done]), minlength=40).double()
+    warpers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
+    processors = LogitsProcessorList(warpers[name](value) for name, value in settings.items())
+    with torch.no_grad():
+        scores = processors(None, model(torch.tensor([[3, 14, 15]]))[:, -1])[0]
+    expected = draws * scores.double().softmax(-1)
+    assert (counts[expected == 0] == 0).all() and (counts[expected > 30] > 0).all()
+    rare = expected < 5  # counted as one
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    chi_square = ((counts - expected).square() / expected.clamp(min=1)).sum().item()
+    freedom = len(expected) - 1
+    assert freedom >= 3 and chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_a_seed_repeats_in_any_company():
+    """A seed fixes a text whatever runs beside it; other seeds, or none, give other texts."""
+    model = random_model(random_config(4))
+    batch = random_prompts(model, 0, [3, 30, 11, 1, 11])
+    params = [SamplingParams(temperature=1.2, top_k=50, top_p=0.95, max_tokens=30, seed=seed) for seed in range(5)]
+    together = [c.ids for c in Engine(model).generate(batch, params)]
+    assert together == [alone(model, prompt, p).ids for prompt, p in zip(batch, params, strict=True)]
+    assert together[::-1] == [c.ids for c in Engine(model, max_batch=2).generate(batch[::-1], params[::-1])]
+    unseeded = [SamplingParams(temperature=1.2, max_tokens=30, seed=seed) for seed in (1, 2, None, None)]
+    assert len({tuple(c.ids) for c in Engine(model).generate([batch[0]] * 4, unseeded)}) == 4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 1e-30}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 5, "top_k": 1}], ids=str
+)
+def test_extremes_of_sampling_are_greedy(settings):
+    """A vanishing temperature, one token to choose from, or a vanishing nucleus leave the likeliest token."""
+    model = random_model(random_config(4))
+    prompt = random_prompts(model, 1, [9])[0]
+    assert alone(model, prompt, SamplingParams(max_tokens=30, **settings)).ids == alone(model, prompt, greedy(30)).ids
+
+
+def test_only_tokens_of_the_tokenizer_are_chosen(stage_tokenizer):
+    """A model with more rows than the tokenizer has tokens (a padded vocabulary) never says one that cannot be read."""
+    model = random_model(random_config(0, vocab_size=4 * stage_tokenizer.vocab_size, hidden_size=24))
+    done = Engine(model, stage_tokenizer).generate([[5, 6], [7]], [greedy(20), SamplingParams(max_tokens=20, seed=0)])
+    assert all(max(c.ids) < stage_tokenizer.vocab_size for c in done)
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [([], "0 tokens"), ([1] * 256, "256 tokens"), ([1, -1], "-1"), ([1, 5000], "5000")],
+    ids=["empty", "too long", "negative", "unknown"],
+)
+def test_bad_prompts_are_refused(prompt, words):
+    """An empty, too long or impossible prompt is refused with its number, and leaves nothing behind in the engine."""
+    model = random_model(random_config(0))
+    engine = Engine(model)
+    with pytest.raises(UsageError, match=words):
+        engine.generate([[1, 2, 3], prompt], greedy(5))
+    assert engine.generate([[4, 5]], greedy(5))[0].ids == alone(model, [4, 5], greedy(5)).ids
+    assert engine.stats["prefilled"] == 2  # the good prompt beside the bad one was not run
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"max_tokens": 0}],
+    ids=str,
+)
+def test_impossible_settings_are_refused(settings):
+    """Settings that mean nothing are refused by name and value."""
+    (name, value), *_ = settings.items()
+    with pytest.raises(UsageError, match=f"{name}={value}"):
+        SamplingParams(**settings)
+
+
+# ---- the script ---------------------------------------------------------------------------------------------------------
+
+
+def expected_reply(engine, messages, max_tokens, opening=""):
+    ids, _ = engine.tokenizer.render(messages, add_generation_prompt=True)
+    return engine.generate([ids + engine.tokenizer.encode(opening)], greedy(max_tokens))[0].text
+
+
+def test_prompt(script, tiny_actor, stage_tokenizer):
+    """--prompt prints the prompt and what follows it, and repeats itself with a seed."""
+    prompt = "The ferry [at last] left now\n\nand (then)"
+    options = ["--model", tiny_actor, "--max-tokens", 30]
+    code, out, err = script("generate", "--prompt", prompt, "--temperature", 0, *options)
+    ids = [stage_tokenizer.bos_id, *stage_tokenizer.encode(prompt)]
+    text = alone(checkpoint.load_model(tiny_actor), ids, greedy(30), tokenizer=stage_tokenizer).text
+    assert (code, err) == (0, "") and out == prompt + plain(text) + "\n"
+    seeded = [script("generate", "--prompt", "x", "--seed", seed, *options) for seed in (1, 1, 2)]
+    assert seeded[0] == seeded[1] != seeded[2]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "printed"),
+    [
+        ("[bold]now[/] [link=x]", "[bold]now[/] [link=x]"),
+        ("I :heart: it: (c) ->", "I :heart: it: (c) ->"),
+        ("a\tb", "a\tb"),
+        (" one " * 40, " one " * 40),
+        ("red \x1b[31m, \x07\rback", "red \ufffd[31m, \ufffd\ufffdback"),
+    ],
+    ids=["markup", "emoji", "tab", "long", "controls"],
+)
+def test_text_is_printed_as_it_is(prompt, printed, script, tiny_actor):
+    """Nothing in a text is taken for markup, nothing is wrapped or spelt anew, and only control characters are replaced."""
+    _, out, _ = script("generate", "--model", tiny_actor, "--prompt", prompt, "--max-tokens", 1)
+    assert out.startswith(printed)
+
+
+def test_prompt_from_stdin(script, tiny_actor, monkeypatch):
+    """`--prompt -` reads the text from stdin."""
+    options = ["--model", tiny_actor, "--max-tokens", 5, "--temperature", 0]
+    given = script("generate", "--prompt", "Two\nlines", *options)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Two\nlines"))
+    assert script("generate", "--prompt", "-", *options) == given
+
+
+def test_stop_option(script, tiny_actor):
+    """--stop ends the text; an empty string among them is not one."""
+    options = ["--model", tiny_actor, "--max-tokens", 30, "--temperature", 0, "--prompt", "Go"]
+    _, whole, _ = script("generate", *options)
+    stop = whole[12:14]
+    assert script("generate", *options, "--stop", "", stop)[1] == whole[: whole.find(stop, 2)] + "\n"
+
+
+def test_chat_through_a_pipe(tiny_actor):
+    """A line in, a reply out, each knowing what was said before; an empty line ends it. As a process of its own."""
+    command = [sys.executable, "generate.py", "--model", tiny_actor, "--chat", "--temperature", "0", "--max-tokens", "12"]
+    done = subprocess.run(command, input="Good day\n Who are you? \n\nnot read\n", capture_output=True, text=True, cwd=ROOT)
+    engine, messages, expected = load_engine(tiny_actor, "float32"), [], ""
+    for line in ("Good day", "Who are you?"):
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": expected_reply(engine, messages, 12)})
+        expected += plain(messages[-1]["content"]) + "\n"
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", expected)
+
+
+def test_meeting_a_character(script, tiny_actor, monkeypatch):
+    """--character plays one of the cast, told what actors are told, hearing the visitor as anyone, beginning with the name."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Good day\nA long way?\n"))
+    options = ["--model", tiny_actor, "--temperature", 0, "--max-tokens", 12]
+    code, out, err = script("generate", "--chat", "--character", "hanne", "--scene", "the-last-ferry/3", *options)
+    scene, name = find_character("Hanne Brod", "the-last-ferry/3")
+    assert code == 0 and name in err and scene.scenario[:40] in " ".join(err.split())
+    engine, dialogue, expected = load_engine(tiny_actor, "float32"), [], ""
+    system = {"role": "system", "content": system_prompt(scene, name, prompts.AT_PLAY, concise=True)}
+    for line in ("Good day", "A long way?"):
+        dialogue.append({"character": "Visitor", "message": line})
+        reply = expected_reply(engine, [system, *perspective(dialogue, name)], 12, opening=f"{name}:")
+        dialogue.append({"character": name, "message": reply.strip()})
+        expected += f"{name}:{plain(reply)}\n"
+    assert out == expected
+
+
+def test_characters_are_found_by_how_they_begin(stage):
+    """Each of the cast by the full name in any case, and by the beginning of any word of it, in a scene they are in."""
+    cast = {name for scene in stage.values() for name in scene.major_characters}
+    assert len(cast) > 20
+    for name in cast:
+        for form in (name, name.upper(), name.lower()):
+            scene, found = find_character(form)
+            assert found == name and name in scene.major_characters
+        for word in name.split():
+            _, found = find_character(word[:3])
+            assert any(part.lower().startswith(word[:3].lower()) for part in found.split())
+    assert find_character("brod", "the-last-ferry/2")[1] == "Jory Brod"
+    assert find_character("hanne b")[1] == "Hanne Brod"
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ([], "--prompt"),
+        (["--prompt", "x", "--chat"], "--prompt"),
+        (["--prompt", "x", "--character", "hanne"], "--character"),
+        (["--chat", "--scene", "the-last-ferry/1"], "--scene"),
+        (["--chat", "--character", "Godot"], "Hanne Brod"),
+        (["--chat", "--character", "brod", "--scene", "the-last-ferry/99"], "the-last-ferry/1"),
+        (["--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["--prompt", "x", "--top-p", "0"], "top_p"),
+        (["--prompt", "x", "--max-tokens", "0"], "max_tokens"),
+        (["--prompt", "x", "--max-tokens", "many"], "many"),
+        (["--prompt", "x", "--seed", "1" + "0" * 30], "seed"),
+        (["--prompt", "x", "--dtype", "int4"], "int4"),
+        (["--prompt", "word " * 9000], "8191"),
+        (["--prompt", "torn \udcff"], "UTF-8"),
+        (["--prompts", "x"], "--prompts"),
+        (["--prompt", "x", "--model", "no/such/model"], "no/such/model"),
+    ],
+    ids=lambda value: " ".join(value)[:40].encode("ascii", "replace").decode() if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line(options, word, script, tiny_actor):
+    """Each mistake is told in one line that names it, with exit code 2 and nothing on stdout but the prompt."""
+    result = script("generate", "--model", tiny_actor, *options)
+    assert word in usage_error(result)
+    assert result[1] == "" or result[1].strip() == options[1].strip()
+
+
+@pytest.mark.parametrize("option", [["--prompt", "-"], ["--chat"]])
+def test_stdin_that_is_no_text(option, script, tiny_actor, monkeypatch):
+    """Bytes that are not UTF-8 on stdin are a mistake like any other."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    assert "UTF-8" in usage_error(script("generate", "--model", tiny_actor, *option))
+
+
+def test_a_model_without_its_tokenizer(script, tmp_path):
+    """A checkpoint without a tokenizer.model says so."""
+    checkpoint.save_model(random_model(random_config(0)), tmp_path / "model")
+    assert "tokenizer.model" in usage_error(script("generate", "--model", tmp_path / "model", "--prompt", "x"))

@@ -1,0 +1,417 @@
+"""The seam to models: an endpoint over real HTTP on 127.0.0.1, a checkpoint, and which actor plays when none is named."""
+
+import http.server
+import json
+import random
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+
+import checkpoint
+import cli
+import llm
+from cli import UsageError
+from generate import SamplingParams
+from llm import Endpoint, Reply
+from tokenizer import load_tokenizer
+
+KEY = "sk-test-4f9c2e71d0"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """An OpenAI-compatible endpoint on 127.0.0.1 that keeps all it was asked in `requests`.
+
+    answer(body, number) gives the text of a completion, or (status, payload, headers) with a payload of bytes or for JSON, or
+    None to hang up without a word.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, answer):
+        self.answer, self.requests, self.lock = answer, [], threading.Lock()
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, args=[0.01], daemon=True).start()
+
+    def use(self, monkeypatch):
+        """Makes it the endpoint of `openai:MODEL` on the command line."""
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("OPENAI_BASE_URL", self.url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, *_):
+        """A client that has left is no trouble."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            number = len(self.server.requests)
+            self.server.requests.append(SimpleNamespace(path=self.path, headers=dict(self.headers), body=body))
+        answer = self.server.answer(body, number)
+        if answer is None:
+            return
+        status, payload, headers = (200, completion(answer), {}) if isinstance(answer, str) else answer
+        payload = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(payload), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_):
+        pass
+
+
+def completion(text):
+    """What a server answers that says `text`."""
+    return {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+
+
+class Script:
+    """A model object that answers with `say(messages, params)` and keeps (messages, params) of all it was asked.
+
+    `openings` are what its replies were to begin with, `batches` how many were asked for at a time.
+    """
+
+    name = "script"
+
+    def __init__(self, say):
+        self.say, self.asked, self.openings, self.batches = say, [], [], []
+
+    def chat(self, conversations, params, openings=None):
+        params = params if isinstance(params, list) else [params] * len(conversations)
+        self.openings += openings or [""] * len(conversations)
+        self.batches.append(len(conversations))
+        pairs = list(zip(conversations, params, strict=True))
+        self.asked += pairs
+        return [Reply(self.say(*pair), "stop", 7, 3, 2) for pair in pairs]
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    """Requests to 127.0.0.1 go there, whatever the surroundings."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """The pauses between tries, recorded and not waited for."""
+    slept = []
+    monkeypatch.setattr(llm, "time", SimpleNamespace(sleep=slept.append))
+    return slept
+
+
+def ask(server, conversations=(HELLO,), params=None, **options):
+    """Replies of an Endpoint at the server."""
+    endpoint = Endpoint("m", **{"url": server.url, "key": KEY, "pause": 0.01, **options})
+    return endpoint.chat(list(conversations), params or SamplingParams(0))
+
+
+def refusal(server, **options):
+    """The one line an Endpoint at the server ends with."""
+    with pytest.raises(UsageError) as error:
+        ask(server, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- what is sent, and what comes back ----------------------------------------------------------------------------------
+
+
+def test_body_and_headers_sent():
+    """A request carries the model, the messages and the parameters, the key as bearer, and nothing else."""
+    messages = [{"role": "system", "content": "Be Lear. {}"}, {"role": "user", "content": "Nothing, my lord.\n\n\u2014 \u6f22"}]
+    with Server(lambda *_: "Nothing?") as server:
+        ask(server, [messages], SamplingParams(0.7, 0.9, 0, 33, ("END", "\n\n"), seed=5), url=server.url + "/")
+        ask(server, [messages], SamplingParams(0))
+    first, second = server.requests
+    assert first.path == "/v1/chat/completions"
+    assert first.headers["Authorization"] == f"Bearer {KEY}"
+    expected = {"model": "m", "messages": messages, "temperature": 0.7, "top_p": 0.9, "max_tokens": 33}
+    assert first.body == {**expected, "stop": ["END", "\n\n"], "seed": 5}
+    assert second.body == {**expected, "temperature": 0, "top_p": 1.0, "max_tokens": 256}
+
+
+def test_replies_come_in_order_and_are_asked_for_together():
+    """Replies stand in the order of the conversations, each asked with its own parameters, several at once but not too many."""
+    together, at_once, most = threading.Barrier(3), 0, 0
+
+    def answer(body, number):
+        nonlocal at_once, most
+        with server.lock:
+            at_once += 1
+            most = max(most, at_once)
+        if number < 3:
+            together.wait(20)  # none of the first three is answered before all of them are asked
+        time.sleep(random.uniform(0, 0.02))
+        with server.lock:
+            at_once -= 1
+        return f"{body['messages'][0]['content']}/{body['seed']}"
+
+    conversations = [[{"role": "user", "content": f"question {i}"}] for i in range(30)]
+    with Server(answer) as server:
+        replies = ask(server, conversations, [SamplingParams(0, seed=100 + i) for i in range(30)])
+    assert [reply.text for reply in replies] == [f"question {i}/{100 + i}" for i in range(30)]
+    assert 3 <= most <= llm.CONCURRENCY
+
+
+def test_token_counts_are_the_endpoints():
+    """Counts are taken from `usage`, cached ones included, and are 0 where there is none."""
+    usage = {"prompt_tokens": 40, "completion_tokens": 9, "prompt_tokens_details": {"cached_tokens": 32}}
+    known = {"choices": [{"message": {"content": "hi"}, "finish_reason": "length"}], "usage": usage}
+    for payload, expected in (
+        (known, Reply("hi", "length", 40, 9, 32)),
+        ({**known, "usage": {**usage, "prompt_tokens_details": None}}, Reply("hi", "length", 40, 9, 0)),
+        ({**known, "usage": None}, Reply("hi", "length", 0, 0, 0)),
+        (completion(None), Reply("", "stop", 0, 0, 0)),
+    ):
+        with Server(lambda *_, payload=payload: (200, payload, {})) as server:
+            assert ask(server) == [expected]
+
+
+# ---- trouble ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 529])
+def test_passing_trouble_is_retried_with_growing_pauses(status, pauses):
+    """Overload and server errors are asked again, each time after about twice the pause."""
+    with Server(lambda _, n: "at last" if n == 3 else (status, {"error": {"message": "busy"}}, {})) as server:
+        assert ask(server)[0].text == "at last"
+    assert len(server.requests) == 4
+    assert len({json.dumps(request.body) for request in server.requests}) == 1
+    assert len(pauses) == 3
+    assert all(0.7 * 0.01 * 2**i <= pause <= 1.3 * 0.01 * 2**i for i, pause in enumerate(pauses))
+
+
+@pytest.mark.parametrize("asked", ["7", "0", "2.5"])
+def test_retry_after_is_honoured(asked, pauses):
+    """A Retry-After in seconds is waited for as told."""
+    with Server(lambda _, n: "at last" if n else (429, {}, {"Retry-After": asked})) as server:
+        assert ask(server)[0].text == "at last"
+    assert pauses == [float(asked)]
+
+
+@pytest.mark.parametrize("asked", ["Wed, 21 Oct 2015 07:28:00 GMT", "soon", "", "-5", "1.2.3", "\xb2", "nan"])
+def test_retry_after_of_another_form_leaves_the_usual_pause(asked, pauses):
+    """A Retry-After that is no number of seconds changes nothing."""
+    with Server(lambda _, n: "at last" if n else (503, {}, {"Retry-After": asked})) as server:
+        assert ask(server)[0].text == "at last"
+    assert len(pauses) == 1 and 0.007 <= pauses[0] <= 0.013
+
+
+def test_no_pause_is_endless(pauses):
+    """A server that asks for a day gets a minute."""
+    with Server(lambda _, n: "at last" if n else (429, {}, {"Retry-After": "86400"})) as server:
+        ask(server)
+    assert pauses == [llm.LONGEST_PAUSE] and llm.LONGEST_PAUSE <= 120
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+def test_what_more_tries_cannot_mend_ends_at_once(status, pauses):
+    """A refusal is not asked again; the line has the model, the address, the status and the server's own words."""
+    with Server(lambda *_: (status, {"error": {"message": "no such\nmodel"}}, {"Retry-After": "1"})) as server:
+        line = refusal(server)
+    assert len(server.requests) == 1 and not pauses
+    assert all(part in line for part in ("openai:m", server.url, str(status), "no such model"))
+
+
+def test_a_refusal_leaves_the_rest_unasked():
+    """With one conversation refused, those not yet asked are not."""
+
+    def answer(*_):
+        time.sleep(0.02)
+        return 401, {}, {}
+
+    with Server(answer) as server:
+        refusal(server, conversations=[HELLO] * 200)
+        assert len(server.requests) < 200
+
+
+def test_tries_are_bounded(pauses):
+    """A server that only fails is asked five times, and the line says so and what it last said."""
+    with Server(lambda _, n: (500, {"error": {"message": f"failure {n}"}}, {})) as server:
+        line = refusal(server)
+    assert len(server.requests) == llm.TRIES == 5 and len(pauses) == 4
+    assert all(part in line for part in ("openai:m", server.url, "5 tries", "500", "failure 4"))
+
+
+def test_time_out_is_one_clear_line(monkeypatch, pauses):
+    """A server that never answers is given up after as many tries."""
+    monkeypatch.setattr(llm, "TIMEOUT", httpx.Timeout(0.05))
+    over = threading.Event()
+    with Server(lambda *_: over.wait(20) and None) as server:
+        line = refusal(server)
+        over.set()
+    assert len(pauses) == 4 and "timed out" in line.lower() and server.url in line
+
+
+def test_refused_connection_is_one_clear_line(pauses):
+    """Nobody at the address: told as such, after as many tries."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    line = refusal(SimpleNamespace(url=url))
+    assert len(pauses) == 4 and url in line and "refused" in line.lower()
+
+
+def test_a_connection_cut_short_is_retried(pauses):
+    """A server that hangs up is asked again."""
+    with Server(lambda _, n: "at last" if n == 2 else None) as server:
+        assert ask(server)[0].text == "at last"
+    assert len(server.requests) == 3
+
+
+NO_COMPLETIONS = [
+    b"",
+    b"<html>Bad gateway</html>",
+    b"\xff\xfe",
+    [],
+    {},
+    5,
+    None,
+    {"choices": []},
+    {"choices": None},
+    {"choices": [{}]},
+    {"choices": [{"message": None}]},
+    {"choices": [{"message": {"role": "assistant"}}]},
+    {"choices": [{"message": {"content": ["a", "b"]}}]},
+    {"choices": [{"message": {"content": {"text": "a"}}}]},
+]
+
+
+@pytest.mark.parametrize("payload", NO_COMPLETIONS, ids=repr)
+def test_an_answer_that_is_no_chat_completion_is_retried(payload, pauses):
+    """What has no text of an assistant is asked for again."""
+    with Server(lambda _, n: "at last" if n else (200, payload, {})) as server:
+        assert ask(server)[0].text == "at last"
+
+
+def test_an_answer_that_is_never_a_chat_completion_is_told(pauses):
+    """A server that speaks another language is given up, and the line says what is wrong."""
+    with Server(lambda *_: (200, b"<html>Welcome!</html>", {})) as server:
+        assert "no chat completion" in refusal(server)
+    assert len(server.requests) == 5
+
+
+def test_an_answer_that_cannot_be_unpacked_is_retried(pauses):
+    """A body that is not in the encoding it claims is trouble of the same kind."""
+    with Server(lambda _, n: "at last" if n else (200, b"no gzip", {"Content-Encoding": "gzip"})) as server:
+        assert ask(server)[0].text == "at last"
+
+
+# ---- keys and addresses -------------------------------------------------------------------------------------------------
+
+
+def test_key_and_address_come_from_the_environment(monkeypatch):
+    """OPENAI_API_KEY and OPENAI_BASE_URL are read; openai:MODEL opens such an endpoint."""
+    with Server(lambda *_: "hi") as server:
+        server.use(monkeypatch)
+        assert llm.open_model("openai:some/model:free").chat([HELLO], SamplingParams(0))[0].text == "hi"
+    assert server.requests[0].body["model"] == "some/model:free"
+    assert server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+
+
+def test_missing_key_is_told(monkeypatch):
+    """Without a key nothing is asked, and the line names the variable."""
+    for set_ in (lambda: monkeypatch.delenv("OPENAI_API_KEY", raising=False), lambda: monkeypatch.setenv("OPENAI_API_KEY", "")):
+        set_()
+        with pytest.raises(UsageError, match="OPENAI_API_KEY"):
+            llm.open_model("openai:m")
+
+
+@pytest.mark.parametrize("spec", ["openai:", "nosuchdirectory", ""])
+def test_a_model_that_is_none_is_told(spec, tmp_path, monkeypatch):
+    """No model name, no such directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(UsageError):
+        llm.open_model(spec)
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1", "127.0.0.1:8000/v1", "http://127.0.0.1:port/v1", "http://"])
+def test_an_address_that_is_none_is_told(url, pauses):
+    """Each is one line that shows the address."""
+    assert url.rstrip("/") in refusal(SimpleNamespace(url=url))
+
+
+@pytest.mark.parametrize("status", [200, 401, 403, 500])
+@pytest.mark.parametrize("padding", [0, 290, 296])
+@pytest.mark.parametrize("form", ["message", "text", "html"])
+def test_the_key_is_in_no_message(status, padding, form, pauses):
+    """A server that repeats the key does not bring it to light, not even a part of it where its words are cut short."""
+
+    def answer(*_):
+        words = "x" * padding + f" wrong key {KEY}"
+        payload = {"message": {"error": {"message": words}}, "text": {"detail": words}, "html": words.encode()}[form]
+        return status, payload, {"X-Key": KEY}
+
+    with Server(answer) as server:
+        line = refusal(server)
+    assert KEY not in line and KEY[:4] not in line
+
+
+@pytest.mark.parametrize("key", [KEY + " ", " " + KEY, KEY + "\n", KEY + "\u2026", KEY + "\x7f", f"{KEY}\t{KEY}"])
+def test_a_key_pasted_badly_is_not_shown(key, pauses):
+    """A key with a space, a line end or a stray character either works without it or is refused, and is not printed."""
+    with Server(lambda *_: (401, {"error": {"message": f"wrong key {key}"}}, {})) as server:
+        line = refusal(server, key=key)
+    assert KEY not in line
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("openings", [None, ["Hanne Brod:", "", "Wick Tarn:"]])
+def test_a_checkpoint_answers_as_its_model_does(tiny_actor, openings):
+    """Replies of a local model are the greedy tokens of a plain forward pass after the rendered chat and the opening."""
+    conversations = [[{"role": "system", "content": "S"}, {"role": "user", "content": "you " * n}] for n in (1, 7, 3)]
+    replies = llm.open_model(tiny_actor).chat(conversations, SamplingParams(0, max_tokens=6), openings)
+    model, tokenizer = checkpoint.load_model(tiny_actor), load_tokenizer(tiny_actor)
+    for messages, opening, reply in zip(conversations, openings or ["", "", ""], replies, strict=True):
+        ids = tokenizer.render(messages, add_generation_prompt=True)[0] + tokenizer.encode(opening)
+        said = []
+        with torch.no_grad():
+            while len(said) < 6 and not set(said) & set(tokenizer.stop_ids):
+                said.append(model(torch.tensor([ids + said]))[0, -1].argmax().item())
+        said = [i for i in said if i not in tokenizer.stop_ids]
+        assert (reply.text, reply.prompt_tokens, reply.completion_tokens) == (tokenizer.decode(said), len(ids), len(said))
+
+
+def test_an_endpoint_is_not_given_an_opening():
+    """What a reply is to begin with changes nothing in what an endpoint is asked."""
+    with Server(lambda *_: "hi") as server:
+        endpoint = Endpoint("m", server.url, KEY)
+        assert endpoint.chat([HELLO], SamplingParams(0), ["Ada:"]) == endpoint.chat([HELLO], SamplingParams(0))
+    assert server.requests[0].body == server.requests[1].body
+
+
+def test_default_actor_is_the_last_trained_else_the_bundled(tmp_path, monkeypatch, capsys):
+    """None at all is an error that says what to do; a trained one goes before the bundled one; stderr says which it is."""
+    monkeypatch.setattr(cli, "OUT", tmp_path / "out")
+    monkeypatch.setattr(llm, "BUNDLED_ACTOR", tmp_path / "bundled")
+    trained = tmp_path / "out" / "stage" / "final"
+    with pytest.raises(UsageError, match=r"train\.py"):
+        llm.default_actor()
+    for directory, what in ((llm.BUNDLED_ACTOR, "bundled"), (trained, "trained")):
+        directory.mkdir(parents=True)
+        expected = llm.BUNDLED_ACTOR if what == "trained" else None
+        if expected:  # a directory that training has only begun does not count
+            assert llm.default_actor() == expected
+        (directory / "config.json").write_text("{}")
+        capsys.readouterr()
+        assert llm.default_actor() == directory
+        out, err = capsys.readouterr()
+        assert what in err and directory.name in err and not out
