@@ -180,7 +180,7 @@ class Painter:
 
     def spans(self, text):
         """The next piece of the message as (text, style) pairs."""
-        for part in re.split(r"([\[\]()])", text):
+        for part in re.split(r"([\[\]()])", plain(text)):
             self.depth += part == "["
             self.acting |= part == "("
             yield part, THOUGHT if self.depth else ACTION if self.acting else ""
@@ -188,15 +188,18 @@ class Painter:
             self.acting &= part != ")"
 
 
-def lines(prompt):
-    """Lines typed by a person (or piped in), until an empty one or the end; the prompt shows on terminals only."""
+def lines(prompt, keep=False):
+    """Lines typed by a person or piped in, stripped, until an empty one or the end; with keep as they are, until the end.
+
+    The prompt shows on terminals only.
+    """
     while True:
         try:
-            line = input(prompt if sys.stdin.isatty() else "").strip()
+            line = input(prompt if sys.stdin.isatty() else "")
         except EOFError:
             return
         except UnicodeDecodeError as error:
             raise UsageError(f"stdin: not UTF-8 text (byte {error.start} of a line)") from None
-        if not line:
+        if not (keep or line.strip()):
             return
-        yield line
+        yield line if keep else line.strip()

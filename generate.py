@@ -10,7 +10,6 @@ sequence that ends leaves its keys and values behind, and a later prompt that be
 """
 
 import itertools
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +36,9 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self):
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 and self.max_tokens > 0):
-            raise UsageError(f"temperature >= 0, 0 < top_p <= 1, top_k >= 0 and max_tokens > 0 are needed; got {self}")
+        seed = self.seed or 0
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 < self.max_tokens and 0 <= seed < 2**63):
+            raise UsageError(f"temperature, top_k and seed from 0, 0 < top_p <= 1 and max_tokens from 1 are needed; got {self}")
 
 
 @dataclass
@@ -128,7 +128,8 @@ class Engine:
     def generate(self, prompts, params):
         """list of prompts (token ids), one SamplingParams for all or a list -> list[Completion], in the prompts' order."""
         params = params if isinstance(params, list) else [params] * len(prompts)
-        sequences = [self.add(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        sequences = [self.sequence(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        self.waiting += sequences
         while any(sequence.finish_reason is None for sequence in sequences):
             self.step()
         return [self.completion(sequence) for sequence in sequences]
@@ -140,21 +141,29 @@ class Engine:
             while sequence.finish_reason is None:
                 self.step()
                 # a torn character shows as U+FFFD until its last byte; a stop string may have begun
-                text = sequence.text.rstrip("\ufffd") if sequence.finish_reason is None else sequence.text
-                held = max(map(len, params.stop), default=1) - 1 if sequence.finish_reason is None else 0
-                if len(text) - held > shown:
-                    yield text[shown : len(text) - held]
-                    shown = len(text) - held
+                sure = sequence.text.rstrip("\ufffd")
+                sure = sure[: len(sure) + 1 - max(map(len, params.stop), default=1)]
+                if sequence.finish_reason is None and len(sure) > shown:
+                    yield sure[shown:]
+                    shown = len(sure)
+            if len(sequence.text) > shown:
+                yield sequence.text[shown:]
         finally:
-            if sequence in self.running:  # the reader has left
-                self.running.remove(sequence)
+            for line in (self.waiting, self.running):  # the reader has left
+                if sequence in line:
+                    line.remove(sequence)
         return self.completion(sequence)
 
     def completion(self, sequence):
         return Completion(sequence.generated, sequence.text, sequence.finish_reason, sequence.prompt_tokens, sequence.reused)
 
     def add(self, prompt, params):
-        """Puts a prompt in line. UsageError if it is empty, longer than the model's context, or not made of its tokens."""
+        """Puts a prompt in line for the next steps; returns its Sequence."""
+        self.waiting.append(self.sequence(prompt, params))
+        return self.waiting[-1]
+
+    def sequence(self, prompt, params):
+        """A prompt as a Sequence. UsageError if it is empty, longer than the model's context, or not made of its tokens."""
         limit = self.config.max_position_embeddings
         if not prompt or len(prompt) >= limit:
             raise UsageError(f"a prompt of {len(prompt)} tokens; the model takes 1 to {limit - 1}")
@@ -164,9 +173,7 @@ class Engine:
         generator.manual_seed(params.seed) if params.seed is not None else generator.seed()
         text = "" if self.tokenizer else None
         limit = min(limit, len(prompt) + params.max_tokens)
-        sequence = Sequence(list(prompt), params, len(prompt), limit, generator, text=text)
-        self.waiting.append(sequence)
-        return sequence
+        return Sequence(list(prompt), params, len(prompt), limit, generator, text=text)
 
     @torch.inference_mode()
     def step(self):
@@ -230,6 +237,8 @@ class Engine:
 
     def sample(self, logits):
         """The next token of each running sequence: logits [sequences, V] -> list of ids."""
+        if self.tokenizer:  # a vocabulary may be padded; no token is behind the rest
+            logits = logits[:, : self.tokenizer.vocab_size]
         tokens = logits.argmax(-1).tolist()
         for i, sequence in enumerate(self.running):
             if sequence.params.temperature > 0:
@@ -247,7 +256,11 @@ class Engine:
             sequence.text = self.tokenizer.decode(sequence.generated)
             found = [at for stop in sequence.params.stop if (at := sequence.text.find(stop)) >= 0]
             if found:
-                sequence.text, sequence.finish_reason = sequence.text[: min(found)], "stop"
+                text = sequence.text[: min(found)]
+                while len(self.tokenizer.decode(sequence.generated)) > len(text):
+                    sequence.ids.pop()
+                sequence.cached = min(sequence.cached, len(sequence.ids))
+                sequence.text, sequence.finish_reason = text, "stop"
                 return
         if len(sequence.ids) >= sequence.limit:
             sequence.finish_reason = "length"
@@ -306,10 +319,9 @@ def show(pieces):
     painter, text = cli.Painter(), ""
     for piece in pieces:
         for part, style in painter.spans(piece):
-            cli.stdout.print(part, end="", style=style, markup=False, soft_wrap=True)
-        cli.stdout.file.flush()
+            cli.put(part, style)
         text += piece
-    cli.stdout.print()
+    cli.put("\n")
     return text
 
 
@@ -328,7 +340,7 @@ def meet(engine, params, scene, character, visitor="Visitor"):
     dialogue = []
     for line in cli.lines("you> "):
         dialogue.append({"character": visitor, "message": line})
-        cli.stdout.print(f"{character}:", end="", style="bold", markup=False)
+        cli.put(f"{character}:", "bold")
         text = say(engine, [system, *perspective(dialogue, character)], params, opening=f"{character}:")
         dialogue.append({"character": character, "message": text.strip()})
 
@@ -365,9 +377,11 @@ def main():
     elif args.chat:
         chat(engine, params)
     else:
-        text = sys.stdin.read() if args.prompt == "-" else args.prompt
-        cli.stdout.print(cli.plain(text), end="", markup=False)
-        show(engine.stream([engine.tokenizer.bos_id, *engine.tokenizer.encode(text)], params))
+        text = "\n".join(cli.lines("", keep=True)) if args.prompt == "-" else args.prompt
+        bos = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]
+        pieces = engine.stream(bos + engine.tokenizer.encode(text), params)
+        cli.put(text)
+        show(pieces)
 
 
 if __name__ == "__main__":

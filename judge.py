@@ -20,12 +20,12 @@ import cli
 from cli import UsageError
 from data import prompts
 from data.chats import NEXT_SPEAKER, remove_thoughts
-from data.scenes import ENVIRONMENT, load_scenes
+from data.scenes import ENVIRONMENT, Scene, load_scenes
 from generate import SamplingParams
 from llm import open_model
-from simulate import TRANSCRIPTS, read_transcripts
+from simulate import TRANSCRIPT_KEYS, TRANSCRIPTS
 
-VERDICTS = "verdicts.jsonl"
+VERDICTS, VERDICT_KEYS = "verdicts.jsonl", ("book", "i_p", "i_c", "judge", "performance", "turns", "dimensions", "score")
 TRIES = 3  # for a valid verdict
 SEVERITIES = range(1, 6)
 
@@ -122,7 +122,7 @@ def _lcs_words(x, y):
 def read_performances(path, scenes_file=None):
     """(scene, messages) of a directory of ours, a transcripts.jsonl, or a simulation file of the release.
 
-    messages: `{role, content}`; where contents begin with the speaker's name, as the release writes them, it is taken off.
+    messages: `{role, content}`; in the release's files most contents begin with the speaker's name.
     """
     path = Path(path)
     file = path / TRANSCRIPTS if path.is_dir() else path
@@ -130,21 +130,16 @@ def read_performances(path, scenes_file=None):
         raise UsageError(f"{path}: no {TRANSCRIPTS} here; python simulate.py --scene NAME --out {path} makes one")
     try:
         if file.suffix == ".jsonl":
-            lines = read_transcripts(file)
-            found = [(load_scene(line["scene"]), line["messages"]) for line in lines]
+            found = [(Scene(**line["scene"]), line["messages"]) for line in cli.read_lines(file, TRANSCRIPT_KEYS)]
         else:
-            found = _release_performances(json.loads(cli.read_text(file)), file, scenes_file)
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+            found = _release_performances(cli.read_json(file, list), file, scenes_file)
+        for scene, messages in found:
+            scripts(scene, messages)
+    except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{file}: not what simulate.py or the release writes ({type(error).__name__}: {error})") from None
     if not found:
         raise UsageError(f"{file}: no finished scene in it; python simulate.py ... --resume finishes one")
     return found
-
-
-def load_scene(fields):
-    from data.scenes import Scene
-
-    return Scene(**fields)
 
 
 def _release_performances(data, file, scenes_file):
@@ -156,10 +151,7 @@ def _release_performances(data, file, scenes_file):
         key = (case["book"], case["i_p"], case["i_c"])
         if key not in scenes:
             raise UsageError(f"{scenes_file}: no scene {key[0]}, plot {key[1]}, conversation {key[2]}, which {file} plays")
-        messages = [
-            {"role": m["role"], "content": m["content"].removeprefix(f"{m['role']}:").lstrip()} for m in case["simulation"]
-        ]
-        found.append((scenes[key], messages))
+        found.append((scenes[key], case["simulation"]))
     return found
 
 
@@ -169,9 +161,12 @@ def count_turns(messages):
 
 
 def script(turns):
-    """`Name: message`, thoughts removed, joined by blank lines; the Environment's text stays as it is."""
+    """`Name: message`, thoughts removed, joined by blank lines; the Environment's text stays as it is.
+
+    A message that names its speaker already is left so, as in the texts the release computed its metrics on.
+    """
     shown = ((name, text if name == ENVIRONMENT else remove_thoughts(text)) for name, text in turns)
-    return "\n\n".join(f"{name}: {text}" for name, text in shown)
+    return "\n\n".join(text if f"{name}:" in text else f"{name}: {text}" for name, text in shown)
 
 
 def scripts(scene, messages):
@@ -210,8 +205,7 @@ def parse_flaws(text):
     first, last = text.find("{"), text.rfind("}")
     if first < 0 or last < first:
         raise ValueError("no JSON object in the reply")
-    verdict = json.loads(text[first : last + 1])
-    flaws = verdict.get("flaws")
+    flaws = json.loads(text[first : last + 1]).get("flaws")
     if not isinstance(flaws, list):
         raise ValueError("no list of flaws in the reply")
     for flaw in flaws:
@@ -235,7 +229,7 @@ def judge_scene(scene, messages, model, seed):
                 flaws = parse_flaws(reply.text)
                 dimensions[dimension] = {"flaws": flaws, "score": score_flaws(flaws, turns)}
                 left.remove(dimension)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 dimensions[dimension] = {"error": str(error)}
         if not left:
             break
@@ -252,7 +246,7 @@ def judge_performance(scene, messages, model, seed):
         "i_p": scene.i_p,
         "i_c": scene.i_c,
         "judge": model.name if model else None,
-        "performance": digest(messages),
+        "performance": digest(scene, messages),
         "turns": count_turns(messages),
         "dimensions": dimensions,
         "score": statistics.mean(verdict["score"] for verdict in dimensions.values()) if complete else None,
@@ -262,8 +256,9 @@ def judge_performance(scene, messages, model, seed):
     }
 
 
-def digest(messages):
-    return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:16]
+def digest(scene, messages):
+    """What tells a performance from every other."""
+    return hashlib.sha256(json.dumps([scene.key, messages], sort_keys=True).encode()).hexdigest()[:16]
 
 
 # ---- recorded verdicts --------------------------------------------------------------------------------------------------
@@ -276,12 +271,12 @@ def rescore(path):
     of all. Of the release's flaws only those with an integer severity count, as it counted them.
     """
     path = Path(path)
-    text = cli.read_text(path)
+    cli.read_text(path)  # there, and not empty
     try:
         if path.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.split("\n") if line]
+            lines = cli.read_lines(path, VERDICT_KEYS)
         else:
-            lines = [_recorded_case(key, case) for key, case in json.loads(text)["cases"].items()]
+            lines = [_recorded_case(key, case) for key, case in cli.read_json(path)["cases"].items()]
         same = of = 0
         for line in lines:
             for verdict in line["dimensions"].values():
@@ -292,8 +287,10 @@ def rescore(path):
                     verdict["score"] = score
             scores = [verdict.get("score") for verdict in line["dimensions"].values()]
             line["score"] = statistics.mean(scores) if scores and None not in scores else None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path}: not a file of recorded verdicts ({type(error).__name__}: {error})") from None
+    if not lines:
+        raise UsageError(f"{path}: no recorded verdict in it")
     return lines, same, of
 
 
@@ -348,28 +345,28 @@ def main():
     args = parse_args()
     if args.rescore:
         lines, same, of = rescore(args.rescore)
-        summarise(lines, lines[0]["judge"] if lines else None)
+        summarise(lines, lines[0]["judge"])
         cli.stdout.print(f"{same} of {of} recorded dimension scores recomputed exactly (to 1e-9)", markup=False)
         return
     performances = read_performances(args.performances, args.scenes)
     path = Path(args.performances)
     out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else cli.OUT / "verdicts" / f"{path.stem}.jsonl"
     kept = {}
-    for line in read_transcripts(out):
+    for line in cli.read_lines(out, VERDICT_KEYS):
         if line["judge"] and line["judge"] != args.judge:
             raise UsageError(f"{out}: holds verdicts of {line['judge']}; name another file with --out, or remove it")
         if line["judge"] == args.judge and (line["score"] is not None or not args.judge):
             kept[line["performance"]] = line
     model = open_model(args.judge) if args.judge else None
     cli.make_dir(out.parent)
-    lines = [kept[digest(messages)] for _, messages in performances if digest(messages) in kept]
+    lines = [kept[digest(*performance)] for performance in performances if digest(*performance) in kept]
     with cli.write_whole(out) as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with cli.progress() as bar:
         task = bar.add_task("judging", total=len(performances), completed=len(lines))
         try:
             for scene, messages in performances:
-                if digest(messages) in kept:
+                if digest(scene, messages) in kept:
                     continue
                 line = judge_performance(scene, messages, model, args.seed)
                 lines.append(line)

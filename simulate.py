@@ -30,6 +30,7 @@ from generate import SamplingParams
 from llm import default_actor, open_model
 
 TRANSCRIPTS, SETTINGS = "transcripts.jsonl", "settings.json"
+TRANSCRIPT_KEYS = ("book", "i_p", "i_c", "scene", "settings", "messages", "stats")
 
 
 @dataclass
@@ -124,28 +125,30 @@ def play(scene, protocol):
             break
         if named not in cast or named == speaker:
             stats["fallbacks"] += 1
-            named = fall_back(scene, speaker, cast, f"{protocol.seed}|{scene.key}|{index}")
+            last = dialogue[-1]["character"] if dialogue else speaker  # another one, if the speaker had nothing to say
+            named = fall_back(scene, cast, {speaker, last}, f"{protocol.seed}|{scene.key}|{index}")
+            if named is None:
+                break
         add(NEXT_SPEAKER, named)
         speaker = named
     return messages, stats
 
 
-def fall_back(scene, speaker, cast, seed):
-    """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and the Environment."""
-    candidates = [name for name in [*scene.major_characters, ENVIRONMENT] if name != speaker]
-    return random.Random(seed).choice(candidates or [name for name in cast if name != speaker] or cast)
+def fall_back(scene, cast, without, seed):
+    """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and the Environment, else
+    of the cast; nobody (None) where all of them are in `without`."""
+    candidates = [name for name in [*scene.major_characters, ENVIRONMENT] if name not in without]
+    candidates = candidates or [name for name in cast if name not in without]
+    return random.Random(seed).choice(candidates) if candidates else None
 
 
 def parse_next_speaker(text, cast):
     """A name of the cast, END_CHAT, or None, out of whatever the model wrapped around it."""
     if "END CHAT" in text.upper():
         return END_CHAT
-    answer = text.strip().split("\n")[0].strip(" \t\"'`*:.<>[]").casefold()
-    for name in cast:
-        if answer == name.casefold():
-            return name
-    found = [(at, name) for name in cast if (at := text.casefold().find(name.casefold())) >= 0]
-    return min(found)[1] if found else None
+    names = "|".join(re.escape(name) for name in sorted(cast, key=len, reverse=True))  # the longest of two that fit
+    found = re.search(rf"(?<!\w)({names})(?!\w)", text, re.IGNORECASE)
+    return next(name for name in cast if name.casefold() == found[1].casefold()) if found else None
 
 
 def clean_reply(text, character, cast):
@@ -232,18 +235,6 @@ def find_scenes(spec):
     return [scenes[int(which)]]
 
 
-def read_transcripts(path):
-    """The scenes of a transcripts.jsonl; a torn last line, as a kill leaves it, is left out."""
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1] if Path(path).exists() else []
-    read = []
-    for number, line in enumerate(lines, 1):
-        try:
-            read.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}: line {number} is not JSON ({error.msg}); mend or remove that line") from None
-    return read
-
-
 def free_directory(spec):
     """A directory under out/plays that no run has used yet, named after the scene."""
     name = spec if spec in load_stage() else Path(spec).name
@@ -322,7 +313,7 @@ def main():
     )
     settings = {**{role: str(spec) for role, spec in specs.items()}, **asdict(protocol)}
     out = Path(args.out) if args.out else free_directory(args.scene)
-    done = read_transcripts(out / TRANSCRIPTS)
+    done = cli.read_lines(out / TRANSCRIPTS, TRANSCRIPT_KEYS)
     if done and not args.resume:
         raise UsageError(f"{out}: holds transcripts already; add --resume to go on with them, or choose another --out")
     if done and done[0]["settings"] != settings:

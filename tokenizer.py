@@ -4,8 +4,8 @@
     ids, mask = tokenizer.render([{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}])
 
 Three kinds of file: tiktoken ranks (LLaMA 3's `tokenizer.model`), byte-level BPE (a Hugging Face `tokenizer.json`: LLaMA 3,
-Qwen 2) and SentencePiece (`tokenizer.model`: Llama 2, Vicuna, Mistral, the stage). A chat format is a generator of segments; text
-is always encoded apart from the markers around it, so nothing a user or a model writes ever becomes a special token.
+Qwen 2) and SentencePiece (`tokenizer.model`: Llama 2, Vicuna, Mistral, the stage). A chat format is a generator of segments;
+text is always encoded apart from the markers around it, so nothing a user or a model writes ever becomes a special token.
 
     python tokenizer.py train [--data PATH ...] [--out FILE] [--vocab-size N]     makes the stage's tokenizer from its scenes
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from cli import ROOT, UsageError, read_text
+from cli import ROOT, UsageError, read_json
 
 FILE, HF_FILE = "tokenizer.model", "tokenizer.json"
 STAGE_TOKENIZER = ROOT / "data" / "stage" / FILE
@@ -139,8 +139,8 @@ _SYSTEM_FIRST = (
 
 @dataclass
 class ChatFormat:
-    """segments: messages, whether to end on a generation prompt -> Special and Text; stops: the names that end a turn;
-    template: the same as Jinja, for checkpoints that others open."""
+    """segments: messages, whether to end on a generation prompt -> Special and Text; stops: the names that end a turn, the one
+    that is written first; template: the same as Jinja, for checkpoints that others open."""
 
     segments: Callable
     stops: tuple
@@ -150,7 +150,7 @@ class ChatFormat:
 CHAT_FORMATS = {
     "llama3": ChatFormat(
         llama3_format,
-        ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
+        ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
         "<|begin_of_text|>{%- for m in messages %}"
         "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] + '<|eot_id|>' }}{%- endfor %}"
         "{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}",
@@ -205,9 +205,10 @@ class Tokenizer:
         self.vocab_size, self.specials, self.file = vocab_size, specials, Path(file)
         self.chat_format = chat_format
         self.format = CHAT_FORMATS[chat_format]
-        missing = [name for name in self.format.stops[:1] if name not in specials]
-        if missing:
-            raise UsageError(f"{file}: no {missing[0]} in this tokenizer, so {chat_format} is not its chat format")
+        turns = [{"role": role, "content": ""} for role in ("system", "user", "assistant")]
+        for segment in self.format.segments(turns, True):
+            if isinstance(segment, Special) and segment.name not in specials:
+                raise UsageError(f"{file}: no {segment.name} in this tokenizer, so {chat_format} is not its chat format")
         self.stop_ids = [specials[name] for name in self.format.stops if name in specials]
         first = next(self.format.segments([], False), None)
         self.bos_id = specials[first.name] if first else None
@@ -230,7 +231,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise UsageError(f"character {error.start} of a text is half of a surrogate pair, not a character") from None
+            raise UsageError(f"not UTF-8 text: character {error.start} is half of a surrogate pair") from None
         return self.encode_text(text)
 
     def decode(self, ids):
@@ -268,9 +269,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.pieces = sentencepiece.SentencePieceProcessor()
         try:
             self.pieces.load(str(path))
-        except (RuntimeError, OSError):
+            specials = {self.pieces.id_to_piece(i): i for i in range(len(self.pieces)) if self.pieces.is_control(i)}
+        except (RuntimeError, OSError, UnicodeDecodeError):
             raise UsageError(f"{path}: neither tiktoken ranks nor a SentencePiece model") from None
-        specials = {self.pieces.id_to_piece(i): i for i in range(len(self.pieces)) if self.pieces.is_control(i)}
         if chat_format is None:
             chat_format = (
                 "stage" if "<|end|>" in specials
@@ -281,7 +282,10 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(len(self.pieces), specials, chat_format, path)
 
     def encode_text(self, text):
-        return self.pieces.encode(text)
+        """A literal U+2581, which SentencePiece would take for a space, is spelt in bytes where no prefix is added to parts."""
+        first, *rest = text.split(SPACE) if self.chat_format == "stage" else [text]
+        sign = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        return [*self.pieces.encode(first), *(i for part in rest for i in [*sign, *self.pieces.encode(part)])]
 
     def decode_text(self, ids):
         return self.pieces.decode(ids)
@@ -305,7 +309,7 @@ def load_tokenizer(path, chat_format=None):
     if len(first) == 2 and first[1].isdigit():
         return _load_llama3(file, chat_format)
     config = file.with_name("config.json")
-    model_type = json.loads(read_text(config)).get("model_type") if config.is_file() else None
+    model_type = read_json(config).get("model_type") if config.is_file() else None
     return SentencePieceTokenizer(file, chat_format, model_type)
 
 
@@ -314,10 +318,10 @@ def _load_llama3(path, chat_format):
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise UsageError(f"{path}: line {number} is not a token in base64 and its rank") from None
-    if sorted(ranks.values()) != list(range(LLAMA3_RANKS)):
+    if sorted(ranks.values()) != list(range(LLAMA3_RANKS)) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise UsageError(f"{path}: {len(ranks)} ranks, but LLaMA 3 has {LLAMA3_RANKS}, counted from 0")
     names = [LLAMA3_NAMED.get(i, f"<|reserved_special_token_{i}|>") for i in range(256)]
     specials = {name: LLAMA3_RANKS + i for i, name in enumerate(names)}
@@ -327,7 +331,7 @@ def _load_llama3(path, chat_format):
 def _load_hf(path, chat_format):
     """tiktoken ranks out of a Hugging Face byte-level BPE; refused where tiktoken would not give the same ids."""
     try:
-        hf = json.loads(read_text(path))
+        hf = read_json(path)
         model, split, byte_level = hf["model"], *_pre_tokenizers(hf)
         pattern = split["pattern"]["Regex"]
         normalization = hf["normalizer"] and hf["normalizer"]["type"]
@@ -491,7 +495,12 @@ def main():
     parser.add_argument("--vocab-size", type=int, default=4096)
     args = parser.parse_args()
     scenes = [scene for path in args.data for scene in load_scenes(path) if scene.tag == "train"]
-    made = train_stage_tokenizer(scenes, args.vocab_size)
+    if not scenes:
+        raise UsageError(f"{args.data[0]}: no training scene in it; give a book with --data")
+    try:
+        made = train_stage_tokenizer(scenes, args.vocab_size)
+    except RuntimeError as error:  # SentencePiece's own words on a vocabulary too small or too large
+        raise UsageError(f"--vocab-size {args.vocab_size}: {str(error).rsplit('] ', 1)[-1]}") from None
     with cli.write_whole(args.out, "wb") as file:
         file.write(made)
     tokenizer = load_tokenizer(args.out)

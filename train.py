@@ -36,7 +36,7 @@ from model import PRESETS, ModelConfig, Transformer
 from tokenizer import STAGE_TOKENIZER, load_tokenizer
 
 # What a flag is when it is not given: for the stage actor, and as published for CoSER (paper, section 5).
-STAGE_RECIPE = dict(seq_len=2048, batch_size=2, epochs=4.0, lr=2e-3, weight_decay=0.1)
+STAGE_RECIPE = dict(seq_len=2048, batch_size=2, epochs=6.0, lr=3e-3, weight_decay=0.1)
 PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_decay=0.0)
 
 

@@ -119,7 +119,7 @@ def test_packed_documents_do_not_see_each_other(seed):
     packed = model(tokens, positions)
     for row, lengths in enumerate(rows):
         for document, logits in zip(tokens[row].split(lengths), packed[row].split(lengths), strict=True):
-            torch.testing.assert_close(logits, model(document[None])[0], rtol=0, atol=1e-5)
+            torch.testing.assert_close(logits, model(document[None])[0], rtol=0, atol=1e-4)
 
 
 @torch.no_grad()

@@ -380,6 +380,7 @@ def test_a_passage_said_again_ends_the_reply(seed):
         before, passage, between = words(rng, 5), words(rng, size), words(rng, rng.randrange(1, 20))
         text = "\n".join([" ".join([*before, *passage]), " ".join(between), " ".join([*passage, "and", "so", "on"])])
         assert cut_repetition(text) == "\n".join([" ".join([*before, *passage]), " ".join(between)])
+        assert cut_repetition(" ".join([*passage, *between, *passage])).split() == [*passage, *between]
     passage = words(rng, 14)
     text = " ".join([*passage, "but", *passage, "and\n\n more  of", *passage])
     assert cut_repetition(text) == text
@@ -748,7 +749,7 @@ def test_the_contract_of_the_command_line(script):
     code, out, _ = script("simulate", "--help")
     flags = "--scene --actor --environment --next-speaker --out --continue-from --max-rounds --without-thoughts --resume --seed"
     assert code == 0 and "python simulate.py --scene" in out
-    assert [flag for flag in (*flags.split(), "--protocol") if flag not in out] == []
+    assert [flag for flag in flags.split() if flag not in out] == []
 
 
 def test_an_unknown_scene_is_told_which_there_are(script, stage, tmp_path):

@@ -107,8 +107,8 @@ def chats(stage, shared, tok):
 
 def test_the_loss_is_on_assistants_text_and_end_marks(stage, shared, tok):
     """Masked ids, run by run, decode to each assistant's content and the end of its turn, and nothing else is masked."""
-    end = tok.decode([tok.end_of_turn])
-    assert end in ("<|eot_id|>", "<|end|>") and tok.end_of_turn in tok.stop_ids
+    end = tok.decode([tok.stop_ids[0]])
+    assert end in ("<|eot_id|>", "<|end|>") and tok.stop_ids[0] in tok.stop_ids
     for chat in chats(stage, shared, tok):
         ids, mask = tok.render(chat.messages)
         runs = [
@@ -122,7 +122,7 @@ def test_the_loss_is_on_assistants_text_and_end_marks(stage, shared, tok):
 def test_the_whole_text_of_a_chat_is_rendered(stage, shared, tok):
     """A rendered chat decodes to the markers of its format around each content, unchanged."""
     form = {"<|end|>": "<|{role}|>{content}<|end|>"}.get(
-        tok.decode([tok.end_of_turn]), "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
+        tok.decode([tok.stop_ids[0]]), "<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>"
     )
     for chat in chats(stage, shared, tok)[:20]:
         body = "".join(form.format(**message) for message in chat.messages)
@@ -137,7 +137,7 @@ def test_a_generation_prompt_is_a_prefix_of_the_whole(stage, shared, tok):
             if message["role"] == "assistant":
                 prompt, mask = tok.render(chat.messages[:i], add_generation_prompt=True)
                 assert whole[: len(prompt)] == prompt and not any(mask[len(tok.render(chat.messages[:i])[0]) :])
-                own = [*tok.encode(message["content"]), tok.end_of_turn]
+                own = [*tok.encode(message["content"]), tok.stop_ids[0]]
                 assert whole[len(prompt) : len(prompt) + len(own)] == own
 
 
@@ -146,7 +146,7 @@ def test_a_generation_prompt_is_a_prefix_of_the_whole(stage, shared, tok):
 def test_any_conversation_is_rendered(tok, turns):
     """Whatever is said, each turn ends once, begins once, and is under loss exactly if it is the assistant's."""
     ids, mask = tok.render([{"role": role, "content": text} for role, text in turns])
-    assert len(ids) == len(mask) and ids.count(tok.end_of_turn) == len(turns) and ids.count(tok.bos_id) == 1
+    assert len(ids) == len(mask) and ids.count(tok.stop_ids[0]) == len(turns) and ids.count(tok.bos_id) == 1
     assert sum(mask) == sum(len(tok.encode(text)) + 1 for role, text in turns if role == "assistant")
 
 
@@ -273,10 +273,8 @@ def test_a_cut_file_is_a_usage_error(shared, tmp_path, share):
         refuse(tmp_path / "tokenizer.model", data[: max(1, int(len(data) * share))])
 
 
-def test_a_sentencepiece_model_without_the_markers_is_a_usage_error(shared, tmp_path):
-    """LLaMA 2's own model has no marker for whose turn it is; one whose marker is damaged has none either."""
-    with pytest.raises(UsageError, match="markers"):
-        load_tokenizer(shared / "tokenizers" / "llama2")
+def test_a_marker_that_is_missing_is_a_usage_error(tmp_path):
+    """A stage tokenizer one of whose markers has another name cannot render."""
     refuse(tmp_path / "tokenizer.model", STAGE_TOKENIZER.read_bytes().replace(b"<|user|>", b"<|abcd|>"))
 
 
