@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -122,37 +123,53 @@ def _config_to(config, dtype, tokenizer):
 
 
 class Weights:
-    """The tensors of a safetensors directory, by name, read lazily: `weights[name]` is a slice that is read when indexed."""
+    """The tensors of a safetensors directory, by name: `weights[name]` is a slice that is read when indexed.
+
+    One file is open at a time, and `order` sorts names by file, so that going through them never holds more than one.
+    """
 
     def __init__(self, directory):
         self.directory = Path(directory)
         verify(directory)
-        self.files = {}  # tensor name -> open file
-        if (self.directory / INDEX).is_file():
-            weight_map = read_json(self.directory / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise UsageError(f"{self.directory / INDEX}: no weight_map from tensors to files in it")
-            names = sorted(set(weight_map.values()))
-            for name in names:
-                if Path(name).name != name:
-                    raise UsageError(f"{self.directory / INDEX}: {name!r} leaves the directory")
-        else:
-            names = ["model.safetensors"]
-        for name in names:
-            self._open(self.directory / name)
+        self.files, self.shapes = {}, {}  # tensor name -> its file, its shape
+        self.open_path = self.open_file = None
+        for name in self._shards():
+            path = self.directory / name
+            if not path.is_file():
+                pickled = " (weights in .bin files are pickles and are not read; save them as safetensors)"
+                found = pickled if list(self.directory.glob("*.bin")) else ""
+                raise UsageError(f"{path}: missing; a checkpoint directory holds its weights in safetensors files{found}")
+            file = self._open(path)
+            for tensor in file.keys():  # noqa: SIM118 (not a dict)
+                if tensor in self.files:
+                    raise UsageError(f"{self.directory}: {tensor} stands in both {self.files[tensor].name} and {name}")
+                self.files[tensor], self.shapes[tensor] = path, file.get_slice(tensor).get_shape()
+
+    def _shards(self):
+        index = self.directory / INDEX
+        if not index.is_file():
+            return ["model.safetensors"]
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UsageError(f"{index}: no weight_map from tensors to files in it")
+        for name in weight_map.values():
+            if Path(name).name != name:
+                raise UsageError(f"{index}: {name!r} leaves the directory")
+        return sorted(set(weight_map.values()))
 
     def _open(self, path):
-        if not path.is_file():
-            raise UsageError(f"{path}: missing; a checkpoint directory holds its weights in safetensors files")
-        try:
-            file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{path}: damaged or truncated ({error}); copy or download it again") from None
-        for name in file.keys():  # noqa: SIM118 (not a dict)
-            self.files[name] = file
+        if path != self.open_path:
+            try:
+                self.open_path, self.open_file = path, safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UsageError(f"{path}: damaged or truncated ({error}); copy or download it again") from None
+        return self.open_file
 
     def __getitem__(self, name):
-        return self.files[name].get_slice(name)
+        return self._open(self.files[name]).get_slice(name)
+
+    def order(self, names):
+        return sorted(names, key=self.files.get)
 
     def check(self, model):
         """UsageError that names what is missing, unexpected or of another shape than the model's."""
@@ -161,8 +178,8 @@ class Weights:
         wrong = [f"missing {name}" for name in shapes if name not in self.files]
         wrong += [f"unexpected {name}" for name in sorted(extra) if not name.endswith("rotary_emb.inv_freq")]
         for name, shape in shapes.items():
-            if name in self.files and self[name].get_shape() != shape:
-                wrong.append(f"{name} is {self[name].get_shape()}, config.json says {shape}")
+            if name in self.files and self.shapes[name] != shape:
+                wrong.append(f"{name} is {self.shapes[name]}, config.json says {shape}")
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UsageError(f"{self.directory}: the weights do not match config.json: {'; '.join(wrong[:3])}{more}")
@@ -190,12 +207,17 @@ class RandomWeights:
             std /= (2 * self.config.num_hidden_layers) ** 0.5
         return torch.randn(self.shapes[name], generator=generator) * std
 
+    def order(self, names):
+        return names
+
 
 @torch.no_grad()
 def fill(model, weights):
     """Copies weights[name] into every parameter; of a sharded one, only the rows that live on this rank."""
-    for name, parameter in model.named_parameters():
-        local, rows = parameter, slice(None)
+    parameters = dict(model.named_parameters())
+    for name in weights.order(parameters):
+        parameter = local = parameters[name]
+        rows = slice(None)
         if isinstance(parameter, DTensor):
             local, everything = parameter.to_local(), torch.arange(parameter.shape[0], device=parameter.device_mesh.device_type)
             mine = distribute_tensor(everything, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
@@ -204,6 +226,22 @@ def fill(model, weights):
             rows = slice(int(mine[0]), int(mine[-1]) + 1)
         local.copy_(weights[name][rows])
     return model
+
+
+def find_model(spec):
+    """The directory of a checkpoint: a path, or a Hub id such as `Neph0s/CoSER-Llama-3.1-8B`, downloaded if need be."""
+    if Path(spec).is_dir() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(spec)) or str(spec).startswith("out/"):
+        return Path(spec)
+    command = f"hf download {spec} --local-dir DIR"
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UsageError(f"{spec}: no such directory; to get it from the Hub, pip install huggingface_hub, {command}") from None
+    try:
+        return Path(snapshot_download(spec, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+    except Exception as error:
+        why = str(error).split("\n")[0]
+        raise UsageError(f"{spec}: no such directory, and the Hub did not give it ({why}); try {command}") from None
 
 
 def build_model(config, device, dtype):

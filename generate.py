@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 
 import cli
-from checkpoint import DTYPES, load_config, load_model
+from checkpoint import DTYPES, find_model, load_config, load_model
 from cli import UsageError
 from data import prompts
 from data.chats import perspective, system_prompt
 from data.scenes import load_stage
-from tokenizer import load_tokenizer
+from tokenizer import CHAT_FORMATS, load_tokenizer
 
 
 @dataclass
@@ -279,12 +279,12 @@ def sample_one(logits, params, generator):
     return order[(probabilities / noise).argmax()].item()  # argmax(p / exponential) is a draw from p
 
 
-def load_engine(directory, dtype=None):
-    """An Engine for a checkpoint directory: on the GPU in bf16 where there is one, else on the CPU in fp32."""
-    cuda = torch.cuda.is_available()
+def load_engine(spec, dtype=None, chat_format=None):
+    """An Engine for a checkpoint directory or Hub id: on the GPU in bf16 where there is one, else on the CPU in fp32."""
+    directory, cuda = find_model(spec), torch.cuda.is_available()
     dtype = DTYPES[dtype] if dtype else torch.bfloat16 if cuda else torch.float32
     load_config(directory)  # a directory that is no checkpoint should be told so first
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, chat_format)
     model = load_model(directory, "cuda" if cuda else "cpu", dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(f"{directory}: {tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model")
@@ -350,7 +350,7 @@ def main():
 
     parser = cli.Parser(__doc__, 'python generate.py --prompt "The ferry" --max-tokens 60 --seed 1')
     add = parser.add_argument
-    add("--model", help="checkpoint directory (default: the last trained stage actor, else the bundled one)")
+    add("--model", help="checkpoint directory or Hub id (default: the last trained stage actor, else the bundled one)")
     add("--prompt", help="a text to go on from; - reads it from stdin")
     add("--chat", action="store_true", help="talk with the model, a line at a time")
     add("--character", help="with --chat: who of the bundled scenes to meet")
@@ -360,6 +360,7 @@ def main():
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
     add("--stop", nargs="*", default=[], help="strings that end the text")
+    add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--seed", type=int)
     args = parser.parse_args()
@@ -371,7 +372,7 @@ def main():
         args.temperature, args.top_p, args.top_k, args.max_tokens, tuple(filter(None, args.stop)), args.seed
     )
     found = find_character(args.character, args.scene) if args.character else None
-    engine = load_engine(args.model or default_actor(), args.dtype)
+    engine = load_engine(args.model or default_actor(), args.dtype, args.chat_format)
     if found:
         meet(engine, params, *found)
     elif args.chat:

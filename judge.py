@@ -20,7 +20,7 @@ import cli
 from cli import UsageError
 from data import prompts
 from data.chats import NEXT_SPEAKER, remove_thoughts
-from data.scenes import ENVIRONMENT, Scene, load_scenes
+from data.scenes import ENVIRONMENT, Scene, load_scenes, straighten
 from generate import SamplingParams
 from llm import open_model
 from simulate import TRANSCRIPT_KEYS, TRANSCRIPTS
@@ -148,10 +148,12 @@ def _release_performances(data, file, scenes_file):
     scenes = {(scene.book, scene.i_p, scene.i_c): scene for scene in load_scenes(scenes_file)}
     found = []
     for case in data:
-        key = (case["book"], case["i_p"], case["i_c"])
+        key = (straighten(case["book"]), case["i_p"], case["i_c"])
         if key not in scenes:
             raise UsageError(f"{scenes_file}: no scene {key[0]}, plot {key[1]}, conversation {key[2]}, which {file} plays")
-        found.append((scenes[key], case["simulation"]))
+        # where the speaker's name stands anywhere in a content, the release takes it to be named
+        messages = [{**message, "named": f"{message['role']}:" in message["content"]} for message in case["simulation"]]
+        found.append((scenes[key], messages))
     return found
 
 
@@ -160,20 +162,18 @@ def count_turns(messages):
     return sum(message["role"] not in (ENVIRONMENT, NEXT_SPEAKER) for message in messages)
 
 
-def script(turns):
-    """`Name: message`, thoughts removed, joined by blank lines; the Environment's text stays as it is.
-
-    A message that names its speaker already is left so, as in the texts the release computed its metrics on.
-    """
-    shown = ((name, text if name == ENVIRONMENT else remove_thoughts(text)) for name, text in turns)
-    return "\n\n".join(text if f"{name}:" in text else f"{name}: {text}" for name, text in shown)
+def script_line(name, text, named=False):
+    """`Name: text`, thoughts removed but for the Environment, whose text stays as it is. named: the text says who speaks."""
+    shown = text if name == ENVIRONMENT else remove_thoughts(text)
+    return shown if named else f"{name}: {shown}"
 
 
 def scripts(scene, messages):
-    """(original, simulated) as one text each."""
-    original = script((turn["character"], turn["message"]) for turn in scene.dialogues)
-    simulated = script((m["role"], m["content"]) for m in messages if m["role"] != NEXT_SPEAKER)
-    return original, simulated
+    """(original, simulated) as one text each, a blank line between messages."""
+    original = [script_line(turn["character"], turn["message"]) for turn in scene.dialogues]
+    spoken = [message for message in messages if message["role"] != NEXT_SPEAKER]
+    simulated = [script_line(m["role"], m["content"], m.get("named", False)) for m in spoken]
+    return "\n\n".join(original), "\n\n".join(simulated)
 
 
 # ---- judging ------------------------------------------------------------------------------------------------------------
@@ -298,7 +298,14 @@ def _recorded_case(key, case):
     book, i_p, i_c = key.rsplit("-", 2)
     dimensions = {name: dict(verdict) for name, verdict in case["critique"].items() if isinstance(verdict, dict)}
     turns = count_turns(case["simulation"])
-    return {"book": book, "i_p": int(i_p), "i_c": int(i_c), "judge": "recorded", "turns": turns, "dimensions": dimensions}
+    return {
+        "book": straighten(book),
+        "i_p": int(i_p),
+        "i_c": int(i_c),
+        "judge": "recorded",
+        "turns": turns,
+        "dimensions": dimensions,
+    }
 
 
 # ---- summary ------------------------------------------------------------------------------------------------------------

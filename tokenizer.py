@@ -24,7 +24,7 @@ import tiktoken
 
 from cli import ROOT, UsageError, read_json
 
-FILE, HF_FILE = "tokenizer.model", "tokenizer.json"
+FILE, HF_FILE, HF_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 STAGE_TOKENIZER = ROOT / "data" / "stage" / FILE
 
 # How text splits into words before byte-pair merging; Qwen 2 takes digits one by one, LLaMA 3 up to three.
@@ -294,9 +294,12 @@ class SentencePieceTokenizer(Tokenizer):
 def load_tokenizer(path, chat_format=None):
     """The tokenizer of a checkpoint directory, or of a `tokenizer.model` or `tokenizer.json`. UsageError where there is none.
 
-    chat_format overrides what the tokenizer's own markers, then `model_type` in config.json, say.
+    chat_format overrides what our own tokenizer_config.json, then the markers, then `model_type` in config.json say.
     """
     path = Path(path)
+    saved = path / HF_CONFIG
+    if chat_format is None and saved.is_file() and read_json(saved).get("chat_format") in CHAT_FORMATS:
+        chat_format = read_json(saved)["chat_format"]
     if chat_format is not None and chat_format not in CHAT_FORMATS:
         raise UsageError(f"chat format {chat_format!r} is not one of {', '.join(CHAT_FORMATS)}")
     file = next((path / name for name in (FILE, HF_FILE) if (path / name).is_file()), path)
@@ -396,8 +399,9 @@ def save_tokenizer(tokenizer, directory):
         "eos_token": tokenizer.names[tokenizer.stop_ids[0]],
         "clean_up_tokenization_spaces": False,
         "chat_template": tokenizer.format.template,
+        "chat_format": tokenizer.chat_format,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (directory / HF_CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _hf_tokenizer(tokenizer):

@@ -33,7 +33,7 @@ from data.chats import scene_to_chats
 from data.packing import IGNORE, make_row, pack, split_long
 from data.scenes import STAGE, load_scenes
 from model import PRESETS, ModelConfig, Transformer
-from tokenizer import STAGE_TOKENIZER, load_tokenizer
+from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
 
 # What a flag is when it is not given: for the stage actor, and as published for CoSER (paper, section 5).
 STAGE_RECIPE = dict(seq_len=2048, batch_size=2, epochs=6.0, lr=3e-3, weight_decay=0.1)
@@ -43,8 +43,9 @@ PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_d
 def parse_args():
     parser = cli.Parser(__doc__, "torchrun --nproc_per_node 2 train.py --max-steps 20 --out out/try")
     add = parser.add_argument
-    add("--model", default="stage", help=f"checkpoint directory, or a preset: {', '.join(PRESETS)} (default: stage)")
+    add("--model", default="stage", help=f"checkpoint directory, Hub id, or a preset: {', '.join(PRESETS)} (default: stage)")
     add("--tokenizer", help="directory or file (default: the checkpoint's, else the stage's)")
+    add("--chat-format", choices=CHAT_FORMATS, help="default: what the tokenizer says")
     add("--data", nargs="+", default=[STAGE], help="books in the CoSER format (default: the bundled stories)")
     add("--out", default=cli.OUT / "stage", help="directory of the run (default: out/stage)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
@@ -256,7 +257,6 @@ class Log:
         self.bar = cli.progress(*columns)
         self.task = self.bar.add_task("training", total=steps, completed=kept)
         self.bar.start()
-        self.started, self.begun = time.perf_counter(), kept
 
     def write(self, line):
         self.lines.append(line)
@@ -267,7 +267,8 @@ class Log:
         self.bar.update(self.task, completed=line["step"], description=text)
         evaluated = f"  held out {line['eval_loss']:.3f}" if "eval_loss" in line else ""
         if evaluated or (self.bar.disable and line["step"] % 10 == 0):
-            left = (time.perf_counter() - self.started) / (line["step"] - self.begun) * (self.steps - line["step"])
+            recent = [line["seconds"] for line in self.lines[-20:]]
+            left = sum(recent) / len(recent) * (self.steps - line["step"])
             cli.note(f"step {line['step']}/{self.steps}  {text}{evaluated}  {left:,.0f} s left")
 
     def draw(self):
@@ -296,8 +297,10 @@ def describe(config, args, stream, steps, world):
     used = sum(len(row["tokens"]) for row in rows)
     learnt = sum((row["targets"] != IGNORE).sum().item() for row in rows)
     memory = 16 * parameters / world / 2**30  # fp32 weights, gradients and two moments
+    sizes = ", ".join(f"{dtype.itemsize * parameters / 2**30:.2f} GiB in {name}" for name, dtype in checkpoint.DTYPES.items())
     return (
-        f"{parameters:,} parameters; weights, gradients and optimiser take {memory:.2f} GiB on each of {world} rank(s)\n"
+        f"{parameters:,} parameters ({sizes}); training takes {memory:.2f} GiB for weights, gradients and optimiser "
+        f"on each of {world} rank(s)\n"
         f"{len(rows)} rows of {args.seq_len} tokens an epoch, {learnt / used:.1%} under loss{cut}; "
         f"{steps} steps of {args.batch_size} rows"
     )
@@ -305,9 +308,10 @@ def describe(config, args, stream, steps, world):
 
 def main():
     args = parse_args()
-    config = None if args.model in PRESETS else checkpoint.load_config(args.model)
-    tokenizer_path = args.tokenizer or (args.model if config else STAGE_TOKENIZER)
-    tokenizer = load_tokenizer(tokenizer_path)
+    directory = None if args.model in PRESETS else checkpoint.find_model(args.model)
+    config = directory and checkpoint.load_config(directory)
+    tokenizer_path = args.tokenizer or directory or STAGE_TOKENIZER
+    tokenizer = load_tokenizer(tokenizer_path, args.chat_format)
     if config is None:
         config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[args.model])
     elif tokenizer.vocab_size > config.vocab_size:
@@ -349,7 +353,7 @@ def main():
     elif args.model in PRESETS:
         checkpoint.fill(model, checkpoint.RandomWeights(model, args.seed))
     else:
-        weights = checkpoint.Weights(args.model)
+        weights = checkpoint.Weights(directory)
         weights.check(model)
         checkpoint.fill(model, weights)
 

@@ -100,11 +100,14 @@ def _mend_surrogates(data, report):
     return json.loads(whole)
 
 
-def _title(text, report):
+def straighten(title):
     """Curly quotes become straight ones, so that two spellings of a title are one book."""
-    straight = text.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
-    report["repaired: curly quotes in a title"] += straight != text
-    return straight
+    return title.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
+
+
+def _title(text, report):
+    report["repaired: curly quotes in a title"] += straighten(text) != text
+    return straighten(text)
 
 
 def _book_scenes(data, path, report):
@@ -153,7 +156,7 @@ def _test_scene(item, index, report):
     plot = item.get("plot") if isinstance(item.get("plot"), dict) else {}
     profiles = item.get("character_profiles")
     profiles = {n: p for n, p in profiles.items() if _text(p)} if isinstance(profiles, dict) else {}
-    book = _text(item.get("book")) or "untitled"
+    book = _title(_text(item.get("book")) or "untitled", report)
     i_p, i_c = (item[k] if isinstance(item.get(k), int) else d for k, d in (("i_p", index), ("i_c", 0)))
     scene = _scene(item, book, i_p, i_c, _text(item.get("tag")) or "ood", plot, profiles, report)
     if scene:  # what the file says of its cast stands, where it says anything

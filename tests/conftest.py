@@ -13,6 +13,8 @@ import tokenizer
 from data.scenes import load_stage
 from model import ModelConfig, RopeScaling
 
+torch.set_num_threads(1)  # small models: more threads only wait for each other
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -35,8 +37,8 @@ def stage_tokenizer():
     return tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
 
 
-def random_config(seed, **changes):
-    """A small LLaMA config of odd sizes, drawn from a seed."""
+def random_config(seed, family="llama", **changes):
+    """A small config of odd sizes, drawn from a seed; of another family, with what is its own: biases, windows, experts."""
     rng = random.Random(seed)
     kv_heads = rng.choice([1, 2, 3])
     heads = kv_heads * rng.choice([1, 2, 4])
@@ -54,7 +56,14 @@ def random_config(seed, **changes):
         max_position_embeddings=256,
         tie_word_embeddings=rng.random() < 0.5,
     )
-    return ModelConfig(**{**fields, **changes})
+    own = {"mistral": dict(sliding_window=rng.choice([None, 2, 7, 20]))}
+    own["mixtral"] = dict(**own["mistral"], num_local_experts=rng.choice([2, 3, 8]))
+    own["qwen2"] = dict(qkv_bias=True, head_dim=fields["hidden_size"] // heads * 2)
+    if family == "qwen2":  # its config knows no head_dim: hidden size / heads, which has to be even
+        fields["hidden_size"], fields["head_dim"] = heads * own["qwen2"]["head_dim"], own["qwen2"]["head_dim"]
+    if family != "llama":
+        fields |= dict(model_type=family, rope_scaling=None)
+    return ModelConfig(**{**fields, **own.get(family, {}), **changes})
 
 
 def random_model(config, seed=0):

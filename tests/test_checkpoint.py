@@ -19,7 +19,6 @@ from cli import UsageError
 from model import RopeScaling
 
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 WEIGHTS = "model.safetensors"
 
 

@@ -27,7 +27,6 @@ from generate import Engine, SamplingParams, find_character, load_engine
 from model import RopeScaling
 
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 
 def greedy(max_tokens, **kwargs):

@@ -17,7 +17,7 @@ from test_llm import KEY, Script, Server
 
 import judge
 from data.prompts import DIMENSIONS
-from data.scenes import load_scenes
+from data.scenes import load_scenes, straighten
 from judge import bleu, judge_messages, judge_scene, read_performances, rouge_l, score_flaws, scripts
 
 MODELS = ["gpt-4o", "coser-8b", "llama-3.1-8b-instruct"]
@@ -39,7 +39,8 @@ def performed(gca, shared):
 @pytest.fixture(scope="module")
 def recorded(gca):
     """{case: {simulation_str, bleu, rouge_l}} as the release computed them."""
-    return json.loads((gca / "gpt-4o.bleu_rouge.json").read_text())
+    cases = json.loads((gca / "gpt-4o.bleu_rouge.json").read_text())
+    return {straighten(case): record for case, record in cases.items()}
 
 
 def acted(scene):
@@ -386,6 +387,14 @@ def test_thoughts_are_removed_but_the_environments_text_is_kept(stage):
     assert fenced(prompt)[1] == list(expected) and "hush" not in prompt
 
 
+def test_every_line_of_ours_names_its_speaker(stage):
+    """`Name: message` for the original and for our own performances, also where a message holds the name and a colon itself."""
+    scene = deepcopy(stage["ward-c/1"])
+    text = "(reads from the label) Juno: do not touch."
+    scene.dialogues = [{"character": "Juno", "message": text}]
+    assert scripts(scene, [{"role": "Juno", "content": text}]) == (f"Juno: {text}",) * 2
+
+
 def test_the_judge_knows_the_circumstances(stage):
     """Plot summary, scenario, profiles of those who speak and the main characters stand in each prompt, and one dimension."""
     scene = stage["ward-c/1"]
@@ -561,7 +570,7 @@ def test_rescoring_our_verdicts(script, plays, monkeypatch):
 
 
 def test_the_contract_of_the_command_line(script):
-    """--help shows one example and every flag that the design names."""
+    """--help shows one example and the flags that users call."""
     code, out, _ = script("judge", "--help")
     assert code == 0 and "python judge.py" in out
     assert [flag for flag in ("--judge", "--scenes", "--rescore", "--seed") if flag not in out] == []

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 
 import kernels
 
-torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
-
 
 def explicit_attention(q, k, v, positions, window):
     """Attention one query and head at a time, straight from its definition."""

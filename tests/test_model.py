@@ -16,7 +16,6 @@ import model as model_module
 from model import PRESETS, ModelConfig, RopeScaling, Transformer
 
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
 
 
 def crossed_config(seed):

@@ -745,7 +745,7 @@ def test_the_choice_does_not_hang_on_hashing(tmp_path, monkeypatch):
 
 
 def test_the_contract_of_the_command_line(script):
-    """--help shows one example and every flag that the design names."""
+    """--help shows one example and the flags that users call."""
     code, out, _ = script("simulate", "--help")
     flags = "--scene --actor --environment --next-speaker --out --continue-from --max-rounds --without-thoughts --resume --seed"
     assert code == 0 and "python simulate.py --scene" in out
