@@ -35,8 +35,9 @@ from data.scenes import STAGE, load_scenes
 from model import PRESETS, ModelConfig, Transformer
 from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
 
-# What a flag is when it is not given: for the stage actor, and as published for CoSER (paper, section 5).
-STAGE_RECIPE = dict(seq_len=2048, batch_size=2, epochs=6.0, lr=3e-3, weight_decay=0.1)
+# What a flag is when it is not given: for the stage actor (one row a rank), and as published for CoSER (paper, section 5).
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+STAGE_RECIPE = dict(seq_len=2048, batch_size=WORLD_SIZE, epochs=5.5, lr=2e-3, weight_decay=0.1)
 PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_decay=0.0)
 
 
@@ -62,7 +63,7 @@ def parse_args():
     add("--dtype", choices=checkpoint.DTYPES, help="of the forward and backward pass (default: bfloat16 where it is native)")
     add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
     add("--save-every", type=int, default=200, help="steps between checkpoints; the last two are kept (default: 200)")
-    add("--eval-every", type=int, default=50, help="steps between evaluations on held-out scenes (default: 50)")
+    add("--eval-every", type=int, default=100, help="steps between evaluations on held-out scenes (default: 100)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     for name, value in (STAGE_RECIPE if args.model == "stage" else PAPER_RECIPE).items():
@@ -319,8 +320,7 @@ def main():
     scenes, held_out, said = read_data(args)
     stream = Rows(scenes, tokenizer, args)
     steps = args.max_steps or math.ceil(args.epochs * len(stream.rows) / args.batch_size)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    first = int(os.environ.get("RANK", 0)) == 0
+    world, first = WORLD_SIZE, int(os.environ.get("RANK", 0)) == 0
     if args.batch_size % (world * args.micro_batch):
         raise UsageError(
             f"--batch-size {args.batch_size} does not divide into {world} ranks of --micro-batch {args.micro_batch}"
