@@ -37,7 +37,7 @@ from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
 
 # What a flag is when it is not given: for the stage actor (one row a rank), and as published for CoSER (paper, section 5).
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-STAGE_RECIPE = dict(seq_len=2048, batch_size=WORLD_SIZE, epochs=5.5, lr=2e-3, weight_decay=0.1)
+STAGE_RECIPE = dict(seq_len=2048, batch_size=WORLD_SIZE, epochs=7.0, lr=2e-3, weight_decay=0.1)
 PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_decay=0.0)
 
 
