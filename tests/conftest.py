@@ -56,13 +56,13 @@ def random_config(seed, family="llama", **changes):
         max_position_embeddings=256,
         tie_word_embeddings=rng.random() < 0.5,
     )
-    own = {"mistral": dict(sliding_window=rng.choice([None, 2, 7, 20]))}
+    own = {"mistral": dict(sliding_window=rng.choice([None, 1, 2, 7, 20]))}
     own["mixtral"] = dict(**own["mistral"], num_local_experts=rng.choice([2, 3, 8]))
     own["qwen2"] = dict(qkv_bias=True, head_dim=fields["hidden_size"] // heads * 2)
     if family == "qwen2":  # its config knows no head_dim: hidden size / heads, which has to be even
         fields["hidden_size"], fields["head_dim"] = heads * own["qwen2"]["head_dim"], own["qwen2"]["head_dim"]
     if family != "llama":
-        fields |= dict(model_type=family, rope_scaling=None)
+        fields |= dict(model_type=family)
     return ModelConfig(**{**fields, **own.get(family, {}), **changes})
 
 

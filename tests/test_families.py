@@ -50,6 +50,7 @@ def test_logits_and_greedy_text_are_transformers(pair):
     done = Engine(model).generate([prompt.tolist() for prompt in prompts], SamplingParams(temperature=0, max_tokens=64))
     for prompt, completion in zip(prompts, done, strict=True):
         options = {"attention_mask": torch.ones_like(prompt[None]), "eos_token_id": -1, "pad_token_id": 0}
+        options["use_cache"] = model.config.sliding_window != 1  # transformers' cache of a window of 1 keeps everything
         expected = peer.generate(prompt[None], max_new_tokens=64, do_sample=False, **options)
         assert completion.ids == expected[0, len(prompt) :].tolist()
 
@@ -120,7 +121,7 @@ def texts(number):
     rng = random.Random(1)
     random_strings = [random_text(rng) for _ in range(number)]
     real = [json.loads(line)["content"] for line in (SHARED / "books" / "classics.jsonl").open()]
-    real += [file.read_text() for file in sorted((SHARED / "coser").rglob("*.json"))[: number // 1000]]
+    real += [file.read_text() for file in sorted(SHARED.rglob("*.json"))[: number // 1000]]
     return real + random_strings
 
 
@@ -262,15 +263,36 @@ def test_every_format_has_its_golden_chat(shared):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generate_works_on_a_directory_of_each_family(family, script, tmp_path, stage_tokenizer):
-    """`generate.py --model DIR --prompt` on a saved checkpoint, sharded, with a vocabulary padded beyond the tokenizer's."""
-    config = random_config(3, family, vocab_size=stage_tokenizer.vocab_size + 64)
-    checkpoint.save_model(random_model(config), tmp_path / "model", stage_tokenizer, max_shard_bytes=200_000)
-    code, out, _ = script("generate", "--model", tmp_path / "model", "--prompt", "The ferry", "--max-tokens", 8)
+def test_what_transformers_saves_is_read(family, tmp_path):
+    """A directory that transformers 5 wrote of each family gives the same model back."""
+    model = random_model(random_config(11, family))
+    checkpoint.save_model(model, tmp_path / "ours")
+    peer_of(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    loaded = checkpoint.load_model(tmp_path / "theirs")
+    assert loaded.config == model.config
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_works_on_a_directory_of_each_family(family, script, tmp_path, shared, qwen2_file):
+    """`generate.py --model DIR --prompt` on a saved checkpoint with the family's own kind of tokenizer, sharded, the vocabulary
+    padded; and AutoTokenizer opens the directory with the same ids and the same chats."""
+    file = {"llama": shared / "tokenizers" / "llama3", "qwen2": qwen2_file}.get(family, shared / "tokenizers" / "llama2")
+    tokenizer = load_tokenizer(file, "mistral" if family in ("mistral", "mixtral") else None)
+    config = random_config(3, family, vocab_size=tokenizer.vocab_size + 64)
+    directory = tmp_path / "model"
+    checkpoint.save_model(random_model(config), directory, tokenizer, max_shard_bytes=2_000_000)
+    code, out, _ = script("generate", "--model", directory, "--prompt", "The ferry", "--max-tokens", 8)
     assert code == 0
     assert out.startswith("The ferry")
-    if family == "llama":  # AutoTokenizer takes Qwen 2's and Mistral's own classes where config.json names those families
-        assert AutoTokenizer.from_pretrained(tmp_path / "model").encode("The ferry") == stage_tokenizer.encode("The ferry")
+    assert load_tokenizer(directory).render(CHAT) == tokenizer.render(CHAT)
+    theirs = AutoTokenizer.from_pretrained(directory)
+    text = "The ferry's  12 men\n\n(left) ..."
+    assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+    assert theirs.apply_chat_template(CHAT, tokenize=True, return_dict=False) == tokenizer.render(CHAT)[0]
+    stops = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == tokenizer.stop_ids
 
 
 def test_a_tensor_in_two_shards_is_named(tmp_path):
