@@ -95,7 +95,7 @@ def stage_format(messages, generate):
 def mistral_format(messages, generate, marker=Text):
     """v0.1 and Mixtral: the markers are plain text. There is no system role; its text opens the first user turn."""
     yield Special("<s>")
-    for message in _system_into_user(messages, "{system}\n\n{user}"):
+    for message in _system_into_user(messages):
         if message["role"] == "user":
             yield from (marker("[INST]"), Text(message["content"]), marker("[/INST]"))
         else:
@@ -121,14 +121,12 @@ def vicuna_format(messages, generate):
         yield Text("ASSISTANT:")
 
 
-def _system_into_user(messages, form):
-    if messages and messages[0]["role"] == "system":
-        system, *rest = messages
-        if not rest or rest[0]["role"] != "user":
-            rest = [{"role": "user", "content": ""}, *rest]
-        text = form.format(system=system["content"], user=rest[0]["content"])
-        return [{"role": "user", "content": text}, *rest[1:]]
-    return messages
+def _system_into_user(messages):
+    """For families without a system role: its text, a blank line, then the first user turn."""
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return messages
+    system, user, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 _SYSTEM_FIRST = (

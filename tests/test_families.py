@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 from conftest import ROOT, SHARED, random_config, random_model, usage_error
@@ -241,6 +242,32 @@ def test_long_runs_do_not_stall(ours):
         assert ours.decode(ours.encode(text)) == text
     with pytest.raises(checkpoint.UsageError, match="surrogate"):
         ours.encode("a\ud800b")
+
+
+def test_mistral_v3_markers_are_special(tmp_path):
+    """A SentencePiece model with [INST] among its control pieces is v0.3: the markers are ids, and never come from text."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(ROOT / "data" / "stage" / "ward_c.json"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=700,
+        byte_fallback=True,
+        control_symbols=["[INST]", "[/INST]"],
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    v3 = load_tokenizer(tmp_path / "tokenizer.model")
+    assert v3.chat_format == "mistral-v3"
+    ids, mask = v3.render(CHAT)
+    begin, end = v3.specials["[INST]"], v3.specials["[/INST]"]
+    assert [i for i in ids if i in v3.names] == [v3.bos_id, begin, end, v3.stop_ids[0], begin, end, v3.stop_ids[0]]
+    assert v3.decode(ids[2 : ids.index(end)]) == f"{CHAT[0]['content']}\n\n{CHAT[1]['content']}"
+    assert not {begin, end} & set(v3.encode("[INST] x [/INST]"))
+    (tmp_path / "export").mkdir()
+    save_tokenizer(v3, tmp_path / "export")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
+    assert theirs.apply_chat_template(CHAT, tokenize=True, return_dict=False) == ids
 
 
 def test_every_format_has_its_golden_chat(shared):
