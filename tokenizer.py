@@ -176,8 +176,8 @@ CHAT_FORMATS = {
         mistral_v3_format,
         ("</s>",),
         _SYSTEM_FIRST
-        + "<s>{%- for m in turns %}{%- if m['role'] == 'user' %}{{ '[INST] ' + ns.system + m['content'] + '[/INST]' }}"
-        "{%- set ns.system = '' %}{%- else %}{{ ' ' + m['content'] + '</s>' }}{%- endif %}{%- endfor %}",
+        + "<s>{%- for m in turns %}{%- if m['role'] == 'user' %}{{ '[INST]' + ns.system + m['content'] + '[/INST]' }}"
+        "{%- set ns.system = '' %}{%- else %}{{ m['content'] + '</s>' }}{%- endif %}{%- endfor %}",
     ),
     "vicuna": ChatFormat(
         vicuna_format,
