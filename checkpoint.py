@@ -1,11 +1,11 @@
 """Checkpoints: Hugging Face safetensors directories, and the state of a training run.
 
-    model = load_model("DIR")                    # any LLaMA 3 directory that transformers opens
+    model = load_model("DIR")                    # any directory of a supported family that transformers opens
     save_model(model, "DIR", tokenizer)          # one that transformers opens
 
 Weights come from safetensors alone. The same `fill` loads a model in one piece or the shards of an FSDP one: each rank
 reads only its own rows. Directories are written under a temporary name with a manifest of checksums, then renamed; `verify`
-checks a directory against its manifest, and whatever is loaded from one that has a manifest is verified first.
+checks a directory against its manifest, and no weight or training state is read from one that does not match it.
 """
 
 import contextlib
@@ -77,6 +77,11 @@ def _config_from(hf, path):
     if rope_type not in ("default", "llama3"):
         raise UsageError(f"{path}: rope type {rope_type!r} is not supported (only 'default' and 'llama3')")
     scaling = RopeScaling(**{name: rope[name] for name in RopeScaling.__dataclass_fields__}) if rope_type == "llama3" else None
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if type(hf[key]) is not int or hf[key] < 1:
+            raise UsageError(f"{path}: {key} {hf[key]!r} is not a number from 1")
+    if hf.get("sliding_window") == 0:
+        raise UsageError(f"{path}: sliding_window 0 would see nothing; null is no window")
     heads = hf["num_attention_heads"]
     return ModelConfig(
         vocab_size=hf["vocab_size"],
@@ -131,7 +136,7 @@ class Weights:
     def __init__(self, directory):
         self.directory = Path(directory)
         verify(directory)
-        self.files, self.shapes = {}, {}  # tensor name -> its file, its shape
+        self.files, self.shapes, self.dtypes = {}, {}, {}  # tensor name -> its file, its shape, its type there
         self.open_path = self.open_file = None
         for name in self._shards():
             path = self.directory / name
@@ -144,6 +149,7 @@ class Weights:
                 if tensor in self.files:
                     raise UsageError(f"{self.directory}: {tensor} stands in both {self.files[tensor].name} and {name}")
                 self.files[tensor], self.shapes[tensor] = path, file.get_slice(tensor).get_shape()
+                self.dtypes[tensor] = file.get_slice(tensor).get_dtype()
 
     def _shards(self):
         index = self.directory / INDEX
@@ -180,6 +186,10 @@ class Weights:
         for name, shape in shapes.items():
             if name in self.files and self.shapes[name] != shape:
                 wrong.append(f"{name} is {self.shapes[name]}, config.json says {shape}")
+        wrong += [f"{name} is {dtype}, not floats" for name, dtype in self.dtypes.items() if not re.match(r"B?F\d+$", dtype)]
+        tied_copy = "lm_head.weight" in self.files and "lm_head.weight" not in shapes and not wrong
+        if tied_copy and not torch.equal(self["lm_head.weight"][:], self["model.embed_tokens.weight"][:]):
+            wrong.append("lm_head.weight differs from the embeddings it should be tied to")
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UsageError(f"{self.directory}: the weights do not match config.json: {'; '.join(wrong[:3])}{more}")
@@ -230,7 +240,8 @@ def fill(model, weights):
 
 def find_model(spec):
     """The directory of a checkpoint: a path, or a Hub id such as `Neph0s/CoSER-Llama-3.1-8B`, downloaded if need be."""
-    if Path(spec).is_dir() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(spec)) or str(spec).startswith("out/"):
+    owner = Path(spec).parent  # of a path that is only mistyped, the folder is often there
+    if Path(spec).is_dir() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(spec)) or owner.is_dir():
         return Path(spec)
     command = f"hf download {spec} --local-dir DIR"
     try:
@@ -238,7 +249,7 @@ def find_model(spec):
     except ImportError:
         raise UsageError(f"{spec}: no such directory; to get it from the Hub, pip install huggingface_hub, {command}") from None
     try:
-        return Path(snapshot_download(spec, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+        return Path(snapshot_download(spec, allow_patterns=["*.json", "model*.safetensors", "tokenizer.model"]))
     except Exception as error:
         why = str(error).split("\n")[0]
         raise UsageError(f"{spec}: no such directory, and the Hub did not give it ({why}); try {command}") from None
@@ -255,8 +266,7 @@ def load_model(directory, device="cpu", dtype=torch.float32):
     """The Transformer of a Hugging Face directory, in eval mode. UsageError says what is wrong with a directory."""
     config = load_config(directory)
     weights = Weights(directory)
-    with torch.device("meta"):
-        weights.check(Transformer(config))
+    weights.check(build_model(config, "meta", dtype))
     return fill(build_model(config, device, dtype), weights).eval()
 
 
@@ -271,7 +281,7 @@ def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 *
         shard, size, shards = {}, 0, []
 
         def flush():
-            shards.append({name: f"{len(shards)}.safetensors" for name in shard})
+            shards.append(list(shard))
             save_file(shard, temporary / f"{len(shards) - 1}.safetensors", metadata={"format": "pt"})
 
         total = 0

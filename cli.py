@@ -1,7 +1,7 @@
 """What every script shares at its edges: usage errors, whole files, the terminal.
 
 A `UsageError` is anything the person at the keyboard can put right; `run` prints it as one line and leaves with
-code 2. `write_whole` is the only way this project writes a file that someone reads later: it is there whole or not at all.
+code 2. `write_whole` writes a file that is there whole or not at all; `append_line` adds a line that a kill can only tear.
 """
 
 import argparse
@@ -28,7 +28,7 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors take one line; `--help` keeps the module docstring's layout."""
+    """argparse whose errors take one line; `--help` shows the module docstring's first paragraph and an example."""
 
     def __init__(self, doc, example):
         super().__init__(
@@ -130,16 +130,32 @@ def read_lines(path, keys):
 
     A torn last line, as a kill leaves it, is left out; anything else that is not such an object is a UsageError.
     """
-    whole = Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
+    *whole, last = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
     read = []
-    for number, line in enumerate(whole, 1):
+    for number, line in enumerate([*whole, last] if last else whole, 1):
         try:
             read.append(json.loads(line))
         except (ValueError, RecursionError) as error:
+            if number > len(whole):
+                break
             raise UsageError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from None
         if not isinstance(read[-1], dict) or not read[-1].keys() >= set(keys):
             raise UsageError(f"{path}: line {number} is not an object with {', '.join(keys)}; mend or remove it")
     return read
+
+
+def append_line(path, value):
+    """Adds a JSON value as a line to a file, on the disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_lines(path, values):
+    """Writes a JSONL file whole."""
+    with write_whole(path) as file:
+        file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def make_dir(path):

@@ -10,7 +10,7 @@ sequence that ends leaves its keys and values behind, and a later prompt that be
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,7 @@ class Sequence:
     kv: torch.Tensor | None = None  # [layers, 2, K, capacity, D]
     cached: int = 0
     reused: int = 0  # of the prompt, tokens that were already cached
+    before: list = field(default_factory=list)  # the end of the prompt, where the text is decoded as going on from it
     text: str | None = None
     finish_reason: str | None = None
 
@@ -134,15 +135,19 @@ class Engine:
             self.step()
         return [self.completion(sequence) for sequence in sequences]
 
-    def stream(self, prompt, params):
-        """Yields the text of one completion piece by piece, in whole characters; its `return` value is the Completion."""
+    def stream(self, prompt, params, goes_on=False):
+        """Yields the text of one completion piece by piece, in whole characters; its `return` value is the Completion.
+
+        goes_on: the text goes on from the prompt's, so a space between them is part of it (SentencePiece drops the first).
+        """
         sequence, shown = self.add(prompt, params), 0
+        sequence.before = prompt[-1:] if goes_on else []
         try:
             while sequence.finish_reason is None:
                 self.step()
                 # a torn character shows as U+FFFD until its last byte; a stop string may have begun
                 sure = sequence.text.rstrip("\ufffd")
-                sure = sure[: len(sure) + 1 - max(map(len, params.stop), default=1)]
+                sure = sure[: max(0, len(sure) + 1 - max(map(len, params.stop), default=1))]
                 if sequence.finish_reason is None and len(sure) > shown:
                     yield sure[shown:]
                     shown = len(sure)
@@ -253,17 +258,20 @@ class Engine:
             return
         sequence.ids.append(token)
         if self.tokenizer:
-            sequence.text = self.tokenizer.decode(sequence.generated)
+            sequence.text = self.decode(sequence)
             found = [at for stop in sequence.params.stop if (at := sequence.text.find(stop)) >= 0]
             if found:
                 text = sequence.text[: min(found)]
-                while len(self.tokenizer.decode(sequence.generated)) > len(text):
+                while len(self.decode(sequence)) > len(text):
                     sequence.ids.pop()
                 sequence.cached = min(sequence.cached, len(sequence.ids))
                 sequence.text, sequence.finish_reason = text, "stop"
                 return
         if len(sequence.ids) >= sequence.limit:
             sequence.finish_reason = "length"
+
+    def decode(self, sequence):
+        return self.tokenizer.decode(sequence.before + sequence.generated)[len(self.tokenizer.decode(sequence.before)) :]
 
 
 def sample_one(logits, params, generator):
@@ -380,7 +388,7 @@ def main():
     else:
         text = "\n".join(cli.lines("", keep=True)) if args.prompt == "-" else args.prompt
         bos = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]
-        pieces = engine.stream(bos + engine.tokenizer.encode(text), params)
+        pieces = engine.stream(bos + engine.tokenizer.encode(text), params, goes_on=True)
         cli.put(text)
         show(pieces)
 

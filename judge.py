@@ -12,7 +12,6 @@ is no valid verdict is asked for again; one that stays invalid is left out of th
 
 import hashlib
 import json
-import os
 import statistics
 from pathlib import Path
 
@@ -25,7 +24,10 @@ from generate import SamplingParams
 from llm import open_model
 from simulate import TRANSCRIPT_KEYS, TRANSCRIPTS
 
-VERDICTS, VERDICT_KEYS = "verdicts.jsonl", ("book", "i_p", "i_c", "judge", "performance", "turns", "dimensions", "score")
+VERDICTS, VERDICT_KEYS = (
+    "verdicts.jsonl",
+    ("book", "i_p", "i_c", "judge", "seed", "performance", "turns", "dimensions", "score"),
+)
 TRIES = 3  # for a valid verdict
 SEVERITIES = range(1, 6)
 
@@ -246,6 +248,7 @@ def judge_performance(scene, messages, model, seed):
         "i_p": scene.i_p,
         "i_c": scene.i_c,
         "judge": model.name if model else None,
+        "seed": seed,
         "performance": digest(scene, messages),
         "turns": count_turns(messages),
         "dimensions": dimensions,
@@ -358,33 +361,28 @@ def main():
     performances = read_performances(args.performances, args.scenes)
     path = Path(args.performances)
     out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else cli.OUT / "verdicts" / f"{path.stem}.jsonl"
-    kept = {}
-    for line in cli.read_lines(out, VERDICT_KEYS):
-        if line["judge"] and line["judge"] != args.judge:
-            raise UsageError(f"{out}: holds verdicts of {line['judge']}; name another file with --out, or remove it")
-        if line["judge"] == args.judge and (line["score"] is not None or not args.judge):
-            kept[line["performance"]] = line
+    recorded = {line["performance"]: line for line in cli.read_lines(out, VERDICT_KEYS)}
+    for line in recorded.values():
+        if line["judge"] and (line["judge"], line["seed"]) != (args.judge, args.seed):
+            raise UsageError(f"{out}: holds verdicts of {line['judge']}, seed {line['seed']}; name another file with --out")
+    wanted = [digest(*performance) for performance in performances]
+    done = {key for key in wanted if key in recorded and args.judge and recorded[key]["score"] is not None}
     model = open_model(args.judge) if args.judge else None
     cli.make_dir(out.parent)
-    lines = [kept[digest(*performance)] for performance in performances if digest(*performance) in kept]
-    with cli.write_whole(out) as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     with cli.progress() as bar:
-        task = bar.add_task("judging", total=len(performances), completed=len(lines))
+        task = bar.add_task("judging", total=len(performances), completed=len(done))
         try:
-            for scene, messages in performances:
-                if digest(scene, messages) in kept:
+            for key, (scene, messages) in zip(wanted, performances, strict=True):
+                if key in done:
                     continue
-                line = judge_performance(scene, messages, model, args.seed)
-                lines.append(line)
-                with open(out, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                bar.update(task, completed=len(lines))
+                recorded[key] = judge_performance(scene, messages, model, args.seed)
+                cli.write_lines(out, recorded.values())  # whole: it may take the place of an incomplete line
+                done.add(key)
+                bar.update(task, completed=len(done))
         except (KeyboardInterrupt, UsageError) as error:
             why = str(error) + ". " if str(error) else ""
-            raise type(error)(f"{why}{len(lines)} verdicts are in {out}; the same command goes on from there") from None
+            raise type(error)(f"{why}{len(done)} verdicts are in {out}; the same command goes on from there") from None
+    lines = [recorded[key] for key in wanted]
     summarise(lines, args.judge)
     cli.note(f"verdicts are in {out}")
     if not args.judge:

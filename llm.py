@@ -11,7 +11,7 @@ honoured); what more tries cannot mend (400, 401, 403, 404) ends at once. Keys a
 import os
 import random
 import re
-import time
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,13 +75,22 @@ class Endpoint:
             raise UsageError(f"OPENAI_BASE_URL {self.url}: not an http(s) address")
         if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
             raise UsageError("OPENAI_API_KEY: holds characters that no key has; was it pasted whole?")
+        self.stopped = threading.Event()
         self.client = httpx.Client(timeout=TIMEOUT, headers={"Authorization": f"Bearer {self.key}"})
 
     def chat(self, conversations, params, openings=None):
         """As `Local.chat`; what a reply is to begin with is not passed on, since the interface has no place for it."""
         params = params if isinstance(params, list) else [params] * len(conversations)
-        with ThreadPoolExecutor(CONCURRENCY) as pool:
+        pool = ThreadPoolExecutor(CONCURRENCY)
+        try:
             return list(pool.map(self.ask, conversations, params))
+        except BaseException:  # one has failed for good, or Ctrl-C: the others need not go on trying
+            self.stopped.set()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if self.stopped.is_set():
+                self.client.close()
 
     def ask(self, messages, params):
         body = {
@@ -112,8 +121,8 @@ class Endpoint:
                     raise UsageError(f"{self.name} at {self.url} refused: {trouble}")
                 asked = response.headers.get("Retry-After", "")
                 pause = float(asked) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked) else pause
-            if attempt < TRIES - 1:
-                time.sleep(min(pause, LONGEST_PAUSE))
+            if attempt == TRIES - 1 or self.stopped.wait(min(pause, LONGEST_PAUSE)):
+                break
         raise UsageError(f"{self.name} at {self.url} did not answer in {TRIES} tries; the last: {trouble}")
 
     def said(self, response):
@@ -132,7 +141,8 @@ class Endpoint:
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             counts = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0, cached)
             text = choice["message"]["content"] or ""
-            return Reply(text, choice.get("finish_reason") or "stop", *counts) if isinstance(text, str) else None
+            text = text.encode("utf-8", errors="replace").decode() if isinstance(text, str) else None  # halves of surrogates
+            return Reply(text, choice.get("finish_reason") or "stop", *counts) if text is not None else None
         except (ValueError, LookupError, TypeError, AttributeError):
             return None
 

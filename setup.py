@@ -10,7 +10,7 @@ setup(
     python_requires=">=3.11",
     py_modules=["checkpoint", "cli", "generate", "judge", "llm", "model", "simulate", "tokenizer", "train"],
     packages=["data", "kernels"],
-    package_data={"data": ["stage/*"]},
+    package_data={"data": ["stage/*", "stage/actor/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

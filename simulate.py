@@ -11,8 +11,8 @@ gets a scene as soon as it is finished; `--resume` plays only what is missing.
 
 import functools
 import hashlib
+import itertools
 import json
-import os
 import random
 import re
 import time
@@ -30,6 +30,7 @@ from generate import SamplingParams
 from llm import default_actor, open_model
 
 TRANSCRIPTS, SETTINGS = "transcripts.jsonl", "settings.json"
+SIDE_BY_SIDE = 32  # scenes
 TRANSCRIPT_KEYS = ("book", "i_p", "i_c", "scene", "settings", "messages", "stats")
 
 
@@ -148,7 +149,7 @@ def parse_next_speaker(text, cast):
         return END_CHAT
     names = "|".join(re.escape(name) for name in sorted(cast, key=len, reverse=True))  # the longest of two that fit
     found = re.search(rf"(?<!\w)({names})(?!\w)", text, re.IGNORECASE)
-    return next(name for name in cast if name.casefold() == found[1].casefold()) if found else None
+    return next((name for name in cast if found and name.casefold() == found[1].casefold()), None)
 
 
 def clean_reply(text, character, cast):
@@ -189,14 +190,19 @@ def cut_repetition(text):
 
 
 def perform(scenes, models, protocol, on_message=lambda *_: None, on_end=lambda *_: None):
-    """Plays scenes side by side: all calls that wait for the same model go to it in one batch.
+    """Plays scenes side by side, SIDE_BY_SIDE at a time: all calls that wait for the same model go to it in one batch.
 
     models: {role: model}. on_message(scene, message) at each thing said; on_end(scene, messages, stats, seconds) once for each.
     """
-    live = [(scene, play(scene, protocol), time.perf_counter()) for scene in scenes]
-    waiting = [None] * len(live)  # the Reply each scene is to be sent next
+    scenes, live = iter(scenes), []
+    waiting = []  # the Reply each live scene is to be sent next
     calls = {}
-    while live:
+    while True:
+        for scene in itertools.islice(scenes, SIDE_BY_SIDE - len(live)):  # as one leaves, the next enters
+            live.append((scene, play(scene, protocol), time.perf_counter()))
+            waiting.append(None)
+        if not live:
+            break
         for i, (scene, coroutine, begun) in enumerate(live):
             try:
                 asked = coroutine.send(waiting[i])
@@ -236,13 +242,16 @@ def find_scenes(spec):
 
 
 def free_directory(spec):
-    """A directory under out/plays that no run has used yet, named after the scene."""
+    """Makes a directory under out/plays that no run has used yet, named after the scene."""
     name = spec if spec in load_stage() else Path(spec).name
     base = cli.OUT / "plays" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     for number in range(1, 10_000):
         directory = base.with_name(f"{base.name}.{number}")
-        if not directory.exists():
+        try:
+            directory.mkdir(parents=True)
             return directory
+        except FileExistsError:
+            continue
     raise UsageError(f"{base.parent}: full; choose --out")
 
 
@@ -254,7 +263,7 @@ class Stage:
     def __init__(self, scene):
         actors = [name for name in scene.speaking_characters if name != ENVIRONMENT]
         self.styles = {name: f"bold {self.COLOURS[i % len(self.COLOURS)]}" for i, name in enumerate(actors)}
-        cli.stdout.rule(cli.plain(scene.book), style="dim") if cli.stdout.is_terminal else self._line(scene.book)
+        cli.stdout.rule(Text(cli.plain(scene.book)), style="dim") if cli.stdout.is_terminal else self._line(scene.book)
         self._line(scene.scenario + "\n", "italic")
 
     def show(self, message):
@@ -326,8 +335,7 @@ def main():
     cli.make_dir(out)
     with cli.write_whole(out / SETTINGS) as file:
         json.dump(settings, file, indent=1)
-    with cli.write_whole(out / TRANSCRIPTS) as file:  # without the torn line a kill may have left
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in done)
+    cli.write_lines(out / TRANSCRIPTS, done)  # without the torn line a kill may have left
 
     alone = Stage(left[0]) if len(scenes) == 1 and left else None
     turns = 0
@@ -345,10 +353,7 @@ def main():
         def on_end(scene, messages, stats, seconds):
             line = {"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, "scene": scene.to_dict(), "settings": settings}
             line |= {"messages": messages, "stats": {**stats, "seconds": round(seconds, 3)}}
-            with open(out / TRANSCRIPTS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            cli.append_line(out / TRANSCRIPTS, line)
             done.append(line)
             bar.update(task, completed=len(done))
 

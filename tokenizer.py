@@ -98,12 +98,13 @@ def mistral_format(messages, generate, marker=Text):
     for message in _system_into_user(messages):
         if message["role"] == "user":
             yield from (marker("[INST]"), Text(message["content"]), marker("[/INST]"))
-        else:
+        elif message["role"] == "assistant":
             yield from (Text(message["content"], True), Special("</s>", True))
 
 
 def mistral_v3_format(messages, generate):
-    """v0.3: the markers are special tokens."""
+    """v0.3: the markers are special tokens. Its makers move the system text to the last user turn; here it stays at the
+    first, so that a chat only grows at its end and can be cached and trained on as one."""
     return mistral_format(messages, generate, Special)
 
 
@@ -122,9 +123,12 @@ def vicuna_format(messages, generate):
 
 
 def _system_into_user(messages):
-    """For families without a system role: its text, a blank line, then the first user turn."""
-    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+    """For families without a system role: its text, a blank line, then the first user turn. ValueError where none follows."""
+    roles = [message["role"] for message in messages]
+    if "system" not in roles:
         return messages
+    if roles[:2] != ["system", "user"] or "system" in roles[1:]:
+        raise ValueError(f"this chat format takes a system text only before a first user turn, not {', '.join(roles)}")
     system, user, *rest = messages
     return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 

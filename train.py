@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -69,6 +68,8 @@ def parse_args():
     for name, value in (STAGE_RECIPE if args.model == "stage" else PAPER_RECIPE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.seq_len is not None and args.seq_len < 2:
+        raise UsageError(f"--seq-len must be above 1, not {args.seq_len}")
     for name in ("epochs", "seq_len", "batch_size", "micro_batch", "lr", "clip", "save_every", "eval_every"):
         if getattr(args, name) <= 0:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
@@ -168,9 +169,7 @@ def train_step(model, optimizer, rows, args, device):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
     norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UsageError(
-            f"loss {loss}, gradient norm {norm}: not finite, stopped before the optimiser; lower --lr and --resume"
-        )
+        raise UsageError(f"loss {loss}, gradient norm {norm}: not finite, stopped before the optimiser; try a lower --lr")
     optimizer.step()
     optimizer.zero_grad()
     return {"loss": loss, "grad_norm": norm, "supervised": int(supervised)}
@@ -250,19 +249,16 @@ class Log:
 
     def __init__(self, out, steps, kept):
         self.path, self.picture, self.steps = Path(out) / "log.jsonl", Path(out) / "loss.png", steps
-        lines = self.path.read_text().splitlines() if kept and self.path.exists() else []
-        self.lines = [line for line in map(json.loads, lines) if line["step"] <= kept]
-        with cli.write_whole(self.path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.lines)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self.bar = cli.progress(*columns)
+        lines = cli.read_lines(self.path, ("step",)) if kept else []
+        self.lines = [line for line in lines if line["step"] <= kept]
+        cli.write_lines(self.path, self.lines)
+        self.bar = cli.progress()
         self.task = self.bar.add_task("training", total=steps, completed=kept)
         self.bar.start()
 
     def write(self, line):
         self.lines.append(line)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        cli.append_line(self.path, line)
         speed = line["tokens"] / line["seconds"]
         text = f"loss {line['loss']:.3f}  {speed:,.0f} tok/s"
         self.bar.update(self.task, completed=line["step"], description=text)
@@ -295,13 +291,13 @@ def describe(config, args, stream, steps, world):
     """The plan, in lines: sizes, memory for weights and optimiser, tokens and steps."""
     rows, cut = stream.rows, f"; {stream.cut} chats longer than a row are cut" if stream.cut else ""
     parameters = config.num_parameters()
-    used = sum(len(row["tokens"]) for row in rows)
+    used = sum(row["used"].item() for row in rows)
     learnt = sum((row["targets"] != IGNORE).sum().item() for row in rows)
     memory = 16 * parameters / world / 2**30  # fp32 weights, gradients and two moments
     sizes = ", ".join(f"{dtype.itemsize * parameters / 2**30:.2f} GiB in {name}" for name, dtype in checkpoint.DTYPES.items())
     return (
         f"{parameters:,} parameters ({sizes}); training takes {memory:.2f} GiB for weights, gradients and optimiser "
-        f"on each of {world} rank(s)\n"
+        f"on each of {world} rank(s), and room for activations\n"
         f"{len(rows)} rows of {args.seq_len} tokens an epoch, {learnt / used:.1%} under loss{cut}; "
         f"{steps} steps of {args.batch_size} rows"
     )
@@ -311,6 +307,8 @@ def main():
     args = parse_args()
     directory = None if args.model in PRESETS else checkpoint.find_model(args.model)
     config = directory and checkpoint.load_config(directory)
+    if config is None and args.model != "stage" and not args.tokenizer:
+        raise UsageError(f"--model {args.model} needs --tokenizer: a directory with LLaMA 3's")
     tokenizer_path = args.tokenizer or directory or STAGE_TOKENIZER
     tokenizer = load_tokenizer(tokenizer_path, args.chat_format)
     if config is None:
@@ -319,6 +317,8 @@ def main():
         raise UsageError(f"{tokenizer_path}: {tokenizer.vocab_size} tokens, but {args.model} has {config.vocab_size}")
     scenes, held_out, said = read_data(args)
     stream = Rows(scenes, tokenizer, args)
+    if not stream.rows:
+        raise UsageError(f"{args.data[0]}: no chat with a token to learn from fits rows of {args.seq_len} tokens")
     steps = args.max_steps or math.ceil(args.epochs * len(stream.rows) / args.batch_size)
     world, first = WORLD_SIZE, int(os.environ.get("RANK", 0)) == 0
     if args.batch_size % (world * args.micro_batch):
@@ -337,9 +337,10 @@ def main():
     device = start_ranks()
     model = shard_model(config, device, checkpoint.DTYPES[args.dtype])
     optimizer = make_optimizer(model, args)
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("resume", "out", "dry_run")}
+    free = ("resume", "out", "dry_run", "save_every", "eval_every")  # what may change from one resume to the next
+    settings = {name: str(value) for name, value in vars(args).items() if name not in free}
     step = 0
-    if checkpoints:
+    if args.resume and checkpoints:
         progress = checkpoint.load_state(checkpoints[-1], model, optimizer)
         changed = [name for name, value in settings.items() if progress["settings"].get(name) != value]
         if changed:
@@ -358,9 +359,9 @@ def main():
         checkpoint.fill(model, weights)
 
     # torchrun passes Ctrl-C on to every rank; all of them must agree on the step they stop after
-    stop = {"now": False}
+    asked = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.update(now=True))
+        signal.signal(number, lambda *_: asked.append(True))
 
     def save():
         progress = {"step": step, "epoch": stream.epoch, "at": stream.at, "settings": settings}
@@ -379,7 +380,8 @@ def main():
         with cli.write_whole(out / "run.json") as file:
             json.dump({**settings, **versions, "model_config": dataclasses.asdict(config)}, file, indent=1, default=vars)
         log = Log(out, steps, step)
-    while step < steps and not stop["now"]:
+    stopping = False
+    while step < steps and not stopping:
         begun = time.perf_counter()
         lr = learning_rate(step, steps, args)
         for group in optimizer.param_groups:
@@ -387,7 +389,7 @@ def main():
         batch = stream.take(args.batch_size)
         line = train_step(model, optimizer, batch[dist.get_rank() :: world], args, device)
         step += 1
-        tokens = sum(len(row["tokens"]) for row in batch)
+        tokens = sum(row["used"].item() for row in batch)
         line = {"step": step, "lr": lr, "tokens": tokens, **line, "seconds": time.perf_counter() - begun}
         evaluating = evaluation and (step % args.eval_every == 0 or step in (1, steps))
         if evaluating:
@@ -396,8 +398,8 @@ def main():
             log.write(line)
             if evaluating:
                 log.draw()
-        stop["now"] = bool(total(stop["now"], device))
-        if step % args.save_every == 0 or step == steps or stop["now"]:
+        stopping = bool(total(bool(asked), device))
+        if step % args.save_every == 0 or step == steps or stopping:
             save()
     if first:
         log.bar.stop()

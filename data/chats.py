@@ -91,7 +91,7 @@ def draw_options(rng, thoughts=True):
 def system_prompt(scene, character, options, concise=False):
     """What `character` is told before the scene begins; the Environment is told its own thing."""
     if character == ENVIRONMENT:
-        return prompts.environment(scene, options)
+        return prompts.environment(scene)
     return prompts.actor(scene, character, options, concise)
 
 

@@ -1,7 +1,8 @@
 """Packs rendered chats into rows of equal length.
 
-A row is `{tokens, targets, positions}`, int64 [seq_len] each: documents one after the other, `positions` counting from 0 in
-each, `targets[i]` the token to be predicted at i or IGNORE. What is left of a row is a document of padding without targets.
+A row is `{tokens, targets, positions}`, int64 [seq_len] each, and `used`: documents one after the other, `positions` counting
+from 0 in each, `targets[i]` the token to be predicted at i or IGNORE. The first `used` tokens are theirs; what is left of a row
+is a document of padding without targets.
 """
 
 import random
@@ -56,7 +57,7 @@ def pack(documents, seq_len, seed=0):
 
 
 def make_row(documents, seq_len):
-    """One row as tensors, int64 [seq_len]."""
+    """One row as tensors, int64: `used` [], the others [seq_len]."""
     tokens, targets, positions = [], [], []
     for ids, mask in documents:
         tokens += ids
@@ -66,4 +67,5 @@ def make_row(documents, seq_len):
     tokens += [0] * padding
     targets += [IGNORE] * padding
     positions += range(padding)
-    return {"tokens": torch.tensor(tokens), "targets": torch.tensor(targets), "positions": torch.tensor(positions)}
+    row = {"tokens": tokens, "targets": targets, "positions": positions, "used": seq_len - padding}
+    return {name: torch.tensor(value) for name, value in row.items()}

@@ -94,7 +94,7 @@ def actor(scene, character, options, concise=False):
     return "\n\n".join(lines)
 
 
-def environment(scene, options=None):
+def environment(scene):
     """The system prompt of the Environment."""
     cast = ", ".join(scene.major_characters) or "the characters"
     return ENVIRONMENT.format(book=scene.book, cast=cast, scenario=scene.scenario)

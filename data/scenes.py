@@ -72,7 +72,7 @@ def load_scenes(path, report=None):
     else:
         raise UsageError(f"{path}: neither a book (an object with `plots`) nor a test file (a list of scenes)")
     if not scenes:
-        raise UsageError(f"{path}: no usable scene in it ({dict(report) or 'it is empty'})")
+        raise UsageError(f"{path}: no usable scene in it ({dict(+report) or 'it is empty'})")
     return scenes
 
 

@@ -110,7 +110,12 @@ def _no_proxy(monkeypatch):
 def pauses(monkeypatch):
     """The pauses between tries, recorded and not waited for."""
     slept = []
-    monkeypatch.setattr(llm, "time", SimpleNamespace(sleep=slept.append))
+
+    class Event(threading.Event):
+        def wait(self, seconds):
+            slept.append(seconds)
+
+    monkeypatch.setattr(llm, "threading", SimpleNamespace(Event=Event))
     return slept
 
 

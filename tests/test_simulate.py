@@ -453,7 +453,7 @@ def test_scenes_side_by_side_are_the_scenes_one_by_one(stage):
     apart = {role: Script(echo) for role in roles}
     scenes = [deepcopy(scene) for scene in stage.values()]
     all_at_once = performances(scenes, together, seed=3)
-    assert len(all_at_once) == len(scenes) and max(together["actor"].batches) == len(scenes)
+    assert len(all_at_once) == len(scenes) and max(together["actor"].batches) == simulate.SIDE_BY_SIDE
     assert performances(scenes, apart, seed=3) == all_at_once
     for scene in scenes:
         assert performances([scene], apart, seed=3) == {scene.key: all_at_once[scene.key]}
@@ -655,7 +655,7 @@ def test_without_a_key_nothing_is_begun(script, tmp_path, monkeypatch):
     assert "OPENAI_API_KEY" in usage_error(result) and not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("torn", ["half", "letter", "newline"])
+@pytest.mark.parametrize("torn", ["half", "letter"])
 def test_resume_plays_only_what_is_missing(script, three_scenes, tmp_path, monkeypatch, torn):
     """After a kill in the middle of the last line only that scene is played again, and the file comes out as if whole."""
     args = ["--scene", f"{three_scenes}:all", "--actor", "openai:m", "--max-rounds", 4, "--out", tmp_path / "a"]
@@ -666,7 +666,7 @@ def test_resume_plays_only_what_is_missing(script, three_scenes, tmp_path, monke
         file = tmp_path / "a" / "transcripts.jsonl"
         content = file.read_bytes()
         last = content[:-1].rindex(b"\n") + 1
-        end = {"half": (last + len(content)) // 2, "letter": content.rindex("\u6f22".encode()) + 1, "newline": -1}[torn]
+        end = {"half": (last + len(content)) // 2, "letter": content.rindex("\u6f22".encode()) + 1}[torn]
         file.write_bytes(content[:end])
         asked = len(server.requests)
         code, _, err = script("simulate", *args, "--resume")

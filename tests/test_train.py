@@ -110,7 +110,7 @@ def test_same_run_on_one_and_two_ranks_and_micro_batches(small, tmp_path):
     for name in ("accumulated", "two"):
         for line, other in zip(runs["one"], runs[name], strict=True):
             assert line["supervised"] == other["supervised"]
-            assert line["tokens"] == other["tokens"] == 4 * 1024
+            assert 3 * 1024 < line["tokens"] == other["tokens"] <= 4 * 1024
             for key in ("loss", "grad_norm"):
                 assert line[key] == pytest.approx(other[key], rel=1e-4), (name, key, line, other)
         assert runs["one"][-1]["eval_loss"] == pytest.approx(runs[name][-1]["eval_loss"], rel=1e-4)
@@ -147,7 +147,7 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(small, tmp_path):
     at = read_log(stopped)[-1]["step"]
     assert 5 <= at < 40
     with open(stopped / "log.jsonl", "a") as file:
-        file.write(json.dumps({"step": at + 1, "loss": 0.0}) + "\n")
+        file.write(json.dumps({"step": at + 1, "loss": 0.0}) + "\n" + '{"step": 9')  # and a torn line
     finish(launch(*arguments, "--out", stopped, "--resume"))
     for line, other in zip(read_log(whole), read_log(stopped), strict=True):
         assert (line["step"], line["loss"], line["grad_norm"], line["lr"]) == tuple(
@@ -170,7 +170,8 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_dry_run_allocates_nothing(script, story):
     """--dry-run of the 70B shape prints its 70,553,706,496 parameters, and makes no directory."""
-    code, _, err = script("train", "--model", "llama-3.1-70b", "--data", story, "--dry-run", "--out", story.parent / "none")
+    options = ["--tokenizer", STAGE / "tokenizer.model", "--dry-run", "--out", story.parent / "none"]
+    code, _, err = script("train", "--model", "llama-3.1-70b", "--data", story, *options)
     parameters = 70_553_706_496 - 2 * (128_256 - 4096) * 8192  # published for 128,256 tokens; here the stage's 4,096
     assert code == 0
     assert f"{parameters:,} parameters" in err
@@ -188,6 +189,8 @@ def test_bad_input_is_one_line_and_exit_2(script, small, story, tmp_path):
     assert "--batch-size 3" in usage_error(script("train", *base, "--data", story, "--batch-size", 3, "--micro-batch", 2))
     assert "--lr must be above 0" in usage_error(script("train", *base, "--lr", 0))
     assert "tokenizer.model" in usage_error(script("train", *base, "--tokenizer", tmp_path))
+    assert "--tokenizer" in usage_error(script("train", *base, "--model", "llama-3.1-8b"))
+    assert "--seq-len" in usage_error(script("train", *base, "--seq-len", 1))
     assert "unrecognized" in usage_error(script("train", *base, "--learning-rate", 1))
     only_held_out = json.loads(story.read_text()) | {"split_plot_index": 0}
     (tmp_path / "held_out.json").write_text(json.dumps(only_held_out))
