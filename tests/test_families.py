@@ -10,6 +10,7 @@ import sentencepiece
 import tokenizers
 import torch
 from conftest import ROOT, SHARED, random_config, random_model, usage_error
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
@@ -363,3 +364,50 @@ def test_loading_holds_the_weights_and_one_shard(tmp_path):
         command = [sys.executable, "-c", f"import torch, checkpoint; {load}{code}"]
         peak[what] = 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
     assert peak["loaded"] - peak["empty"] <= weights + shard * 1.05
+
+
+def test_a_stray_system_text_is_no_assistants(shared):
+    """Where a family has no system role, a system text that no first user turn follows is refused, not trained on."""
+    mistral = load_tokenizer(shared / "tokenizers" / "llama2", "mistral")
+    system, user, assistant = ({"role": role, "content": role[0] * 3} for role in ("system", "user", "assistant"))
+    for chat in ([system, assistant, user], [user, assistant, system, user], [system]):
+        with pytest.raises(ValueError, match="system text"):
+            mistral.render(chat)
+
+
+def test_a_completion_goes_on_from_its_prompt(shared):
+    """SentencePiece drops a text's first space: between a prompt and what follows it is kept, at a chat's start it is not."""
+    sp = load_tokenizer(shared / "tokenizers" / "llama2")
+    prompt, rest = [sp.bos_id, *sp.encode("The ferry")], sp.encode("went over")
+
+    class Parrot(torch.nn.Module):
+        config = random_config(0, vocab_size=sp.vocab_size)
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, tokens, positions, cache, rows):
+            logits = torch.zeros(len(rows), sp.vocab_size)
+            logits[0, [*rest, *sp.stop_ids][int(positions.flatten()[rows[0]]) + 1 - len(prompt)]] = 1
+            return logits
+
+    greedy = SamplingParams(temperature=0)
+    assert "".join(Engine(Parrot(), sp).stream(prompt, greedy, goes_on=True)) == " went over"
+    assert "".join(Engine(Parrot(), sp).stream(prompt, greedy)) == "went over"
+
+
+@pytest.mark.parametrize("what", ["other head", "integers"])
+def test_tensors_that_would_be_misread_are_refused(what, tmp_path):
+    """A tied model with another output projection in its file, and quantised weights without a word in config.json."""
+    checkpoint.save_model(random_model(random_config(0, tie_word_embeddings=True)), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    (tmp_path / "model" / checkpoint.MANIFEST).unlink()
+    tensors = load_file(file)
+    if what == "other head":
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    else:
+        tensors = {name: tensor.to(torch.int8) for name, tensor in tensors.items()}
+    save_file(tensors, file)
+    with pytest.raises(checkpoint.UsageError, match="tied" if what == "other head" else "I8"):
+        checkpoint.load_model(tmp_path / "model")

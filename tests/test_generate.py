@@ -554,3 +554,14 @@ def test_a_model_without_its_tokenizer(script, tmp_path):
     """A checkpoint without a tokenizer.model says so."""
     checkpoint.save_model(random_model(random_config(0)), tmp_path / "model")
     assert "tokenizer.model" in usage_error(script("generate", "--model", tmp_path / "model", "--prompt", "x"))
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 40])
+def test_no_part_of_a_stop_string_is_streamed(chatter, length):
+    """However long the stop string, pieces joined are the text of `generate`."""
+    model, tokenizer, prompt, _ = chatter
+    whole = Engine(model, tokenizer).generate([prompt], greedy(40))[0].text
+    for begin in (0, 3):
+        params = greedy(40, stop=(whole[begin : begin + length],))
+        expected = Engine(model, tokenizer).generate([prompt], params)[0].text
+        assert "".join(Engine(model, tokenizer).stream(prompt, params)) == expected

@@ -694,3 +694,26 @@ def test_every_recorded_simulation_finds_its_scene(gca, shared):
     for model in MODELS:
         found = read_performances(gca / f"{model}.simulation.json", shared / "coser" / "test" / "id.json")
         assert {scene.key for scene, _ in found} == scenes and len(found) == 100
+
+
+def test_verdicts_of_another_seed_are_another_run(script, plays, monkeypatch):
+    """A second run with another seed is not answered from the first: it is refused, and goes to a file of its own."""
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", plays, "--judge", "openai:j")[0] == 0
+        asked = len(server.requests)
+        assert "seed 0" in usage_error(script("judge", plays, "--judge", "openai:j", "--seed", 1))
+        assert script("judge", plays, "--judge", "openai:j", "--seed", 1, "--out", plays / "second.jsonl")[0] == 0
+        assert len(server.requests) == 2 * asked
+
+
+def test_verdicts_of_other_performances_are_kept(script, stage, plays, tmp_path, monkeypatch):
+    """Two directories judged into one file: the first one's verdicts, which may have cost money, stay in it."""
+    other = tmp_path / "other"
+    other.mkdir()
+    write_plays(other, [(stage["ward-c/2"], acted(stage["ward-c/2"]))])
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        for directory in (plays, other):
+            assert script("judge", directory, "--judge", "openai:j", "--out", tmp_path / "v.jsonl")[0] == 0
+    assert len(read_lines(tmp_path / "v.jsonl")) == len(read_lines(plays / "transcripts.jsonl")) + 1

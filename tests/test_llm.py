@@ -422,3 +422,11 @@ def test_default_actor_is_the_last_trained_else_the_bundled(tmp_path, monkeypatc
         assert llm.default_actor() == directory
         out, err = capsys.readouterr()
         assert what in err and directory.name in err and not out
+
+
+def test_half_a_character_in_a_reply_is_mended(pauses):
+    """JSON may escape half of a surrogate pair; what is read of it can be written to a file."""
+    answer = b'{"choices": [{"message": {"content": "hi \\ud83d"}}]}'
+    with Server(lambda *_: (200, answer, {})) as server:
+        (reply,) = ask(server)
+    assert reply.text.encode() == b"hi ?"

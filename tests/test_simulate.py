@@ -818,3 +818,9 @@ def test_transcripts_that_are_none_are_one_line(script, tmp_path, monkeypatch, c
         args = ["--scene", "ward-c/1", "--actor", "openai:m", "--out", tmp_path / "a", "--resume"]
         assert str(tmp_path / "a") in usage_error(script("simulate", *args))
     assert file.read_bytes() == content and not server.requests
+
+
+@pytest.mark.parametrize(("name", "answer"), [("\u0130nci", "inci"), ("Iago", "\u0131ago"), ("Stra\u00dfe", "STRASSE")])
+def test_names_of_other_alphabets_break_nothing(name, answer):
+    """Letters whose upper and lower case do not pair up: the name is found or it is not, and the scene goes on."""
+    assert simulate.parse_next_speaker(answer, [name, "Ben"]) in (name, None)
