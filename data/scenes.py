@@ -5,7 +5,7 @@ shape the rest of the project knows. Real files are messy, so reading normalises
 `motivation`), drops what cannot be used, and counts both in a `Counter` whose keys say what happened:
 
     report = Counter()
-    scenes = load_scenes("../shared/data/coser/books/Othello.json", report)
+    scenes = load_scenes("books/Othello.json", report)
 """
 
 import json
