@@ -13,7 +13,6 @@ import random
 import re
 import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import httpx
@@ -81,16 +80,25 @@ class Endpoint:
     def chat(self, conversations, params, openings=None):
         """As `Local.chat`; what a reply is to begin with is not passed on, since the interface has no place for it."""
         params = params if isinstance(params, list) else [params] * len(conversations)
-        pool = ThreadPoolExecutor(CONCURRENCY)
-        try:
-            return list(pool.map(self.ask, conversations, params))
-        except BaseException:  # one has failed for good, or Ctrl-C: the others need not go on trying
-            self.stopped.set()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if self.stopped.is_set():
-                self.client.close()
+        todo, replies, errors = iter(range(len(conversations))), [None] * len(conversations), []
+
+        def work():
+            while not self.stopped.is_set() and (i := next(todo, None)) is not None:
+                try:
+                    replies[i] = self.ask(conversations[i], params[i])
+                except Exception as error:  # for good: the others need not go on trying
+                    errors.append(error)
+                    self.stopped.set()
+
+        # daemons, so that Ctrl-C need not wait for an answer that may take minutes
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(CONCURRENCY, len(conversations)))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return replies
 
     def ask(self, messages, params):
         body = {

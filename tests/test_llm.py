@@ -115,7 +115,7 @@ def pauses(monkeypatch):
         def wait(self, seconds):
             slept.append(seconds)
 
-    monkeypatch.setattr(llm, "threading", SimpleNamespace(Event=Event))
+    monkeypatch.setattr(llm, "threading", SimpleNamespace(Event=Event, Thread=threading.Thread))
     return slept
 
 
