@@ -325,13 +325,13 @@ def main():
         raise UsageError(
             f"--batch-size {args.batch_size} does not divide into {world} ranks of --micro-batch {args.micro_batch}"
         )
-    if (Path(args.out) / "log.jsonl").exists() and not (args.resume or args.dry_run):
+    checkpoints = find_checkpoints(args.out)
+    if (checkpoints or (Path(args.out) / "log.jsonl").exists()) and not (args.resume or args.dry_run):
         raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
     if first:
         cli.note(f"{said}\n{describe(config, args, stream, steps, world)}")
     if args.dry_run:
         return
-    checkpoints = find_checkpoints(args.out)
     out = cli.make_dir(args.out)
 
     device = start_ranks()
@@ -340,7 +340,7 @@ def main():
     free = ("resume", "out", "dry_run", "save_every", "eval_every")  # what may change from one resume to the next
     settings = {name: str(value) for name, value in vars(args).items() if name not in free}
     step = 0
-    if args.resume and checkpoints:
+    if checkpoints:
         progress = checkpoint.load_state(checkpoints[-1], model, optimizer)
         changed = [name for name, value in settings.items() if progress["settings"].get(name) != value]
         if changed:
@@ -378,7 +378,7 @@ def main():
     if first:
         versions = {"torch": torch.__version__, "ranks": world, "device": str(device)}
         with cli.write_whole(out / "run.json") as file:
-            json.dump({**settings, **versions, "model_config": dataclasses.asdict(config)}, file, indent=1, default=vars)
+            json.dump({**settings, **versions, "model_config": dataclasses.asdict(config)}, file, indent=1)
         log = Log(out, steps, step)
     stopping = False
     while step < steps and not stopping:

@@ -197,8 +197,10 @@ def test_bad_input_is_one_line_and_exit_2(script, small, story, tmp_path):
     assert "no training scene" in usage_error(script("train", *base, "--data", tmp_path / "held_out.json"))
     assert not out.exists()
     out.mkdir()
-    (out / "log.jsonl").write_text("")
-    assert "--resume" in usage_error(script("train", *base, "--data", story))
+    for made in ("log.jsonl", "step-3"):
+        (out / made).mkdir() if made == "step-3" else (out / made).write_text("")
+        assert "--resume" in usage_error(script("train", *base, "--data", story))
+        (out / made).rmdir() if made == "step-3" else (out / made).unlink()
 
 
 def test_long_documents_are_cut_and_counted():
