@@ -80,6 +80,7 @@ class Endpoint:
     def chat(self, conversations, params, openings=None):
         """As `Local.chat`; what a reply is to begin with is not passed on, since the interface has no place for it."""
         params = params if isinstance(params, list) else [params] * len(conversations)
+        self.stopped.clear()  # a call before this one may have ended early
         todo, replies, errors = iter(range(len(conversations))), [None] * len(conversations), []
 
         def work():

@@ -430,3 +430,12 @@ def test_half_a_character_in_a_reply_is_mended(pauses):
     with Server(lambda *_: (200, answer, {})) as server:
         (reply,) = ask(server)
     assert reply.text.encode() == b"hi ?"
+
+
+def test_an_endpoint_answers_again_after_a_refusal(pauses):
+    """One call that is refused ends that call alone: the next is asked, and answered."""
+    with Server(lambda _, n: (401, {}, {}) if n == 0 else "yes") as server:
+        endpoint = Endpoint("m", url=server.url, key=KEY)
+        with pytest.raises(UsageError, match="401"):
+            endpoint.chat([HELLO], SamplingParams(0))
+        assert [reply.text for reply in endpoint.chat([HELLO], SamplingParams(0))] == ["yes"]
