@@ -29,7 +29,9 @@ def tuned(*configs, key):
     """Autotunes over (block sizes, warps, stages). The interpreter, for which time says nothing, gets blocks of 32 and 16."""
     if INTERPRETED:
         configs = [({name: 32 if name == "BLOCK_M" else 16 for name in configs[0][0]}, 1, 1)]
-    return triton.autotune([triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in configs], key=key)
+    return triton.autotune(
+        [triton.Config(sizes, num_warps=warps, num_stages=stages) for sizes, warps, stages in configs], key=key
+    )
 
 
 @triton.jit
@@ -242,8 +244,7 @@ def attend(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     M, H, D = q.shape
     if q.numel():
-        grid = lambda sizes: (triton.cdiv(M, sizes["BLOCK_M"]), H)
-        _forward[grid](q, k, v, first, stop, out, lse, M, len(k), *_strides(q, k, v), **_sizes(q, k))
+        _forward[_grid(M, "BLOCK_M", H)](q, k, v, first, stop, out, lse, M, len(k), *_strides(q, k, v), **_sizes(q, k))
     return out, lse
 
 
@@ -260,18 +261,16 @@ def attend_backward(
     """Gradients of `attend`, like q, k and v, from that of its output."""
     dq, dk, dv = _attend_backward_shapes(grad, q, k, v, first, stop, out, lse)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    (M, H, D), (N, K, _) = q.shape, k.shape
+    (M, H, _), (N, K, _) = q.shape, k.shape
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     grad, delta = grad.contiguous(), torch.empty_like(lse)
     keys = torch.arange(N, dtype=torch.int32, device=q.device)
     begin = torch.searchsorted(stop, keys, right=True, out_int32=True)  # the first query that does not end before a key
     end = torch.searchsorted(first, keys, right=True, out_int32=True)  # the first that begins after it
-    grid = lambda sizes: (triton.cdiv(M, sizes["BLOCK_M"]), H)
     sizes, strides = _sizes(q, k), _strides(q, k, v)
-    _backward_queries[grid](q, k, v, first, stop, out, lse, grad, delta, dq, M, N, *strides, **sizes)
-    grid = lambda sizes: (triton.cdiv(N, sizes["BLOCK_N"]), K)
-    _backward_keys[grid](q, k, v, begin, end, lse, grad, delta, dk, dv, M, N, *strides, **sizes)
+    _backward_queries[_grid(M, "BLOCK_M", H)](q, k, v, first, stop, out, lse, grad, delta, dq, M, N, *strides, **sizes)
+    _backward_keys[_grid(N, "BLOCK_N", K)](q, k, v, begin, end, lse, grad, delta, dk, dv, M, N, *strides, **sizes)
     return dq, dk, dv
 
 
@@ -283,6 +282,11 @@ def _attend_backward_shapes(grad, q, k, v, first, stop, out, lse):
 def _strides(q, k, v):
     """What the kernels take after the sizes: strides of tokens and heads, and the scale of the scores, to base 2."""
     return *(x.stride(i) for x in (q, k, v) for i in (0, 1)), math.log2(math.e) / math.sqrt(q.shape[-1])
+
+
+def _grid(tokens, block, heads):
+    """A program for every block of tokens and every head."""
+    return lambda sizes: (triton.cdiv(tokens, sizes[block]), heads)
 
 
 def _sizes(q, k):

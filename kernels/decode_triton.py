@@ -53,7 +53,9 @@ def _part(
         page = tl.load(block_table + s.to(tl.int64) * max_pages + n // PAGE, mask=inside, other=0).to(tl.int64)
         here = inside[:, None] & (d < D)[None, :]
         keys = tl.load(key_pages + (page * k_p + n % PAGE * k_n + key_head * k_h)[:, None] + d[None, :], mask=here, other=0.0)
-        values = tl.load(value_pages + (page * v_p + n % PAGE * v_n + key_head * v_h)[:, None] + d[None, :], mask=here, other=0.0)
+        values = tl.load(
+            value_pages + (page * v_p + n % PAGE * v_n + key_head * v_h)[:, None] + d[None, :], mask=here, other=0.0
+        )
         seen = inside[None, :] & (n[None, :] <= last[:, None]) & (n[None, :] > last[:, None] - window)
         scores = tl.where(seen, dot(queries, tl.trans(keys)) * scale, float("-inf"))  # [ROWS, BLOCK_N], to base 2
         higher = tl.maximum(top, tl.max(scores, 1))

@@ -61,7 +61,9 @@ def _backward(
 def rms_norm_triton(x, weight, eps=1e-5, residual=None):
     """As `rms_norm.rms_norm_torch`, for rows of at most 16,384 in fp16, bf16 or fp32. ValueError for any other."""
     if x.shape[-1] > 16_384 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"the triton kernel normalises rows of up to 16,384 in fp16, bf16 or fp32; got {list(x.shape)} {x.dtype}")
+        raise ValueError(
+            f"the triton kernel normalises rows of up to 16,384 in fp16, bf16 or fp32; got {list(x.shape)} {x.dtype}"
+        )
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(f"the triton kernel adds a residual of x's dtype; got {residual.dtype} to {x.dtype}")
     normed, total, _ = norm(x, weight, eps, residual)

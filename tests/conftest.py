@@ -1,6 +1,7 @@
 """What tests share: a tiny real model, the stage's tokenizer, the real data where it is at hand, the scripts as functions."""
 
 import importlib
+import os
 import random
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import tokenizer
 from data.scenes import load_stage
 from model import ModelConfig, RopeScaling
 
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on the CPU, interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # small models: more threads only wait for each other
 
 ROOT = Path(__file__).resolve().parent.parent
