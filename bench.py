@@ -6,15 +6,19 @@ What is compared is interleaved, ours and the peer's in turn, and medians are ta
 stdout; its last line is the same as JSON, with the command that reproduces it.
 """
 
+import functools
 import json
 import statistics
 import sys
 import time
 
 import torch
+import torch.nn.functional as F
 from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cli
+import kernels
 from cli import UsageError
 
 
@@ -57,7 +61,7 @@ def report(title, rows, path=None):
         table.add_column(name)
     for row in rows:
         table.add_row(*(f"{value:,.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    cli.stdout.print(table)
+    cli.stdout.print(table, width=None if cli.stdout.is_terminal else 120, crop=False)
     line = json.dumps({"benchmark": title, "command": f"python {' '.join(sys.argv)}", "torch": torch.__version__, "rows": rows})
     print(line)
     if path:
@@ -65,7 +69,92 @@ def report(title, rows, path=None):
             file.write(line + "\n")
 
 
-BENCHMARKS = {}  # name: function of the arguments
+def kernel_cases(device, dtype):
+    """What `kernels` measures: (kernel, shape, operations forward or None, bytes forward, and backward as a multiple of that,
+    {version: function}, inputs that take gradients). Sizes for a GPU, or such that a CPU is done in a minute."""
+    cuda = device == "cuda"
+    H, K, D, C = (32, 8, 128, 4096) if cuda else (8, 2, 64, 1024)
+    backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION} | ({"sdpa cudnn": SDPBackend.CUDNN_ATTENTION} if cuda else {})
+    # documents of a packed row as in CoSER: 1,640 tokens on average, the longest 4,319; on a CPU an eighth
+    documents = [n // (1 if cuda else 8) for n in (2032, 1003, 4319, 1689, 640, 1217, 2711, 500, 1451, 822)]
+
+    def random(*shape):
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    def sdpa(backend, q, k, v):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+
+    for B, lengths, size in ((4, [4096 if cuda else 512], D), (4, [4096 if cuda else 512], D // 2), (1, documents, D)):
+        inputs = q, k, v = [random(B, sum(lengths), heads, size) for heads in (H, K, K)]
+        positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None] if len(lengths) > 1 else None
+        pairs, shape = B * sum(n * (n + 1) / 2 for n in lengths), f"{B} x {sum(lengths)} x {H}/{K} x {size}"
+        versions = {"ours": functools.partial(kernels.attention, *inputs, positions)}
+        versions |= {f"{name}{' dense' * (B == 1)}": functools.partial(sdpa, b, *inputs) for name, b in backends.items()}
+        name = "attention, packed" if B == 1 else "attention"
+        yield name, shape, 4 * pairs * H * size, None, 2.5, versions, inputs
+
+    S, length, page = (128, 1792, 64) if cuda else (16, 512, 64)
+    q, pages = random(S, 1, H, D).detach(), random(2, S * length // page, page, K, D).detach()
+    table = torch.randperm(S * length // page, device=device).view(S, -1).int()
+    k, v = pages.view(2, S, length, K, D).transpose(2, 3)
+    for s in (1, S):
+        lengths = torch.full((s,), length, dtype=torch.int32, device=device)
+        versions = {
+            "ours": functools.partial(kernels.decode_attention, q[:s], *pages, table[:s], lengths),
+            "sdpa, not paged": functools.partial(
+                F.scaled_dot_product_attention, q[:s].transpose(1, 2), k[:s], v[:s], enable_gqa=True
+            ),
+        }
+        yield "decode attention", f"{s} x {length} x {H}/{K} x {D}", None, k[:s].nbytes * 2, None, versions, []
+
+    x, residual, weight = random(8192, C), random(8192, C), random(C)
+    versions = {"ours": lambda: kernels.rms_norm(x, weight), "F.rms_norm": lambda: F.rms_norm(x, (C,), weight, 1e-5)}
+    yield "RMSNorm", f"8192 x {C}", None, 2 * x.nbytes, 1.5, versions, [x, weight]
+    versions = {
+        "ours": lambda: kernels.rms_norm(x, weight, 1e-5, residual),
+        "F.rms_norm": lambda: (F.rms_norm(total := x + residual, (C,), weight, 1e-5), total),
+    }
+    yield "RMSNorm, residual", f"8192 x {C}", None, 4 * x.nbytes, 1, versions, [x, weight, residual]
+
+
+def bench_kernels(args):
+    """Each kernel forward and backward against torch; on a CPU the twins. Backward is both passes less the forward one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    bytes_limit, operations_limit = machine_limits(device, dtype)
+    clock = seconds
+    if device == "cuda":  # the time on the GPU alone: launched as one CUDA graph
+        from triton.testing import do_bench_cudagraph
+
+        clock = lambda run: do_bench_cudagraph(run, rep=50, return_mode="median") / 1e3  # noqa: E731
+    rows = []
+    for kernel, shape, operations, moved, factor, versions, inputs in kernel_cases(device, dtype):
+        runs = {}
+        for version, run in versions.items():
+            runs[version, "forward"] = torch.no_grad()(run)
+            if inputs:
+
+                def both(run=run, inputs=inputs):
+                    out = run()
+                    out = out if isinstance(out, tuple) else (out,)
+                    torch.autograd.grad(out, inputs, out)
+
+                runs[version, "backward"] = both
+        times = [{name: clock(run) for name, run in runs.items()} for _ in range(args.rounds + 1)][1:]
+        medians = {name: statistics.median(taken[name] for taken in times) for name in runs}
+        for (version, way), took in medians.items():
+            took -= medians[version, "forward"] if way == "backward" else 0
+            work = (operations or moved) * (factor if way == "backward" else 1)
+            rate, unit, scale = work / took, "TFLOP/s" if operations else "GB/s", 1e12 if operations else 1e9
+            row = dict(kernel=kernel, shape=shape, version=version, way=way, ms=took * 1e3, rate=rate / scale, unit=unit)
+            rows.append(row | {"of the limit": rate / (operations_limit if operations else bytes_limit)})
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU, the twins"
+    limits = f"{operations_limit / 1e12:.3g} TFLOP/s, {bytes_limit / 1e9:.4g} GB/s"
+    report(f"kernels, {name}, {str(dtype)[6:]}; limits measured: {limits}", rows, args.json)
+
+
+BENCHMARKS = {"kernels": bench_kernels}  # name: function of the arguments
 
 
 def main():

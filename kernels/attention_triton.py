@@ -76,11 +76,10 @@ def runs(lower, upper, at, end, SIZE: tl.constexpr, ALIGN: tl.constexpr):
     return start, count, first_whole, tl.maximum(wholes, 0)
 
 
-CONFIGS = [  # what has to be on the chip at once decides: tiles of 64 to 128 rows fill the tensor cores, more would spill
+CONFIGS = [  # tiles as large as registers hold without spilling in the loop; the last leaves room for two programs at a time
     ({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 2),
     ({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
-    ({"BLOCK_M": 128, "BLOCK_N": 64}, 4, 3),
-    ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3),
+    ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
 ]
 
 
@@ -109,12 +108,12 @@ def _forward(
             n = start + block * BLOCK_N + tl.arange(0, BLOCK_N)
             cols = tl.minimum(n, N - 1) if phase == 0 else n
             keys = load_rows(k, cols, k_n, D, BLOCK_D)
-            s = dot(queries, tl.trans(keys)) * scale  # [BLOCK_M, BLOCK_N], to base 2
+            s = dot(queries, tl.trans(keys))  # [BLOCK_M, BLOCK_N]
             if phase == 0:
                 s = tl.where((lower[:, None] <= n[None, :]) & (n[None, :] < upper[:, None]), s, float("-inf"))
-            higher = tl.maximum(top, tl.max(s, 1))
+            higher = tl.maximum(top, tl.max(s, 1) * scale)  # to base 2, as all that follows
             level = tl.where(higher == float("-inf"), 0.0, higher) if phase == 0 else higher  # none seen yet
-            p = tl.exp2(s - level[:, None])
+            p = tl.exp2(s * scale - level[:, None])
             shrink = tl.exp2(top - level)
             values = load_rows(v, cols, v_n, D, BLOCK_D)
             acc = acc * shrink[:, None] + dot(p.to(values.dtype), values)
@@ -160,10 +159,9 @@ def _backward_queries(
     store_rows(dq + head * D, m, heads * D, M, acc * (scale * 0.6931471805599453), D, BLOCK_D)
 
 
-@tuned(  # two accumulators leave room for fewer queries at a time
+@tuned(  # by the same rule; two accumulators leave room for fewer queries
     ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),
     ({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 3),
-    ({"BLOCK_M": 32, "BLOCK_N": 128}, 4, 3),
     ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
     key=["D", "GROUP"],
 )

@@ -57,10 +57,10 @@ def _part(
             value_pages + (page * v_p + n % PAGE * v_n + key_head * v_h)[:, None] + d[None, :], mask=here, other=0.0
         )
         seen = inside[None, :] & (n[None, :] <= last[:, None]) & (n[None, :] > last[:, None] - window)
-        scores = tl.where(seen, dot(queries, tl.trans(keys)) * scale, float("-inf"))  # [ROWS, BLOCK_N], to base 2
-        higher = tl.maximum(top, tl.max(scores, 1))
+        scores = tl.where(seen, dot(queries, tl.trans(keys)), float("-inf"))  # [ROWS, BLOCK_N]
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
         level = tl.where(higher == float("-inf"), 0.0, higher)
-        p = tl.exp2(scores - level[:, None])
+        p = tl.exp2(scores * scale - level[:, None])
         shrink = tl.exp2(top - level)
         acc = acc * shrink[:, None] + dot(p.to(values.dtype), values)
         total = total * shrink + tl.sum(p, 1)
