@@ -69,15 +69,12 @@ def store_rows(base, rows, stride, count, tile, D: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def runs(lower, upper, at, end, SIZE: tl.constexpr, ALIGN: tl.constexpr):
+def runs(lower, upper, at, end, SIZE: tl.constexpr):
     """Which blocks of the other side `at` to `end` - 1 of this side need, from the bounds lower[i] <= x < upper[i].
 
     Returns where the lowest begins, how many there are, and of those that all see whole the number of the first and how many.
-    With ALIGN blocks begin at multiples of SIZE, else where they are needed.
     """
     start = tl.load(lower + at)
-    if ALIGN:
-        start = start // SIZE * SIZE
     count = tl.cdiv(tl.load(upper + end - 1) - start, SIZE)
     first_whole = tl.cdiv(tl.load(lower + end - 1) - start, SIZE)
     wholes = (tl.load(upper + at) - start) // SIZE - first_whole
@@ -107,7 +104,7 @@ def _forward(
     lower, upper = tl.load(first + rows), tl.load(stop + rows)
     k += head // GROUP * k_h
     v += head // GROUP * v_h
-    start, count, first_whole, wholes = runs(first, stop, at, tl.minimum(at + BLOCK_M, M), BLOCK_N, True)
+    start, count, first_whole, wholes = runs(first, stop, at, tl.minimum(at + BLOCK_M, M), BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -152,7 +149,7 @@ def _backward_queries(
     lower, upper = tl.load(first + rows), tl.load(stop + rows)
     k += head // GROUP * k_h
     v += head // GROUP * v_h
-    start, count, first_whole, wholes = runs(first, stop, at, tl.minimum(at + BLOCK_M, M), BLOCK_N, True)
+    start, count, first_whole, wholes = runs(first, stop, at, tl.minimum(at + BLOCK_M, M), BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for phase in tl.static_range(2):
         for i in range(count - wholes if phase == 0 else wholes):
@@ -188,7 +185,7 @@ def _backward_keys(
     keys = load_rows(k + key_head * k_h, cols, k_n, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     values = load_rows(v + key_head * v_h, cols, v_n, D, BLOCK_D)
     lower, upper = tl.load(begin + cols), tl.load(end + cols)
-    start, count, first_whole, wholes = runs(begin, end, at, tl.minimum(at + BLOCK_N, N), BLOCK_M, False)
+    start, count, first_whole, wholes = runs(begin, end, at, tl.minimum(at + BLOCK_N, N), BLOCK_M)
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for head in range(key_head * GROUP, (key_head + 1) * GROUP):
