@@ -110,7 +110,7 @@ def decode(
         return out
     q, key_pages, value_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, key_pages, value_pages))
     (S, Q, H, D), (_, page_size, K, _), max_pages = q.shape, key_pages.shape, block_table.shape[1]
-    processors = 4 if INTERPRETED else torch.cuda.get_device_properties(q.device).multi_processor_count
+    processors = 32 if INTERPRETED else torch.cuda.get_device_properties(q.device).multi_processor_count
     parts_of = max(1, min(2 * processors // (S * K), max_pages * page_size // 64, 64))  # two rounds, but at least 64 keys each
     rows = max(16, triton.next_power_of_2(Q * H // K))  # a tensor core's tile has at least 16
     parts = torch.empty(S, K, parts_of, rows, D, dtype=torch.float32, device=q.device)
