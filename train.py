@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -28,9 +27,9 @@ from torch.distributed.tensor import DTensor
 import checkpoint
 import cli
 from cli import UsageError
-from data.chats import scene_to_chats
-from data.packing import IGNORE, make_row, pack, split_long
-from data.scenes import STAGE, load_scenes
+from data.packing import IGNORE, make_row
+from data.scenes import STAGE
+from data.stream import Stream, parse_mix
 from model import PRESETS, ModelConfig, Transformer
 from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
 
@@ -61,6 +60,13 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1.0)")
     add("--dtype", choices=checkpoint.DTYPES, help="of the forward and backward pass (default: bfloat16 where it is native)")
     add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
+    add("--variants", choices=["draw", "all"], default="draw", help="chats of a character in a scene: one, drawn anew in each "
+        "epoch (the paper's), or the release's four (default: draw)")  # fmt: skip
+    add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help="general SFT data (ShareGPT or "
+        "`messages`) and its share of all tokens; half in the paper")  # fmt: skip
+    add("--held-out-books", type=float, default=0.0, metavar="SHARE", help="share of the books to hold out whole (default: 0)")
+    add("--strict", action="store_true", help="stop at the first thing that reading the data would repair or drop")
+    add("--cache", default=cli.OUT / "cache", help="directory of tokenised data; may be deleted at any time")
     add("--save-every", type=int, default=200, help="steps between checkpoints; the last two are kept (default: 200)")
     add("--eval-every", type=int, default=100, help="steps between evaluations on held-out scenes (default: 100)")
     add("--seed", type=int, default=0)
@@ -82,53 +88,19 @@ def parse_args():
 # ---- data ---------------------------------------------------------------------------------------------------------------
 
 
-class Rows:
-    """The endless stream of packed rows: those of epoch 0, then of epoch 1, each with its own draw of prompts and order."""
-
-    def __init__(self, scenes, tokenizer, args):
-        self.scenes, self.tokenizer, self.args = scenes, tokenizer, args
-        self.epoch, self.at, self.rows = 0, 0, self.epoch_rows(0)
-
-    def epoch_rows(self, epoch):
-        documents = render_scenes(self.scenes, self.tokenizer, self.args, epoch)
-        documents, self.cut = split_long(documents, self.args.seq_len)
-        return pack(documents, self.args.seq_len, seed=f"{self.args.seed}|{epoch}")
-
-    def take(self, number):
-        """The next rows. Every rank takes them all and keeps its share, so the order is the same on any number of ranks."""
-        taken = []
-        while len(taken) < number:
-            if self.at == len(self.rows):
-                self.seek(self.epoch + 1, 0)
-            taken.append(self.rows[self.at])
-            self.at += 1
-        return taken
-
-    def seek(self, epoch, at):
-        if epoch != self.epoch:
-            self.rows = self.epoch_rows(epoch)
-        self.epoch, self.at = epoch, at
-
-
-def render_scenes(scenes, tokenizer, args, epoch):
-    """(ids, mask) of every training chat of the scenes."""
-    return [
-        tokenizer.render(chat.messages)
-        for scene in scenes
-        for chat in scene_to_chats(scene, epoch, args.seed, thoughts=not args.without_thoughts)
-    ]
-
-
-def read_data(args):
-    """(training scenes, held-out scenes) of --data, with a line on what was read, repaired and dropped."""
-    report = Counter()
-    scenes = [scene for path in args.data for scene in load_scenes(path, report)]
-    train = [scene for scene in scenes if scene.tag == "train"]
-    held_out = [scene for scene in scenes if scene.tag != "train"]
-    if not train:
-        raise UsageError(f"{args.data[0]}: no training scene in it (all {len(scenes)} are held out); give a book with --data")
-    repairs = "".join(f"; {count} {what}" for what, count in sorted((+report).items()))
-    return train, held_out, f"{len(train)} scenes to learn from, {len(held_out)} held out{repairs}"
+def open_stream(args, tokenizer):
+    return Stream(
+        args.data,
+        tokenizer,
+        args.seq_len,
+        seed=args.seed,
+        thoughts=not args.without_thoughts,
+        variants=args.variants,
+        mix=args.mix,
+        held_out_books=args.held_out_books,
+        cache=args.cache,
+        strict=args.strict,
+    )
 
 
 def stack(rows, device):
@@ -289,16 +261,15 @@ class Log:
 
 def describe(config, args, stream, steps, world):
     """The plan, in lines: sizes, memory for weights and optimiser, tokens and steps."""
-    rows, cut = stream.rows, f"; {stream.cut} chats longer than a row are cut" if stream.cut else ""
+    cut = f"; {stream.cut} chats longer than a row are cut, {stream.without} pieces teach nothing" if stream.cut else ""
     parameters = config.num_parameters()
-    used = sum(row["used"].item() for row in rows)
-    learnt = sum((row["targets"] != IGNORE).sum().item() for row in rows)
     memory = 16 * parameters / world / 2**30  # fp32 weights, gradients and two moments
     sizes = ", ".join(f"{dtype.itemsize * parameters / 2**30:.2f} GiB in {name}" for name, dtype in checkpoint.DTYPES.items())
     return (
         f"{parameters:,} parameters ({sizes}); training takes {memory:.2f} GiB for weights, gradients and optimiser "
         f"on each of {world} rank(s), and room for activations\n"
-        f"{len(rows)} rows of {args.seq_len} tokens an epoch, {learnt / used:.1%} under loss{cut}; "
+        f"{stream.documents:,} chats, {stream.tokens:,} tokens, {sum(stream.supervised.values()) / stream.tokens:.1%} under "
+        f"loss; {len(stream.rows)} rows of {args.seq_len} tokens an epoch{cut}; "
         f"{steps} steps of {args.batch_size} rows"
     )
 
@@ -315,8 +286,7 @@ def main():
         config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[args.model])
     elif tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{tokenizer_path}: {tokenizer.vocab_size} tokens, but {args.model} has {config.vocab_size}")
-    scenes, held_out, said = read_data(args)
-    stream = Rows(scenes, tokenizer, args)
+    stream = open_stream(args, tokenizer)
     if not stream.rows:
         raise UsageError(f"{args.data[0]}: no chat with a token to learn from fits rows of {args.seq_len} tokens")
     steps = args.max_steps or math.ceil(args.epochs * len(stream.rows) / args.batch_size)
@@ -329,7 +299,7 @@ def main():
     if (checkpoints or (Path(args.out) / "log.jsonl").exists()) and not (args.resume or args.dry_run):
         raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
     if first:
-        cli.note(f"{said}\n{describe(config, args, stream, steps, world)}")
+        cli.note("\n".join([*stream.report.lines(), describe(config, args, stream, steps, world)]))
     if args.dry_run:
         return
     out = cli.make_dir(args.out)
@@ -337,7 +307,8 @@ def main():
     device = start_ranks()
     model = shard_model(config, device, checkpoint.DTYPES[args.dtype])
     optimizer = make_optimizer(model, args)
-    free = ("resume", "out", "dry_run", "save_every", "eval_every")  # what may change from one resume to the next
+    # what may change from one resume to the next
+    free = ("resume", "out", "dry_run", "save_every", "eval_every", "cache", "strict")
     settings = {name: str(value) for name, value in vars(args).items() if name not in free}
     step = 0
     if checkpoints:
@@ -348,7 +319,7 @@ def main():
                 f"{checkpoints[-1]}: was trained with other --{', --'.join(changed).replace('_', '-')}; use the same"
             )
         step = progress["step"]
-        stream.seek(progress["epoch"], progress["at"])
+        stream.load(progress["stream"])
         if first:
             cli.note(f"going on from {checkpoints[-1]}")
     elif args.model in PRESETS:
@@ -364,16 +335,13 @@ def main():
         signal.signal(number, lambda *_: asked.append(True))
 
     def save():
-        progress = {"step": step, "epoch": stream.epoch, "at": stream.at, "settings": settings}
+        progress = {"step": step, "stream": stream.state(), "settings": settings}
         checkpoint.save_state(out / f"step-{step}", model, optimizer, progress)
         if first:
             for old in find_checkpoints(out)[:-2]:
                 shutil.rmtree(old)
 
-    evaluation = []
-    if held_out:
-        documents, _ = split_long(render_scenes(held_out, tokenizer, args, 0), args.seq_len)
-        evaluation = pack(documents, args.seq_len)
+    evaluation = list(stream.held_out())
     log = None
     if first:
         versions = {"torch": torch.__version__, "ranks": world, "device": str(device)}
@@ -389,8 +357,7 @@ def main():
         batch = stream.take(args.batch_size)
         line = train_step(model, optimizer, batch[dist.get_rank() :: world], args, device)
         step += 1
-        tokens = sum(row["used"].item() for row in batch)
-        line = {"step": step, "lr": lr, "tokens": tokens, **line, "seconds": time.perf_counter() - begun}
+        line = {"step": step, "lr": lr, "tokens": batch.used, **line, "seconds": time.perf_counter() - begun}
         evaluating = evaluation and (step % args.eval_every == 0 or step in (1, steps))
         if evaluating:
             line["eval_loss"] = evaluate(model, evaluation, device)

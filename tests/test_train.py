@@ -15,7 +15,7 @@ from conftest import ROOT, random_config, random_model, usage_error
 
 import train
 from checkpoint import save_model
-from data.packing import IGNORE, pack, split_long
+from data.packing import IGNORE, pack
 from data.scenes import STAGE
 
 
@@ -201,12 +201,3 @@ def test_bad_input_is_one_line_and_exit_2(script, small, story, tmp_path):
         (out / made).mkdir() if made == "step-3" else (out / made).write_text("")
         assert "--resume" in usage_error(script("train", *base, "--data", story))
         (out / made).rmdir() if made == "step-3" else (out / made).unlink()
-
-
-def test_long_documents_are_cut_and_counted():
-    """A chat longer than a row is cut into pieces; only a piece that teaches nothing is left out."""
-    mask = [False] * 10 + [True] * 15
-    documents, cut = split_long([(list(range(25)), mask), ([1, 2], [False, True])], 10)
-    assert cut == 1
-    assert [ids for ids, _ in documents] == [list(range(10, 20)), list(range(20, 25)), [1, 2]]
-    assert [mask for _, mask in documents] == [[True] * 10, [True] * 5, [False, True]]
