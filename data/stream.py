@@ -9,11 +9,14 @@ the code that makes chats, so what is found there is never stale; a directory is
 processes that want the same one, the first builds it and the others wait. Any part of the cache may be deleted at any time.
 """
 
+import ctypes
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import time
 from array import array
 from collections.abc import Sequence
@@ -54,8 +57,9 @@ class Store:
         return words & (2**SHIFT - 1), (words >> SHIFT).astype(np.int8)
 
 
-def open_store(cache, key, documents, what, strict):
-    """The Store of a key; documents(report) yields (ids, channels, share done) to build it from, where it is not there."""
+def open_store(cache, key, items, tokenise, what, strict):
+    """The Store of a key. Where it is not there, items(report) yields (share done, item) to build it from, and tokenise(item)
+    gives documents (ids, channels)."""
     path = cli.make_dir(cache) / key
     if path.is_dir():
         return Store(path)
@@ -65,21 +69,24 @@ def open_store(cache, key, documents, what, strict):
             making = path.with_suffix(".tmp")
             shutil.rmtree(making, ignore_errors=True)  # of a build that was killed
             making.mkdir()
-            build_store(making, documents, what, Report(strict))
+            build_store(making, items, tokenise, what, Report(strict))
             os.rename(making, path)
         path.with_suffix(".lock").unlink(missing_ok=True)
     return Store(path)
 
 
-def build_store(path, documents, what, report):
+def build_store(path, items, tokenise, what, report):
     offsets, counts = array("q", [0]), array("q")
     begun = said = time.monotonic()
-    with open(path / "tokens", "wb") as file, cli.progress() as bar:
+    cores = min(16, len(os.sched_getaffinity(0)))
+    pool = multiprocessing.get_context("fork").Pool(cores, _start_worker, (tokenise,))
+    with open(path / "tokens", "wb") as file, cli.progress() as bar, pool:
         task = bar.add_task(f"tokenising {what}", total=1.0)
-        for ids, channels, done in documents(report):
-            file.write((ids | channels.astype(np.uint32) << SHIFT).astype(np.uint32).tobytes())
-            offsets.append(offsets[-1] + len(ids))
-            counts.extend(np.bincount(channels, minlength=1 + len(CHANNELS))[1:].tolist())
+        for done, documents in pool.imap(_work, items(report), chunksize=8):
+            for words in documents:
+                file.write(words.tobytes())
+                offsets.append(offsets[-1] + len(words))
+                counts.extend(np.bincount(words >> SHIFT, minlength=1 + len(CHANNELS))[1:].tolist())
             bar.update(task, completed=done)
             if bar.disable and time.monotonic() - said > 10:
                 said = time.monotonic()
@@ -91,6 +98,20 @@ def build_store(path, documents, what, report):
             values.tofile(file)
     with cli.write_whole(path / "report.json") as file:
         json.dump({"counts": report, "examples": report.examples}, file)
+
+
+def _start_worker(tokenise):
+    """A worker leaves signals to its parent and dies with it, since it holds the lock as well (1: PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _work.tokenise = tokenise
+
+
+def _work(item):
+    """Documents of an item as the store keeps them."""
+    done, item = item
+    return done, [ids | channels.astype(np.uint32) << SHIFT for ids, channels in _work.tokenise(item)]
 
 
 def digest(*parts):
@@ -193,27 +214,33 @@ class Stream:
         return self.stores[source]
 
     def general_store(self, path):
-        def documents(report):
+        def rows(report):
             for messages, where, done in read_general(path, report):
                 try:
-                    yield *label(self.tokenizer, messages), done
+                    [*self.tokenizer.format.segments(messages, False)]
                 except ValueError as error:
-                    report.note(f"dropped: row that the chat format does not take: {error}", where)
+                    report.note(f"dropped: row whose turns the tokenizer has no form for ({error})", where)
+                else:
+                    yield done, messages
 
-        return open_store(self.cache, digest(self.maker, path), documents, path.name, self.strict)
+        key = digest(self.maker, path)
+        return open_store(self.cache, key, rows, lambda row: [label(self.tokenizer, row)], path.name, self.strict)
 
     def scene_store(self, epoch, held_out=False):
         epoch = epoch if self.options["variants"] == "draw" else 0
 
-        def documents(report):
+        def scenes(report):
             for scene, done in read_scenes(self.files, report, self.held_out_books):
                 if (scene.tag != "train") == held_out:
-                    for chat in scene_to_chats(scene, epoch, **self.options):
-                        yield *label(self.tokenizer, chat.messages, chat.character), done
+                    yield done, scene
 
-        settings = json.dumps([self.options, self.held_out_books, epoch, held_out])
+        def tokenise(scene):
+            chats = scene_to_chats(scene, epoch, **self.options)
+            return [label(self.tokenizer, chat.messages, chat.character) for chat in chats]
+
+        key = digest(self.maker, self.content, json.dumps([self.options, self.held_out_books, epoch, held_out]))
         what = "held-out scenes" if held_out else f"the scenes of epoch {epoch}"
-        return open_store(self.cache, digest(self.maker, self.content, settings), documents, what, self.strict)
+        return open_store(self.cache, key, scenes, tokenise, what, self.strict)
 
     def held_out(self):
         """The rows of the held-out scenes, with the draw of epoch 0: what to evaluate on."""
@@ -252,13 +279,13 @@ class Stream:
         """Packs the epoch that begins here. start: its number, the pieces carried into it, and how many tokens of scenes, and
         documents and tokens of general data, came before it."""
         self.start, self.at, epoch = start, 0, start["epoch"]
-        chosen = {epoch: np.arange(len(self.store(epoch).lengths))}
+        self.chosen = {epoch: np.arange(len(self.store(epoch).lengths))}
         tokens, mixed = start["tokens"] + int(self.store(epoch).lengths.sum()), []
         for i, (taken, had) in enumerate(start["mixed"]):
             wanted = tokens * self.shares[i] / (1 - sum(self.shares)) - had
-            more = chosen[-1 - i] = self.next_general(-1 - i, taken, wanted)
+            more = self.chosen[-1 - i] = self.next_general(-1 - i, taken, wanted)
             mixed.append([taken + len(more), had + int(self.store(-1 - i).lengths[more].sum())])
-        found = [self.pieces(source, documents) for source, documents in chosen.items()]
+        found = [self.pieces(source, documents) for source, documents in self.chosen.items()]
         pieces = np.concatenate([np.array(start["carried"], np.int64).reshape(-1, 6), *(pieces for pieces, *_ in found)])
         lengths = row_lengths(pieces)
         self.rows = [pieces[row] for row in best_fit(lengths, self.seq_len, f"{self.seed}|{epoch}")]
@@ -267,9 +294,9 @@ class Stream:
             emptiest = min(range(len(self.rows)), key=lambda i: row_lengths(self.rows[i]).sum())
             carried = self.rows.pop(emptiest).tolist()
         self.cut, self.without = sum(cut for _, cut, _ in found), sum(without for *_, without in found)
-        self.documents = sum(map(len, chosen.values()))
-        self.tokens = sum(int(self.store(source).lengths[documents].sum()) for source, documents in chosen.items())
-        counts = sum(self.store(source).counts[documents].sum(0) for source, documents in chosen.items())
+        self.documents = sum(map(len, self.chosen.values()))
+        self.tokens = sum(int(self.store(source).lengths[documents].sum()) for source, documents in self.chosen.items())
+        counts = sum(self.store(source).counts[documents].sum(0) for source, documents in self.chosen.items())
         self.supervised = dict(zip(CHANNELS, counts.tolist(), strict=True))
         self.next = {"epoch": epoch + 1, "carried": carried, "tokens": tokens, "mixed": mixed}
 

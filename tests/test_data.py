@@ -30,7 +30,7 @@ from data.chats import (
     scene_to_chats,
 )
 from data.packing import IGNORE, pack, split_long
-from data.scenes import Scene, load_book, load_scenes
+from data.scenes import Report, Scene, load_book, load_scenes
 
 BOOKS = ("King Lear", "Othello")
 HI, HO = {"character": "A", "message": "hi"}, {"character": "B", "message": "ho"}
@@ -49,8 +49,8 @@ def read(tmp_path):
     def read(data, name="book.json"):
         file = tmp_path / name
         file.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
-        report = Counter()
-        return load_scenes(file, report), +report
+        report = Report()
+        return load_scenes(file, report), report
 
     return read
 
@@ -67,7 +67,7 @@ def book(*dialogues, **conversation):
 )
 def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, without):
     """Every conversation of the file, word for word and in order, split where the file says, and nothing repaired."""
-    file, report = shared / "coser" / "books" / f"{name}.json", Counter()
+    file, report = shared / "coser" / "books" / f"{name}.json", Report()
     raw, scenes = json.loads(file.read_text("utf-8")), load_book(file, report)
     assert +report == Counter({"dropped: plot without a conversation": without} if without else {})
     assert Counter(scene.tag for scene in scenes) == {"train": train, "id": held_out}
@@ -89,7 +89,7 @@ def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, with
 
 def test_the_test_file_is_read_whole(shared):
     """All 100 scenes: same messages, same order of speakers, same profiles; 238 motivations found under `thought`."""
-    file, report = shared / "coser" / "test" / "id.json", Counter()
+    file, report = shared / "coser" / "test" / "id.json", Report()
     raw, scenes = json.loads(file.read_text("utf-8")), load_scenes(file, report)
     assert len(scenes) == 100 and report["repaired: `thought` read as `motivation`"] == 238
     assert not any(what.startswith("dropped: ") for what in +report)
@@ -127,11 +127,11 @@ def test_our_own_form_comes_back_as_it_was(stage, read):
     ("turn", "expected"),
     [
         ({"name": "A", "message": "m"}, "m"),
-        ({"character": "A", "thought": "m"}, "m"),
+        ({"character": "A", "thought": "m"}, "[m]"),
         ({"character": "A", "description": "m"}, "m"),
         ({"character": "A", "dialogues": "m"}, "m"),
         ({"character": "A", "[I wait] (sits)": "m"}, "[I wait] (sits) m"),
-        ({"character": "A", "message": None, "thought": "m"}, "m"),
+        ({"character": "A", "message": None, "thought": "m"}, "[m]"),
         ({"character": "A", "message": ""}, None),
         ({"character": "A", "message": " \n"}, None),
         ({"character": "A", "message": ["m"]}, None),
@@ -153,7 +153,7 @@ def test_a_messy_message_is_repaired_or_dropped_and_counted(read, turn, expected
 def test_both_repairs_of_one_message_are_counted(read):
     """`name` for `character` and `thought` for `message` in the same message: two repairs."""
     (scene,), report = read(book(HO, {"name": "A", "thought": "m"}))
-    assert scene.dialogues[1] == {"character": "A", "message": "m"} and sum(report.values()) == 2
+    assert scene.dialogues[1] == {"character": "A", "message": "[m]"} and sum(report.values()) == 2
 
 
 @pytest.mark.parametrize(
