@@ -184,11 +184,13 @@ class Stream:
         held_out_books=0.0,
         strict=False,
     ):
+        if not 0 <= held_out_books <= 1:
+            raise UsageError(f"--held-out-books is a share between 0 and 1, not {held_out_books}")
         self.files = data_files(paths)
         self.tokenizer, self.seq_len, self.seed, self.cache, self.strict = tokenizer, seq_len, seed, cache, strict
         self.options, self.held_out_books = {"seed": seed, "thoughts": thoughts, "variants": variants}, held_out_books
         self.mix, self.shares = [Path(path) for path, _ in mix], [share for _, share in mix]
-        if min(self.shares, default=1) <= 0 or sum(self.shares) >= 1:
+        if not (all(share > 0 for share in self.shares) and sum(self.shares) < 1):
             raise UsageError(f"--mix: shares are above 0 and together below 1, not {', '.join(map(str, self.shares))}")
         here = Path(__file__).parent
         self.maker = digest(*(here / name for name in CODE), tokenizer.file, tokenizer.chat_format)

@@ -429,7 +429,7 @@ def test_what_stands_under_thought_is_hidden_whole(text):
 
 
 def test_held_out_books_stay_held_out(tmp_path):
-    """By a hash of the title alone: the share is met, another book moves none, and those written down here are still held out."""
+    """By a hash of the title alone: the share is met, another book moves none, those written down here are still held out."""
     for i in range(300):
         (tmp_path / f"{i:03}.json").write_text(json.dumps(book()))
     held = {scene.book for scene, _ in read_scenes([tmp_path], Report(), 0.1) if scene.tag == "ood"}
