@@ -16,7 +16,6 @@ import math
 import os
 import signal
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -31,9 +30,9 @@ import checkpoint
 import cli
 import costs
 from cli import UsageError
-from data.chats import scene_to_chats
-from data.packing import IGNORE, make_row, pack, split_long
-from data.scenes import STAGE, load_scenes
+from data.packing import CHANNELS, IGNORE, make_row
+from data.scenes import STAGE
+from data.stream import Stream, parse_mix
 from model import PRESETS, ModelConfig, Transformer
 from resume import agreed, find_checkpoints, last_good, load_state, save_state
 from runlog import Log
@@ -41,15 +40,14 @@ from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # of torchrun --max-restarts
-CHANNELS = ("speech", "action", "thought")  # 1, 2, 3 in a row's `channels`
 
 # What a flag is when it is not given: for the stage actor (one row a rank), and as published for CoSER (paper, section 5).
 STAGE_RECIPE = dict(seq_len=2048, batch_size=WORLD_SIZE, epochs=7.0, lr=2e-3, weight_decay=0.1)
 PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_decay=0.0)
-MAY_BE_0 = ("warmup", "weight_decay", "seed")
+MAY_BE_0 = ("warmup", "weight_decay", "seed", "held_out_books")
 # what may change from one resume to the next, since it changes nothing of what is learnt
 FREE = ("resume", "out", "dry_run", "save_every", "keep", "eval_every", "tensorboard", "peak_tflops", "skip_nonfinite")
-FREE += ("micro_batch", "shard_ranks", "recompute", "compile")
+FREE += ("micro_batch", "shard_ranks", "recompute", "compile", "eval_rows", "cache", "strict")
 
 
 def parse_args():
@@ -80,10 +78,18 @@ def parse_args():
     )
     add("--compile", action="store_true", help="torch.compile each block")
     add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
+    add("--variants", choices=["draw", "all"], default="draw", help="chats of a character in a scene: one, drawn anew in each "
+        "epoch (the paper's), or the release's four (default: draw)")  # fmt: skip
+    add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help="general SFT data (ShareGPT or "
+        "`messages`) and its share of all tokens; half in the paper")  # fmt: skip
+    add("--held-out-books", type=float, default=0.0, metavar="SHARE", help="share of the books to hold out whole (default: 0)")
+    add("--strict", action="store_true", help="stop at the first thing that reading the data would repair or drop")
+    add("--cache", default=cli.OUT / "cache", help="directory of tokenised data; may be deleted at any time")
     add("--skip-nonfinite", action="store_true", help="leave out a step whose loss or gradient is not finite, and count it")
     add("--save-every", type=int, default=200, help="steps between checkpoints (default: 200)")
     add("--keep", type=int, default=2, help="checkpoints kept, the newest (default: 2)")
     add("--eval-every", type=int, default=100, help="steps between evaluations on held-out scenes (default: 100)")
+    add("--eval-rows", type=int, default=64, help="held-out rows evaluated on, at most (default: 64)")
     add("--tensorboard", action="store_true", help="write event files to --out as well")
     add("--peak-tflops", type=float, help="of one device, for its utilisation (default: known for A100, H100 and H200)")
     add("--seed", type=int, default=0)
@@ -109,79 +115,29 @@ def parse_args():
 # ---- data ---------------------------------------------------------------------------------------------------------------
 
 
-class Stream:
-    """The endless stream of packed rows: those of epoch 0, then of epoch 1, each with its own draw of prompts and order."""
-
-    def __init__(self, scenes, tokenizer, args):
-        self.scenes, self.tokenizer, self.args = scenes, tokenizer, args
-        self.epoch, self.at, self.rows = 0, 0, self.epoch_rows(0)
-
-    def epoch_rows(self, epoch):
-        documents = render_scenes(self.scenes, self.tokenizer, self.args, epoch)
-        documents, self.cut = split_long(documents, self.args.seq_len)
-        return channelled(pack(documents, self.args.seq_len, seed=f"{self.args.seed}|{epoch}"))
-
-    def take(self, number):
-        taken = []
-        while len(taken) < number:
-            if self.at == len(self.rows):
-                self.load({"epoch": self.epoch + 1, "at": 0})
-            taken.append(self.rows[self.at])
-            self.at += 1
-        return taken
-
-    def state(self):
-        return {"epoch": self.epoch, "at": self.at}
-
-    def load(self, state):
-        if state["epoch"] != self.epoch:
-            self.rows = self.epoch_rows(state["epoch"])
-        self.epoch, self.at = state["epoch"], state["at"]
+def open_stream(args, tokenizer):
+    return Stream(
+        args.data,
+        tokenizer,
+        args.seq_len,
+        seed=args.seed,
+        thoughts=not args.without_thoughts,
+        variants=args.variants,
+        mix=args.mix,
+        held_out_books=args.held_out_books,
+        cache=args.cache,
+        strict=args.strict,
+    )
 
 
-def channelled(rows):
+def find_opening(rows):
+    """Token ids of a held-out chat up to where its character first speaks, for `sample` to go on from; None without one."""
     for row in rows:
-        row["channels"] = (row["targets"] != IGNORE).to(torch.int8) * (1 + row["tokens"] % 3).to(torch.int8)
-    return rows
-
-
-def render_scenes(scenes, tokenizer, args, epoch):
-    """(ids, mask) of every training chat of the scenes."""
-    return [
-        tokenizer.render(chat.messages)
-        for scene in scenes
-        for chat in scene_to_chats(scene, epoch, args.seed, thoughts=not args.without_thoughts)
-    ]
-
-
-def read_data(args):
-    """(training scenes, held-out scenes) of --data, with a line on what was read, repaired and dropped."""
-    report = Counter()
-    scenes = [scene for path in args.data for scene in load_scenes(path, report)]
-    train = [scene for scene in scenes if scene.tag == "train"]
-    held_out = [scene for scene in scenes if scene.tag != "train"]
-    if not train:
-        raise UsageError(f"{args.data[0]}: no training scene in it (all {len(scenes)} are held out); give a book with --data")
-    repairs = "".join(f"; {count} {what}" for what, count in sorted((+report).items()))
-    return train, held_out, f"{len(train)} scenes to learn from, {len(held_out)} held out{repairs}"
-
-
-def held_out_rows(scenes, tokenizer, args):
-    """Packed rows of the held-out scenes."""
-    documents, _ = split_long(render_scenes(scenes, tokenizer, args, 0), args.seq_len)
-    return channelled(pack(documents, args.seq_len)) if documents else []
-
-
-def held_out_opening(scenes, tokenizer, args):
-    """Token ids up to where a character of the first held-out scene is to answer: how `sample` begins."""
-    for scene in scenes:
-        for chat in scene_to_chats(scene, 0, args.seed, thoughts=not args.without_thoughts):
-            answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-            ids, _ = tokenizer.render(chat.messages[: answers[0]], add_generation_prompt=True)
-            ids += tokenizer.encode(f"{chat.character}:")
-            if chat.kind == "character" and len(ids) < args.seq_len:
-                return ids
-    return None
+        starts = (row["positions"][: row["used"]] == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], row["used"]], strict=True):
+            learnt = (row["targets"][start:end] != IGNORE).nonzero().flatten()
+            if len(learnt) and CHANNELS[row["channels"][start:end].max() - 1] == "thought":  # so it is a character's
+                return row["tokens"][start : start + learnt[0] + 1].tolist()
 
 
 def stack(rows, device):
@@ -237,10 +193,11 @@ def shard_model(config, device, args):
     if args.compile:
         for block in blocks:
             block.forward = torch.compile(block.forward)
-    world, dtype = dist.get_world_size(), checkpoint.DTYPES[args.dtype]
-    if world > 1 or dtype != torch.float32:
-        shards = args.shard_ranks or world
-        shape = (world,) if shards == world else (world // shards, shards)  # copies of the model, ranks of a copy
+    dtype, shards = checkpoint.DTYPES[args.dtype], args.shard_ranks or WORLD_SIZE
+    if WORLD_SIZE > 1 or dtype != torch.float32:
+        shape = (
+            (WORLD_SIZE,) if shards == WORLD_SIZE else (WORLD_SIZE // shards, shards)
+        )  # copies of the model, ranks of a copy
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
         for block in blocks:
@@ -275,22 +232,22 @@ def total(values, device):
     return values.tolist()
 
 
-def count(batches, window, device):
-    """What the batches of all ranks hold: tokens, (query, key) pairs, those of supervised queries, tokens of each channel."""
-    sums = []
+def tally(batches, window):
+    """What batches hold, int64: tokens, (query, key) pairs, those of supervised queries, supervised tokens of each channel."""
+    sums = 0
     for batch in batches:
         reach = (batch["positions"] + 1).clamp(max=window or batch["positions"].shape[1])  # keys that each query sees
-        used = torch.arange(reach.shape[1], device=device) < batch["used"][:, None]
+        used = torch.arange(reach.shape[1], device=reach.device) < batch["used"][:, None]
         learnt = batch["targets"] != IGNORE
         channels = torch.bincount(batch["channels"][learnt].long(), minlength=len(CHANNELS) + 1)[1:]
-        sums.append(torch.stack([used.sum(), reach[used].sum(), reach[learnt].sum(), *channels]))
-    return [int(value) for value in total(sum(sums), device)]
+        sums = sums + torch.stack([used.sum(), reach[used].sum(), reach[learnt].sum(), *channels])
+    return sums
 
 
 def train_step(model, optimizer, rows, args, device):
     """One optimiser step on this rank's rows. Returns what the log keeps of it; `nonfinite` says why none was made."""
     batches = [stack(rows[i : i + args.micro_batch], device) for i in range(0, len(rows), args.micro_batch)]
-    tokens, pairs, supervised_pairs, *counts = count(batches, model.config.sliding_window, device)
+    tokens, pairs, supervised_pairs, *counts = total(tally(batches, model.config.sliding_window), device)
     supervised = sum(counts)
     sums, finite = torch.zeros(len(CHANNELS), device=device), []
     for batch in batches:
@@ -317,16 +274,14 @@ def train_step(model, optimizer, rows, args, device):
     if line["loss"] is not None:
         line |= {f"loss_{name}": each / number for name, each, number in shares if number}
     flops = costs.model_flops(model.config, tokens, supervised, pairs, supervised_pairs)
-    return {**line, "tokens": tokens, "supervised": supervised, "flops": flops}
+    return {**line, "tokens": int(tokens), "supervised": int(supervised), "flops": flops}
 
 
 @torch.no_grad()
 def evaluate(model, rows, device):
-    """Mean loss (nats per supervised token) over rows, shared out over the ranks."""
-    (empty,) = channelled([make_row([], len(rows[0]["tokens"]))])
-    rows = rows + [empty] * (-len(rows) % WORLD_SIZE)  # every rank must make the same number of passes
+    """Mean loss (nats per supervised token) over the rows of all ranks, of which this one has as many as any."""
     loss = supervised = 0
-    for row in rows[RANK::WORLD_SIZE]:
+    for row in rows:
         loss += loss_sum(model, stack([row], device))[0].item()
         supervised += (row["targets"] != IGNORE).sum().item()
     loss, supervised = total([loss, supervised], device)
@@ -368,14 +323,13 @@ def describe(config, args, stream, steps, world):
     dtype = checkpoint.DTYPES[args.dtype]
     memory = costs.memory_plan(config, args.micro_batch * args.seq_len, dtype.itemsize, args.recompute, shards)
     parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
-    rows = len(stream.rows)
-    tokens = sum(row["used"].item() for row in stream.rows)
-    learnt = sum((row["targets"] != IGNORE).sum().item() for row in stream.rows)
-    cut = f"; {stream.cut} chats longer than a row are cut" if stream.cut else ""
+    cut = f"; {stream.cut} chats longer than a row are cut, {stream.without} pieces teach nothing" if stream.cut else ""
+    learnt = sum(stream.supervised.values())
     return (
         f"{parameters:,} parameters, sharded over {shards} of {world} rank(s); {args.dtype}, recomputing {args.recompute}\n"
         f"memory of a rank: {sum(memory.values()) / 2**30:.2f} GiB ({parts})\n"
-        f"{rows:,} rows of {args.seq_len:,} tokens an epoch: {tokens:,} tokens, {learnt / tokens:.1%} under loss{cut}\n"
+        f"an epoch: {stream.documents:,} chats, {stream.tokens:,} tokens, {learnt / stream.tokens:.1%} under loss, "
+        f"in {len(stream.rows):,} rows of {args.seq_len:,}{cut}\n"
         f"{steps:,} steps of {args.batch_size} rows, {args.batch_size * args.seq_len:,} places: "
         f"{args.batch_size // (world * args.micro_batch)} micro-batch(es) of {args.micro_batch} a rank"
     )
@@ -399,8 +353,7 @@ def open_model(args):
 def main():
     args = parse_args()
     config, tokenizer, directory = open_model(args)
-    scenes, held_out, said = read_data(args)
-    stream = Stream(scenes, tokenizer, args)
+    stream = open_stream(args, tokenizer)
     rows = len(stream.rows)
     if not rows:
         raise UsageError(f"{args.data[0]}: no chat with a token to learn from fits rows of {args.seq_len} tokens")
@@ -411,12 +364,12 @@ def main():
     if begun and not (args.resume or args.dry_run):
         raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
     if RANK == 0:
-        cli.note(f"{said}\n{describe(config, args, stream, steps, world)}")
+        cli.note("\n".join([*stream.report.lines(), describe(config, args, stream, steps, world)]))
     if args.dry_run:
         return
     device = start_ranks()
     try:
-        train(args, config, tokenizer, directory, stream, held_out, steps, device)
+        train(args, config, tokenizer, directory, stream, steps, device)
     except (UsageError, KeyboardInterrupt):  # all ranks leave together
         dist.destroy_process_group()
         raise
@@ -453,14 +406,15 @@ def go_on(out, model, optimizer, stream, settings):
     return progress
 
 
-def train(args, config, tokenizer, directory, stream, held_out, steps, device):
+def train(args, config, tokenizer, directory, stream, steps, device):
     """The run itself, on every rank."""
     out = Path(args.out)
     with agreed():
         cli.make_dir(out)
     model = shard_model(config, device, args)
     optimizer = make_optimizer(model, args)
-    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE} | {"model_shape": str(config)}
+    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    settings |= {"model_shape": str(config), "data": f"{len(stream.files)} files, hash {stream.content[:12]}"}
     progress = go_on(out, model, optimizer, stream, settings)
     if progress is None:
         progress = {"step": 0, "skipped": 0, "settings": settings}
@@ -474,7 +428,11 @@ def train(args, config, tokenizer, directory, stream, held_out, steps, device):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked.append(True))
 
-    evaluation, opening = held_out_rows(held_out, tokenizer, args), held_out_opening(held_out, tokenizer, args)
+    held_out = stream.held_out()
+    number = min(args.eval_rows, len(held_out))
+    evaluation, opening = held_out[RANK:number:WORLD_SIZE], find_opening(held_out[:8])
+    if len(evaluation) < -(-number // WORLD_SIZE):  # every rank must make the same number of passes
+        evaluation.append(make_row([], args.seq_len))
     log = failure = None
     with agreed():
         if RANK == 0:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import ROOT, random_config, random_model, usage_error
+from safetensors.torch import load_file, save_file
 
 import train
 from checkpoint import save_model
-from data.packing import IGNORE, pack, split_long
+from data.packing import CHANNELS, make_row, pack
 from data.scenes import STAGE
 
 
@@ -58,46 +59,69 @@ def small(story, tmp_path_factory, stage_tokenizer):
     return ["--model", directory, "--data", story, "--seq-len", 1024, "--lr", 1e-2, "--dtype", "float32", "--eval-every", 1000]
 
 
-def test_loss_is_cross_entropy_of_supervised_tokens():
-    """loss_sum and its gradients equal transformers' logits, documents one by one, with a plain cross-entropy."""
-    config = random_config(5)
-    model = random_model(config).train()
-    generator = torch.Generator().manual_seed(0)
-    documents = []
-    for length in (37, 1, 20, 50, 9):
-        ids = torch.randint(0, config.vocab_size, (length,), generator=generator).tolist()
-        documents.append((ids, (torch.rand(length, generator=generator) < 0.4).tolist()))
-    rows = pack(documents, 64)
-    loss = sum(train.loss_sum(model, train.stack([row], "cpu")) for row in rows)
-    loss.backward()
+def documents_of(config, lengths, seed):
+    """Random documents (ids, channels): a share of their tokens is under loss, each in one of the channels."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda high, length: torch.randint(high, (length,), generator=generator).tolist()  # noqa: E731
+    made = []
+    for length in lengths:
+        learnt = (torch.rand(length, generator=generator) < 0.4).tolist()
+        made.append((draw(config.vocab_size, length), [own * (1 + c) for own, c in zip(learnt, draw(3, length), strict=True)]))
+    return made
 
-    hf_config = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_theta=config.rope_theta,
-        rope_scaling=config.rope_scaling and {"rope_type": "llama3", **vars(config.rope_scaling)},
-        max_position_embeddings=config.max_position_embeddings,
-        tie_word_embeddings=config.tie_word_embeddings,
-    )
-    peer = transformers.LlamaForCausalLM(hf_config)
-    peer.load_state_dict(model.state_dict(), strict=False)
-    expected = torch.zeros(())
-    for ids, mask in documents:
-        labels = torch.tensor([token if own else IGNORE for token, own in zip(ids, mask, strict=True)])
+
+def plain_step(directory, documents):
+    """The same by transformers, document by document: mean loss, {channel: mean loss}, {parameter: gradient}."""
+    peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    losses, channels = [], []
+    for ids, own in documents:
         if len(ids) > 1:
             logits = peer(torch.tensor([ids])).logits[0, :-1]
-            expected = expected + F.cross_entropy(logits, labels[1:], reduction="sum", ignore_index=IGNORE)
-    expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
-    theirs = dict(peer.named_parameters())
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5, msg=name)
+            losses.append(F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
+            channels += own[1:]
+    losses, channels = torch.cat(losses), torch.tensor(channels)
+    loss = losses[channels > 0].mean()
+    loss.backward()
+    gradients = {name: p.grad for name, p in peer.named_parameters()}
+    return loss, {c: losses[channels == c].mean().item() for c in (1, 2, 3)}, gradients
+
+
+SPLITS = {  # of 24 rows: ranks -> rows in a micro-batch, for 1, 2 and 4 accumulation steps
+    1: (24, 12, 6),
+    2: (12, 6, 3),
+    3: (8, 4, 2),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
+    """Loss, loss per channel and gradients equal transformers', for 1, 2, 3 ranks by 1, 2, 4 accumulation steps, with hybrid
+    sharding and with activations recomputed."""
+    config = random_config(5, num_hidden_layers=2, tie_word_embeddings=tied)
+    save_model(random_model(config), tmp_path / "start")
+    documents = documents_of(config, [37, 1, 20, 50, 9, 64, 33, 2] * 5, 0)
+    rows = pack(documents, 64)
+    rows += [make_row([], 64)] * (24 - len(rows))  # some ranks and micro-batches have nothing to learn
+    assert len(rows) == 24
+    save_file({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, tmp_path / "rows.safetensors")
+    expected, by_channel, gradients = plain_step(tmp_path / "start", documents)
+    for ranks, sizes in SPLITS.items():
+        splits = [{"name": f"micro-batch-{size}", "micro_batch": size} for size in sizes]
+        splits += [{"name": f"recompute-{how}", "micro_batch": sizes[1], "recompute": how} for how in ("selective", "full")]
+        splits += [{"name": "copies", "micro_batch": sizes[1], "shard_ranks": 1}]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command += [str(ROOT / "tests" / "one_step.py"), str(tmp_path), json.dumps(splits)]
+        subprocess.run(command, check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for split in splits:
+            found = load_file(tmp_path / f"{ranks}-{split['name']}.safetensors")
+            assert found["line.loss"].item() == pytest.approx(expected.item(), rel=1e-5), split
+            for channel, loss in by_channel.items():
+                assert found[f"line.loss_{CHANNELS[channel - 1]}"].item() == pytest.approx(loss, rel=1e-5), split
+            for name, gradient in gradients.items():
+                error = (found[name] - gradient).norm() / gradient.norm()
+                assert error < 1e-5, (ranks, split, name, error)
+            assert found["line.tokens"] == sum(len(ids) for ids, _ in documents)
+            assert found["line.supervised"] == sum(map(bool, sum((own[1:] for _, own in documents), [])))
 
 
 def test_same_run_on_one_and_two_ranks_and_micro_batches(small, tmp_path):
@@ -201,12 +225,3 @@ def test_bad_input_is_one_line_and_exit_2(script, small, story, tmp_path):
         (out / made).mkdir() if made == "step-3" else (out / made).write_text("")
         assert "--resume" in usage_error(script("train", *base, "--data", story))
         (out / made).rmdir() if made == "step-3" else (out / made).unlink()
-
-
-def test_long_documents_are_cut_and_counted():
-    """A chat longer than a row is cut into pieces; only a piece that teaches nothing is left out."""
-    mask = [False] * 10 + [True] * 15
-    documents, cut = split_long([(list(range(25)), mask), ([1, 2], [False, True])], 10)
-    assert cut == 1
-    assert [ids for ids, _ in documents] == [list(range(10, 20)), list(range(20, 25)), [1, 2]]
-    assert [mask for _, mask in documents] == [[True] * 10, [True] * 5, [False, True]]
