@@ -9,6 +9,7 @@ the code that makes chats, so what is found there is never stale; a directory is
 processes that want the same one, the first builds it and the others wait. Any part of the cache may be deleted at any time.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import hashlib
@@ -17,6 +18,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from array import array
 from collections.abc import Sequence
@@ -47,6 +49,8 @@ class Store:
         self.counts = np.fromfile(path / "counts", np.int64).reshape(-1, len(CHANNELS))
         self.offsets = np.fromfile(path / "offsets", np.int64)
         self.lengths = np.diff(self.offsets)
+        if len(self.counts) != len(self.lengths) or (path / "tokens").stat().st_size != 4 * self.offsets[-1]:
+            raise UsageError(f"{path}: damaged; remove it, and it is made anew")
         empty = not self.offsets[-1]
         self.tokens = np.zeros(0, np.uint32) if empty else np.memmap(path / "tokens", np.uint32, "r", shape=self.offsets[-1])
 
@@ -78,11 +82,12 @@ def open_store(cache, key, items, tokenise, what, strict):
 def build_store(path, items, tokenise, what, report):
     offsets, counts = array("q", [0]), array("q")
     begun = said = time.monotonic()
-    cores = min(16, len(os.sched_getaffinity(0)))
-    pool = multiprocessing.get_context("fork").Pool(cores, _start_worker, (tokenise,))
-    with open(path / "tokens", "wb") as file, cli.progress() as bar, pool:
+    _work.tokenise = tokenise
+    linux = sys.platform == "linux"  # elsewhere a worker could outlive its parent, and this process does the work
+    workers = linux and multiprocessing.get_context("fork").Pool(min(16, os.cpu_count()), _start_worker)
+    with open(path / "tokens", "wb") as file, cli.progress() as bar, workers or contextlib.nullcontext():
         task = bar.add_task(f"tokenising {what}", total=1.0)
-        for done, documents in pool.imap(_work, items(report), chunksize=8):
+        for done, documents in workers.imap(_work, items(report), chunksize=8) if workers else map(_work, items(report)):
             for words in documents:
                 file.write(words.tobytes())
                 offsets.append(offsets[-1] + len(words))
@@ -100,12 +105,11 @@ def build_store(path, items, tokenise, what, report):
         json.dump({"counts": report, "examples": report.examples}, file)
 
 
-def _start_worker(tokenise):
+def _start_worker():
     """A worker leaves signals to its parent and dies with it, since it holds the lock as well (1: PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _work.tokenise = tokenise
 
 
 def _work(item):

@@ -488,6 +488,18 @@ def test_the_cache_is_used_and_never_stale(stream, tmp_path, stage_tokenizer, mo
     assert len(built) == 1
 
 
+def test_workers_make_what_one_process_makes(stream, tmp_path, monkeypatch):
+    """Tokens in the same order, byte by byte, with and without workers; a cache that was cut short is a usage error."""
+    stream()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    stream(cache=tmp_path / "alone")
+    made, alone = (sorted(path for path in (tmp_path / name).glob("*/*")) for name in ("cache", "alone"))
+    assert len(made) == 4 and [path.read_bytes() for path in made] == [path.read_bytes() for path in alone]
+    os.truncate(made[-1], 4000)
+    with pytest.raises(UsageError, match=f"{made[-1].parent}: damaged"):
+        stream()
+
+
 def test_the_report_outlives_the_cache(stream, tmp_path):
     """What reading found is told again when nothing is read, and strict stops at it all the same."""
     book = json.loads((STAGE / "ward_c.json").read_text())
