@@ -171,7 +171,8 @@ def same_run(whole, other, rel=0.0):
         for key in ("step", "lr", "tokens", "supervised"):
             assert line[key] == got[key], (key, line, got)
         for key in ("loss", "grad_norm", "eval_loss"):
-            assert line.get(key) == pytest.approx(got.get(key), rel=rel, abs=0), (key, line, got)
+            mine, its = line.get(key), got.get(key)
+            assert mine == its or abs(mine - its) <= rel * abs(mine), (key, line, got)
 
 
 def same_state(whole, other):
@@ -194,7 +195,7 @@ def wait_for(out, steps, process):
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path):
     """Ctrl-C or SIGTERM saves and says how to go on, and --resume gives the bytes of an uninterrupted run; it cuts the log."""
-    arguments = [*small, "--batch-size", 1, "--max-steps", 40]
+    arguments = [*small, "--batch-size", 1, "--max-steps", 20]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     finish(launch(*arguments, "--out", whole))
     process = launch(*arguments, "--out", stopped)
@@ -202,7 +203,7 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path)
     process.send_signal(signal_)
     assert "--resume" in finish(process, code=130)
     at = read_log(stopped)[-1]["step"]
-    assert 5 <= at < 40
+    assert 5 <= at < 20
     with open(stopped / "log.jsonl", "a") as file:
         file.write(json.dumps({"step": at + 1, "loss": 0.0}) + "\n" + '{"step": 9')  # and a torn line
     finish(launch(*arguments, "--out", stopped, "--resume"))
@@ -235,7 +236,7 @@ def workers(process):
 
 def test_a_killed_rank_comes_back(small, tmp_path):
     """torchrun --max-restarts starts all ranks again, and they go on from the last checkpoint, with no --resume given."""
-    arguments = [*small, "--batch-size", 2, "--max-steps", 20, "--save-every", 3]
+    arguments = [*small, "--batch-size", 2, "--max-steps", 12, "--save-every", 3]
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
     finish(launch(*arguments, "--out", whole, ranks=2))
     process = launch(*arguments, "--out", hurt, ranks=2, restarts=1)
