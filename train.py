@@ -124,13 +124,18 @@ def open_stream(args, tokenizer):
 
 
 def find_opening(rows):
-    """Token ids of a held-out chat up to where its character first speaks, for `sample` to go on from; None without one."""
+    """Token ids of a held-out chat up to its first answer, of one with thoughts if there is any, for `sample` to go on from."""
+    opening = None
     for row in rows:
         starts = (row["positions"][: row["used"]] == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], row["used"]], strict=True):
             learnt = (row["targets"][start:end] != IGNORE).nonzero().flatten()
-            if len(learnt) and CHANNELS[row["channels"][start:end].max() - 1] == "thought":  # so it is a character's
-                return row["tokens"][start : start + learnt[0] + 1].tolist()
+            thinks = 1 + CHANNELS.index("thought") in row["channels"][start:end]
+            if len(learnt) and (thinks or not opening):
+                opening = row["tokens"][start : start + learnt[0] + 1].tolist()
+            if thinks:
+                return opening
+    return opening
 
 
 def stack(rows, device):

@@ -151,10 +151,19 @@ def test_same_run_on_one_and_two_ranks_and_micro_batches(small, tmp_path):
 def test_training_lowers_the_loss_and_leaves_a_hugging_face_directory(small, tmp_path):
     """The log has its fields, the loss falls, the curve is a PNG, transformers opens final/."""
     out = tmp_path / "run"
-    err = finish(launch(*small, "--out", out, "--batch-size", 2, "--max-steps", 8, "--save-every", 3))
+    err = finish(launch(*small, "--out", out, "--batch-size", 2, "--max-steps", 8, "--save-every", 3, "--peak-tflops", 2))
     lines = read_log(out)
     assert [line["step"] for line in lines] == list(range(1, 9))
-    assert {"step", "loss", "lr", "grad_norm", "tokens", "supervised", "seconds"} <= set(lines[0])
+    numbers = {"step", "loss", "lr", "grad_norm", "tokens", "supervised", "seconds", "tokens_per_second", "tflops", "mfu"}
+    numbers |= {"loss_speech", "loss_action", "supervised_per_second", "peak_memory", "seconds_left"}
+    assert numbers <= set(lines[-1]) and all(isinstance(lines[-1][name], int | float) for name in numbers)
+    for line in lines:
+        channels = [line[f"loss_{name}"] for name in CHANNELS if f"loss_{name}" in line]
+        assert min(channels) <= line["loss"] <= max(channels)
+        assert line["mfu"] == pytest.approx(line["tflops"] / 2)
+        assert line["supervised_per_second"] == pytest.approx(line["supervised"] / line["seconds"])
+    assert lines[0]["sample"] and lines[-1]["sample"] != lines[0]["sample"]
+    assert all(word in err for word in ("held out", "tok/s", "MFU", "GiB", "s left", "speech", lines[-1]["sample"]))
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
