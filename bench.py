@@ -6,6 +6,7 @@ What is compared is interleaved, ours and the peer's in turn, and medians are ta
 stdout; its last line is the same as JSON, with the command that reproduces it.
 """
 
+import functools
 import json
 import multiprocessing
 import resource
@@ -81,34 +82,39 @@ def report(title, rows, path=None):
 
 
 def training(args):
-    """One step of train.py on packed rows of 4,096 against the peer: documents padded in batches of 8, and the same rows."""
+    """One step of train.py on two packed rows of 4,096 against the peer: the documents padded to the longest, the same rows.
+
+    At 128k vocabulary the padded peer would need some 20 GB, and is left out.
+    """
     books = SHARED / "coser" / "books" if (SHARED / "coser").is_dir() else STAGE
-    llama3 = SHARED / "tokenizers" / "llama3"
+    results, cases = [], {"4k vocabulary": STAGE_TOKENIZER, "128k vocabulary": SHARED / "tokenizers" / "llama3"}
     train.start_ranks()
-    results, cases = [], {"4k vocabulary": STAGE_TOKENIZER} | ({"128k vocabulary": llama3} if llama3.is_dir() else {})
     with tempfile.TemporaryDirectory() as made:
         for case, path in cases.items():
-            setting = (str(books), str(path), str(Path(made) / case))
-            sides = training_sides(*setting, peer=args.peer)
-            work = sides.pop("tokens")
-            losses = {name: run() for name, run in sides.items()}
-            if max(losses.values()) - min(losses.values()) > 1e-4 * max(losses.values()):
+            if not path.exists():
+                continue
+            peers = ["padded", "packed"][case.startswith("128k") :] if args.peer else []
+            setting, losses = (str(books), str(path), str(Path(made) / case), peers), {}
+            sides, tokens = training_sides(*setting)
+            noted = {name: functools.partial(note_loss, losses, name, run) for name, run in sides.items()}
+            seconds = interleave(noted, args.rounds)
+            if max(losses.values()) - min(losses.values()) > 1e-4 * losses["ours"]:
                 raise AssertionError(f"the losses differ: {losses}")
-            for name, took in interleave(sides, args.rounds).items():
-                with multiprocessing.get_context("spawn").Pool(1) as alone:  # its own peak, with nothing else in the process
+            for name, took in seconds.items():
+                with multiprocessing.get_context("spawn").Pool(1) as alone:  # a process that does nothing else
                     peak = alone.apply(training_peak, (*setting, name))
-                results.append({"case": case, "side": name, "tok/s": work / took, "peak GiB": peak, "loss": losses[name]})
-            for row in results[-len(sides) :]:
-                ours = results[-len(sides)]
-                row |= {
-                    "ours is faster by": ours["tok/s"] / row["tok/s"],
-                    "ours takes memory": ours["peak GiB"] / row["peak GiB"],
-                }
+                results.append({"case": case, "side": name, "tok/s": tokens / took, "peak GiB": peak, "loss": losses[name]})
+                ours = next(row for row in results if row["case"] == case)
+                results[-1] |= {"ours / tok/s": ours["tok/s"] * took / tokens, "ours / peak": ours["peak GiB"] / peak}
     report("train", results, args.json)
 
 
-def training_sides(books, tokenizer, directory, peer):
-    """{side: one training step that returns its loss}, all from the same weights in fp32, and how many `tokens` a step has."""
+def note_loss(losses, name, run):
+    losses[name] = run()
+
+
+def training_sides(books, tokenizer, directory, peers):
+    """({side: one training step that returns its loss}, tokens of a step), all sides from the same weights, in fp32."""
     tokenizer = load_tokenizer(Path(tokenizer))
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS["stage"])
     options = dict(micro_batch=1, clip=1.0, dtype="float32", recompute="none", compile=False, shard_ranks=None, lr=1e-6)
@@ -116,16 +122,19 @@ def training_sides(books, tokenizer, directory, peer):
     device = torch.device("cpu")
     model = train.shard_model(config, device, options)
     checkpoint.fill(model, checkpoint.RandomWeights(model, 0))
-    rows = Stream([books], tokenizer, 4096).take(4)[:]
+    rows = Stream([books], tokenizer, 4096).take(2)[:]
     optimizer = train.make_optimizer(model, options)
     sides = {"ours": lambda: train.train_step(model, optimizer, rows, options, device)["loss"]}
-    if peer:
+    if peers:
         checkpoint.save_model(model, directory)
+    if "padded" in peers:
         documents = [part for row in rows for part in training_documents(row)]
-        padded = [training_batch(documents[i : i + 8]) for i in range(0, len(documents), 8)]
-        packed = [training_batch([tuple(x[: row["used"]] for x in training_labels(row))]) for row in rows]
-        sides |= {"peer, padded": training_peer(directory, padded), "peer, packed": training_peer(directory, packed)}
-    return sides | {"tokens": sum(row["used"].item() for row in rows)}
+        batches = [training_batch(documents[i : i + 8]) for i in range(0, len(documents), 8)]
+        sides["peer, padded"] = training_peer(directory, batches)
+    if "packed" in peers:
+        batches = [training_batch([tuple(x[: row["used"]] for x in training_labels(row))]) for row in rows]
+        sides["peer, packed"] = training_peer(directory, batches)
+    return sides, sum(row["used"].item() for row in rows)
 
 
 def training_labels(row):
@@ -173,11 +182,11 @@ def training_peer(directory, batches):
     return step
 
 
-def training_peak(books, tokenizer, directory, name):
+def training_peak(books, tokenizer, directory, peers, name):
     """Peak resident memory, GiB, of a process that makes two steps of one side."""
     train.start_ranks()
-    run = training_sides(books, tokenizer, directory, peer=name != "ours")[name]
-    run(), run()
+    sides, _ = training_sides(books, tokenizer, directory, [] if name == "ours" else [name.removeprefix("peer, ")])
+    sides[name](), sides[name]()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

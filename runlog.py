@@ -45,7 +45,7 @@ class Log:
             return "skipped: not finite"
         channels = [f"{name} {line[f'loss_{name}']:.2f}" for name in ("thought", "action", "speech") if f"loss_{name}" in line]
         parts = [f"loss {line['loss']:.3f}" + (f" ({', '.join(channels)})" if channels else "")]
-        parts += [f"held out {line['eval_loss']:.3f}"] if "eval_loss" in line else []
+        parts += [f"held out {line['eval_loss']:.3f}"] if line.get("eval_loss") is not None else []
         parts += [f"lr {line['lr']:.1e}", f"|g| {line['grad_norm']:.2f}"]
         parts += [f"{line['tokens_per_second']:,.0f} tok/s ({line['supervised_per_second']:,.0f} learnt)"]
         parts += [f"{line['mfu']:.1%} MFU"] if "mfu" in line else []

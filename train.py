@@ -59,9 +59,7 @@ def parse_args():
     add("--data", nargs="+", default=[STAGE], help="books in the CoSER format (default: the bundled stories)")
     add("--out", default=cli.OUT / "stage", help="directory of the run (default: out/stage)")
     add("--resume", action="store_true", help="go on from the last good checkpoint in --out, if there is one")
-    add(
-        "--dry-run", nargs="?", type=int, const=WORLD_SIZE, metavar="RANKS", help="print the plan for so many; allocate nothing"
-    )
+    add("--dry-run", nargs="?", type=int, const=WORLD_SIZE, metavar="RANKS", help="only print the plan, for so many ranks")
     add("--epochs", type=float)
     add("--max-steps", type=int, help="stop after this many steps, whatever --epochs says")
     add("--seq-len", type=int, help="tokens in a packed row")
@@ -73,9 +71,8 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1.0)")
     add("--dtype", choices=["bfloat16", "float32"], help="of forward and backward pass (default: bfloat16 where it is native)")
     add("--shard-ranks", type=int, help="ranks a model is spread over; groups of them hold copies (default: all)")
-    add(
-        "--recompute", choices=["none", "selective", "full"], help="activations dropped and computed again in the backward pass"
-    )
+    add("--recompute", choices=["none", "selective", "full"], help="in the backward pass: all but products, or whole blocks "
+        "(default: full; none for the stage actor)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile each block")
     add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
     add("--variants", choices=["draw", "all"], default="draw", help="chats of a character in a scene: one, drawn anew in each "
@@ -97,12 +94,8 @@ def parse_args():
     for name, value in (STAGE_RECIPE if args.model == "stage" else PAPER_RECIPE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    positive = (
-        "epochs max_steps seq_len batch_size micro_batch lr clip shard_ranks save_every keep eval_every peak_tflops dry_run"
-    )
-    for name in positive.split():
-        value = getattr(args, name)
-        if value is not None and not value > 0:
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (value > 0 or name in MAY_BE_0):
             raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if args.seq_len < 2:
         raise UsageError(f"--seq-len must be above 1, not {args.seq_len}")
@@ -131,13 +124,18 @@ def open_stream(args, tokenizer):
 
 
 def find_opening(rows):
-    """Token ids of a held-out chat up to where its character first speaks, for `sample` to go on from; None without one."""
+    """Token ids of a held-out chat up to its first answer, of one with thoughts if there is any, for `sample` to go on from."""
+    opening = None
     for row in rows:
         starts = (row["positions"][: row["used"]] == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], row["used"]], strict=True):
             learnt = (row["targets"][start:end] != IGNORE).nonzero().flatten()
-            if len(learnt) and CHANNELS[row["channels"][start:end].max() - 1] == "thought":  # so it is a character's
-                return row["tokens"][start : start + learnt[0] + 1].tolist()
+            thinks = 1 + CHANNELS.index("thought") in row["channels"][start:end]
+            if len(learnt) and (thinks or not opening):
+                opening = row["tokens"][start : start + learnt[0] + 1].tolist()
+            if thinks:
+                return opening
+    return opening
 
 
 def stack(rows, device):
@@ -195,9 +193,8 @@ def shard_model(config, device, args):
             block.forward = torch.compile(block.forward)
     dtype, shards = checkpoint.DTYPES[args.dtype], args.shard_ranks or WORLD_SIZE
     if WORLD_SIZE > 1 or dtype != torch.float32:
-        shape = (
-            (WORLD_SIZE,) if shards == WORLD_SIZE else (WORLD_SIZE // shards, shards)
-        )  # copies of the model, ranks of a copy
+        # ranks of a copy of the model, or copies and the ranks of each
+        shape = (WORLD_SIZE,) if shards == WORLD_SIZE else (WORLD_SIZE // shards, shards)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
         for block in blocks:
@@ -217,7 +214,7 @@ def make_optimizer(model, args):
 
 
 def loss_sum(model, batch):
-    """Summed cross-entropy (nats) of a batch over its supervised tokens, and of each channel, [3]; shaped by `model`."""
+    """Summed cross-entropy (nats) of a batch over its supervised tokens, and those of each channel, [4]."""
     targets = batch["targets"].flatten()
     rows = (targets != IGNORE).nonzero().flatten()  # [N]
     loss, losses = model(batch["tokens"], batch["positions"], rows=rows, targets=targets[rows])  # [], [N]
@@ -279,13 +276,13 @@ def train_step(model, optimizer, rows, args, device):
 
 @torch.no_grad()
 def evaluate(model, rows, device):
-    """Mean loss (nats per supervised token) over the rows of all ranks, of which this one has as many as any."""
+    """Mean loss (nats per supervised token) over all ranks' rows, each having as many; None where it is not finite."""
     loss = supervised = 0
     for row in rows:
         loss += loss_sum(model, stack([row], device))[0].item()
         supervised += (row["targets"] != IGNORE).sum().item()
     loss, supervised = total([loss, supervised], device)
-    return loss / max(1, supervised)
+    return loss / max(1, supervised) if math.isfinite(loss) else None
 
 
 @torch.no_grad()
@@ -293,12 +290,11 @@ def sample(model, opening, tokenizer, seed, device, length=32, temperature=0.7):
     """How the actor goes on from token ids, as text. No cache, a pass a token, all ranks in step: for a line now and then."""
     ids, generator = list(opening), torch.Generator().manual_seed(seed)
     for _ in range(length):
-        padded = ids + [0] * (
-            -len(ids) % 128
-        )  # nothing sees what comes after it, and few lengths are few shapes to prepare for
+        padded = ids + [0] * (-len(ids) % 128)  # no token sees those behind it; and few shapes are fast
         tokens, last = torch.tensor([padded], device=device), torch.tensor([len(ids) - 1], device=device)
         logits = model(tokens, rows=last)[0].float().cpu()  # [V]
-        token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).to(device)
+        chances = (logits / temperature).softmax(-1)
+        token = (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax().to(device)
         dist.broadcast(token, 0)
         if token.item() in tokenizer.stop_ids:
             break
@@ -448,14 +444,14 @@ def train(args, config, tokenizer, directory, stream, steps, device):
         lr = learning_rate(step - 1, steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        place = stream.state()
+        epoch, row = stream.start["epoch"], stream.at
         batch = stream.take(args.batch_size)
         line = {"step": step, "lr": lr, **train_step(model, optimizer, batch[RANK::WORLD_SIZE], args, device)}
         if "nonfinite" in line:
             progress["skipped"] += 1
             if not args.skip_nonfinite:
                 raise UsageError(
-                    f"step {step}, stopped before the optimiser: {line['nonfinite']} (data at {place}); "
+                    f"step {step}, stopped before the optimiser: {line['nonfinite']} (epoch {epoch}, from row {row}); "
                     "try a lower --lr, or leave such steps out with --resume --skip-nonfinite"
                 )
         progress["step"] = step
