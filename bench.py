@@ -6,6 +6,7 @@ What is compared is interleaved, ours and the peer's in turn, and medians are ta
 stdout; its last line is the same as JSON, with the command that reproduces it.
 """
 
+import concurrent.futures
 import functools
 import json
 import multiprocessing
@@ -190,7 +191,35 @@ def training_peak(books, tokenizer, directory, peers, name):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-BENCHMARKS = {"train": training}  # name: function of the arguments
+def tokenising(args):
+    """The cache of 100,000 chats, built from numbered copies of the books by a process of its own, as train.py builds it."""
+    real = (SHARED / "coser").is_dir()
+    books, tokenizer = (SHARED / "coser" / "books", SHARED / "tokenizers" / "llama3") if real else (STAGE, STAGE_TOKENIZER)
+    with tempfile.TemporaryDirectory() as made:
+        made = Path(made)
+        chats = Stream([books], load_tokenizer(tokenizer), 16_384, cache=made / "one").documents
+        (made / "books").mkdir()
+        for number in range(-(-100_000 // chats)):
+            for file in books.glob("*.json"):
+                book = {**json.loads(file.read_text("utf-8")), "title": f"{file.stem} {number}"}
+                (made / "books" / f"{number}-{file.name}").write_text(json.dumps(book), "utf-8")
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+            row = alone.submit(tokenising_alone, made / "books", tokenizer, made / "cache").result()
+    report("data", [row], args.json)
+
+
+def tokenising_alone(books, tokenizer, cache):
+    tokenizer, mib = load_tokenizer(tokenizer), 2**10
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / mib
+    begun = time.perf_counter()
+    stream = Stream([books], tokenizer, 16_384, cache=cache)
+    took = time.perf_counter() - begun
+    peaks = (resource.getrusage(who).ru_maxrss / mib for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    row = {"chats": stream.documents, "chats/s": stream.documents / took, "tok/s": stream.tokens / took}
+    return row | dict(zip(("peak MiB", "peak MiB, worker"), peaks, strict=True)) | {"MiB before": before}
+
+
+BENCHMARKS = {"train": training, "data": tokenising}  # name: function of the arguments
 
 
 def main():

@@ -83,8 +83,9 @@ def build_store(path, items, tokenise, what, report):
     offsets, counts = array("q", [0]), array("q")
     begun = said = time.monotonic()
     _work.tokenise = tokenise
-    linux = sys.platform == "linux"  # elsewhere a worker could outlive its parent, and this process does the work
-    workers = linux and multiprocessing.get_context("fork").Pool(min(16, os.cpu_count()), _start_worker)
+    # elsewhere a worker could outlive its parent, and a daemon may have none: there this process does the work
+    may = sys.platform == "linux" and not multiprocessing.current_process().daemon
+    workers = may and multiprocessing.get_context("fork").Pool(min(16, os.cpu_count()), _start_worker)
     with open(path / "tokens", "wb") as file, cli.progress() as bar, workers or contextlib.nullcontext():
         task = bar.add_task(f"tokenising {what}", total=1.0)
         for done, documents in workers.imap(_work, items(report), chunksize=8) if workers else map(_work, items(report)):
