@@ -516,22 +516,37 @@ def test_the_report_outlives_the_cache(stream, tmp_path):
             stream([tmp_path / "book.json"], strict=True)
 
 
-CHILD = (
-    "import sys; from data.stream import Stream; import tokenizer;"
-    "t = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER);"
-    "s = Stream([sys.argv[1]], t, 2048, cache=sys.argv[2]); print(s.documents, s.tokens, len(s.rows))"
-)
+CHILD = """
+import sys, time, pathlib, data.stream, tokenizer
+build, started = data.stream.build_store, time.monotonic()
+def slow(*args):
+    print("built")
+    time.sleep(1)
+    build(*args)
+data.stream.build_store = slow
+tok = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
+print("ready", flush=True)
+sys.stdin.readline()
+stream = data.stream.Stream([sys.argv[1]], tok, 2048, cache=sys.argv[2])
+print(stream.documents, stream.tokens, len(stream.rows))
+"""
 
 
 def child(books, cache):
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(books), str(cache)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", CHILD, str(books), str(cache)]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
 
 
 def test_of_several_processes_one_builds(tmp_path):
-    """Three at once get the same, and leave one directory and nothing else."""
+    """Of three that start at once one builds, all get the same, and there is one directory and nothing else."""
     together = [child(STAGE, tmp_path / "cache") for _ in range(3)]
-    said = {process.communicate(timeout=120)[0] for process in together}
-    assert len(said) == 1 and said.pop().strip()
+    for process in together:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=120)[0].splitlines() for process in together]
+    assert sorted(map(len, said)) == [1, 1, 2] and len({lines[-1] for lines in said}) == 1
     (made,) = (tmp_path / "cache").iterdir()
     assert made.is_dir() and not made.suffix
 
@@ -544,6 +559,8 @@ def test_a_build_that_is_killed_leaves_nothing_that_counts(tmp_path, stage_token
         book = json.loads((STAGE / "ward_c.json").read_text())
         (books / f"{i}.json").write_text(json.dumps({**book, "title": f"book {i}"}))
     process = child(books, tmp_path / "cache")
+    process.stdin.write("go\n")
+    process.stdin.flush()
     while not list((tmp_path / "cache").glob("*.tmp/tokens")):
         assert process.poll() is None
         time.sleep(0.005)
