@@ -13,6 +13,7 @@ text is always encoded apart from the markers around it, so nothing a user or a 
 import base64
 import io
 import json
+import re
 import shutil
 import unicodedata
 from collections.abc import Callable
@@ -41,6 +42,7 @@ LLAMA3_NAMED = {
     9: "<|eot_id|>",
     10: "<|python_tag|>",
 }
+LONGEST_RUN = 25_000  # characters
 SPACE = "\u2581"  # how SentencePiece writes a space
 STAGE_SPECIALS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -236,6 +238,11 @@ class Tokenizer:
             raise UsageError(f"not UTF-8 text: character {error.start} is half of a surrogate pair") from None
         return self.encode_text(text)
 
+    def token_bytes(self, i):
+        """The bytes that a token adds to a text; none for special tokens and ids of no token. (A SentencePiece text may begin
+        with a space that was put in front.)"""
+        return self.tokens.get(i, b"")
+
     def decode(self, ids):
         """Text of the ids; specials appear by name, torn characters and ids of no token as U+FFFD."""
         text, plain = [], []
@@ -248,6 +255,19 @@ class Tokenizer:
         return "".join([*text, self.decode_text(plain)])
 
 
+def split_runs(text):
+    """Parts of a text, cut only inside runs of more than LONGEST_RUN spaces or other characters, as LLaMA 3's own code cuts
+    them: tiktoken's pattern overflows its stack on longer ones, and merging takes the square of their length."""
+    if len(text) <= LONGEST_RUN:
+        return [text]
+    parts, start = [], 0
+    for run in re.finditer(r"\s+|\S+", text):
+        for cut in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+            parts.append(text[start:cut])
+            start = cut
+    return [*parts, text[start:]]
+
+
 class BytePairTokenizer(Tokenizer):
     """Byte-level BPE through tiktoken. ranks: token bytes -> id; a lower id merges first."""
 
@@ -258,7 +278,8 @@ class BytePairTokenizer(Tokenizer):
         super().__init__(max(*ranks.values(), *specials.values()) + 1, specials, chat_format, file)
 
     def encode_text(self, text):
-        return self.bpe.encode_ordinary(unicodedata.normalize(self.normalization, text) if self.normalization else text)
+        text = unicodedata.normalize(self.normalization, text) if self.normalization else text
+        return [i for part in split_runs(text) for i in self.bpe.encode_ordinary(part)]
 
     def decode_text(self, ids):
         return b"".join(self.tokens.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
@@ -281,6 +302,13 @@ class SentencePieceTokenizer(Tokenizer):
                 else "mistral" if model_type in ("mistral", "mixtral")
                 else "vicuna"
             )  # fmt: skip
+        self.tokens = {}
+        for i in range(len(self.pieces)):
+            piece = self.pieces.id_to_piece(i)
+            if self.pieces.is_byte(i):
+                self.tokens[i] = bytes([int(piece[3:-1], 16)])
+            elif not (self.pieces.is_control(i) or self.pieces.is_unknown(i)):
+                self.tokens[i] = piece.replace(SPACE, " ").encode()
         super().__init__(len(self.pieces), specials, chat_format, path)
 
     def encode_text(self, text):

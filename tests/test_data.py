@@ -11,12 +11,10 @@ import sys
 from collections import Counter
 
 import pytest
-import torch
 from conftest import ROOT, usage_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer
 from cli import UsageError
 from data import prompts
 from data.chats import (
@@ -29,8 +27,7 @@ from data.chats import (
     remove_thoughts,
     scene_to_chats,
 )
-from data.packing import IGNORE, pack, split_long
-from data.scenes import Scene, load_book, load_scenes
+from data.scenes import LONGEST, Report, Scene, as_thought, load_book, load_scenes, read_scenes, to_test_scene
 
 BOOKS = ("King Lear", "Othello")
 HI, HO = {"character": "A", "message": "hi"}, {"character": "B", "message": "ho"}
@@ -49,8 +46,8 @@ def read(tmp_path):
     def read(data, name="book.json"):
         file = tmp_path / name
         file.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode())
-        report = Counter()
-        return load_scenes(file, report), +report
+        report = Report()
+        return load_scenes(file, report), report
 
     return read
 
@@ -67,7 +64,7 @@ def book(*dialogues, **conversation):
 )
 def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, without):
     """Every conversation of the file, word for word and in order, split where the file says, and nothing repaired."""
-    file, report = shared / "coser" / "books" / f"{name}.json", Counter()
+    file, report = shared / "coser" / "books" / f"{name}.json", Report()
     raw, scenes = json.loads(file.read_text("utf-8")), load_book(file, report)
     assert +report == Counter({"dropped: plot without a conversation": without} if without else {})
     assert Counter(scene.tag for scene in scenes) == {"train": train, "id": held_out}
@@ -89,7 +86,7 @@ def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, with
 
 def test_the_test_file_is_read_whole(shared):
     """All 100 scenes: same messages, same order of speakers, same profiles; 238 motivations found under `thought`."""
-    file, report = shared / "coser" / "test" / "id.json", Counter()
+    file, report = shared / "coser" / "test" / "id.json", Report()
     raw, scenes = json.loads(file.read_text("utf-8")), load_scenes(file, report)
     assert len(scenes) == 100 and report["repaired: `thought` read as `motivation`"] == 238
     assert not any(what.startswith("dropped: ") for what in +report)
@@ -127,11 +124,11 @@ def test_our_own_form_comes_back_as_it_was(stage, read):
     ("turn", "expected"),
     [
         ({"name": "A", "message": "m"}, "m"),
-        ({"character": "A", "thought": "m"}, "m"),
+        ({"character": "A", "thought": "m"}, "[m]"),
         ({"character": "A", "description": "m"}, "m"),
         ({"character": "A", "dialogues": "m"}, "m"),
         ({"character": "A", "[I wait] (sits)": "m"}, "[I wait] (sits) m"),
-        ({"character": "A", "message": None, "thought": "m"}, "m"),
+        ({"character": "A", "message": None, "thought": "m"}, "[m]"),
         ({"character": "A", "message": ""}, None),
         ({"character": "A", "message": " \n"}, None),
         ({"character": "A", "message": ["m"]}, None),
@@ -153,7 +150,7 @@ def test_a_messy_message_is_repaired_or_dropped_and_counted(read, turn, expected
 def test_both_repairs_of_one_message_are_counted(read):
     """`name` for `character` and `thought` for `message` in the same message: two repairs."""
     (scene,), report = read(book(HO, {"name": "A", "thought": "m"}))
-    assert scene.dialogues[1] == {"character": "A", "message": "m"} and sum(report.values()) == 2
+    assert scene.dialogues[1] == {"character": "A", "message": "[m]"} and sum(report.values()) == 2
 
 
 @pytest.mark.parametrize(
@@ -317,6 +314,137 @@ def test_a_directory_without_books_is_a_usage_error(script, tmp_path):
     """The line names the directory."""
     (tmp_path / "notes.txt").write_text("{}")
     assert str(tmp_path) in usage_error(script("tokenizer", "train", "--data", tmp_path, "--out", tmp_path / "x"))
+
+
+LONG = "a" * (LONGEST + 1)
+PLAIN = {**TEST_SCENE, "key_characters": []}
+MESSAGE = "plot 0, conversation 0, message 1"
+BAD = [  # what stands in a book, the kind it is counted as, where the report says it is
+    (book(HI, "A: m", HO), "dropped: message that is not an object", MESSAGE),
+    (book(HI, {"message": "m"}, HO), "dropped: message without a name", MESSAGE),
+    (book(HI, {"character": ["A"], "message": "m"}, HO), "dropped: message without a name", MESSAGE),
+    (book(HI, {"character": "A", "message": " \n"}, HO), "dropped: message without a text", MESSAGE),
+    (book(HI, {"character": "A", "message": ["m"]}, HO), "dropped: message that is not text", MESSAGE),
+    (book(HI, {"character": "A", "message": 5}, HO), "dropped: message that is not text", MESSAGE),
+    (book(HI, {"character": "A", "message": LONG}, HO), "dropped: message of more than 1,000,000 characters", MESSAGE),
+    (book(HI, {"name": "A", "message": "m"}, HO), "repaired: `name` read as `character`", MESSAGE),
+    (book(HI, {"character": "A", "thought": "m"}, HO), "repaired: `thought` read as `message`", MESSAGE),
+    (book(HI, {"character": "A", "description": "m"}, HO), "repaired: `description` read as `message`", MESSAGE),
+    (book(HI, {"character": "A", "dialogues": "m"}, HO), "repaired: `dialogues` read as `message`", MESSAGE),
+    (book(HI, {"character": "A", "[x] y": "m"}, HO), "repaired: `[...]` read as `message`", MESSAGE),
+    (book(HI, {"character": "A", "message": "\ud83d"}, HO), "repaired: half of a surrogate pair", "plot 0"),
+    (book(scenario=5), "dropped: `scenario` that is not text", "plot 0, conversation 0"),
+    (book(topic=["t"]), "dropped: `topic` that is not text", "plot 0, conversation 0"),
+    (book(key_characters="A"), "dropped: key characters that are not a list", "plot 0, conversation 0"),
+    (book(key_characters=["A"]), "dropped: key character that is not an object", "plot 0, conversation 0, key character 0"),
+    (book(key_characters=[{}]), "dropped: key character without a name", "plot 0, conversation 0, key character 0"),
+    (
+        book(key_characters=[{"character": "A"}]),
+        "repaired: `character` read as `name`",
+        "plot 0, conversation 0, key character 0",
+    ),
+    (
+        book(key_characters=[{"name": "A", "thought": "m"}]),
+        "repaired: `thought` read as `motivation`",
+        "plot 0, conversation 0, key character 0",
+    ),
+    ({"title": 5, **book()}, "dropped: `title` that is not text", ""),
+    ({"title": "Howl\u2019s", **book()}, "repaired: curly quotes in a title", ""),
+    (
+        {"split_plot_index": "x", **book()},
+        "repaired: `split_plot_index` that is no number, the last tenth of plots held out",
+        "",
+    ),
+    ({"character_datasets": [], **book()}, "dropped: characters that are not an object", ""),
+    ({"character_datasets": {"A": {"profile": 5}}, **book()}, "dropped: profile that is not text", "character A"),
+    ({"plots": ["odd", *book()["plots"]]}, "dropped: plot that is not an object", "plot 0"),
+    ({"plots": [{}, *book()["plots"]]}, "dropped: plot without a conversation", "plot 0"),
+    ({"plots": [{"conversation": "x"}, *book()["plots"]]}, "dropped: plot whose conversations are not a list", "plot 0"),
+    ({"plots": [{"summary": 5, **book()["plots"][0]}]}, "dropped: `summary` that is not text", "plot 0, conversation 0"),
+    (
+        {"plots": [{"conversation": [[], *book()["plots"][0]["conversation"]]}]},
+        "dropped: conversation that is not an object",
+        "plot 0, conversation 0",
+    ),
+    (
+        {"plots": [{"conversation": [{"dialogues": "A: m"}, *book()["plots"][0]["conversation"]]}]},
+        "dropped: conversation whose messages are not a list",
+        "plot 0, conversation 0",
+    ),
+    (
+        {"plots": [{"conversation": [{"dialogues": []}, *book()["plots"][0]["conversation"]]}]},
+        "dropped: conversation without messages",
+        "plot 0, conversation 0",
+    ),
+    (["odd", PLAIN], "dropped: scene that is not an object", "scene 0"),
+    ([PLAIN, PLAIN], "dropped: scene whose book and numbers were read before", "b-1-2"),
+    ([{**PLAIN, "tag": 5}], "dropped: `tag` that is not text", "scene 0"),
+]
+
+
+@pytest.mark.parametrize(("data", "kind", "place"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+def test_what_is_bad_is_counted_and_located_and_strict_stops_there(data, kind, place, read, tmp_path):
+    """One bad thing among good ones: read all the same, one line of the report with its kind and place; --strict says both."""
+    scenes, report = read(data)
+    where = report.examples.get(kind, "")
+    assert scenes and report == {kind: 1}
+    assert where.startswith(str(tmp_path / "book.json")) and where.endswith(place)
+    assert report.lines() == [f"1 {kind}, the first at {where}"]
+    with pytest.raises(UsageError) as error:
+        load_scenes(tmp_path / "book.json", Report(strict=True))
+    assert str(error.value).startswith(f"{where}: {kind}")
+
+
+def test_a_bad_file_among_books_is_counted(tmp_path):
+    """In a directory, a file that is not UTF-8, not JSON, torn or of another kind is dropped, counted and named; the books
+    beside it are read. Alone it is a UsageError."""
+    good = json.dumps(book()).encode()
+    bad = {
+        "a": b"\xff",
+        "b": b"{",
+        "c": good[:-1],
+        "d": b"5",
+        "e": b"",
+        "f": b'{"x": 1}',
+        "g": b"[" * 200_000,
+        "h": b"1" * 9999,
+    }
+    for name, content in bad.items():
+        (tmp_path / f"{name}.json").write_bytes(content)
+        with pytest.raises(UsageError, match=str(tmp_path / f"{name}.json")):
+            load_scenes(tmp_path / f"{name}.json")
+    (tmp_path / "good.json").write_bytes(b"\xef\xbb\xbf" + good)  # a byte order mark is no fault
+    report = Report()
+    assert [scene.book for scene in load_scenes(tmp_path, report)] == ["good"]
+    assert sum(report.values()) == len(bad)
+    assert set(report.examples.values()) <= {str(tmp_path / f"{name}.json") for name in bad}
+
+
+@given(st.text("[]() ab\n", min_size=1).filter(str.strip))
+def test_what_stands_under_thought_is_hidden_whole(text):
+    """A message read from `thought` is a thought of its owner, word for word, whatever brackets it has; others see nothing."""
+    made = as_thought(text)
+    assert text in made and not set(made.replace(text, "", 1)) - set("[]")
+    assert remove_thoughts(made) == "" and remove_thoughts(made + "x") == "x"
+
+
+def test_held_out_books_stay_held_out(tmp_path):
+    """By a hash of the title alone: the share is met, another book moves none, those written down here are still held out."""
+    for i in range(300):
+        (tmp_path / f"{i:03}.json").write_text(json.dumps(book()))
+    held = {scene.book for scene, _ in read_scenes([tmp_path], Report(), 0.1) if scene.tag == "ood"}
+    assert abs(len(held) / 300 - 0.1) < 4.5 * math.sqrt(0.09 / 300)
+    assert sorted(held)[:3] == ["010", "023", "042"]
+    (tmp_path / "one more.json").write_text(json.dumps(book()))
+    assert {scene.book for scene, _ in read_scenes([tmp_path], Report(), 0.1) if scene.tag == "ood"} - {"one more"} == held
+    assert held < {scene.book for scene, _ in read_scenes([tmp_path], Report(), 0.2) if scene.tag == "ood"}
+
+
+def test_scenes_written_as_a_test_file_are_read_back_equal(plays, stage, read):
+    """`to_test_scene` loses nothing."""
+    scenes = [*plays, *stage.values()]
+    found, report = read([to_test_scene(scene) for scene in scenes])
+    assert found == scenes and not report
 
 
 # ---- what each character perceives --------------------------------------------------------------------------------------
@@ -528,6 +656,26 @@ def test_options_are_drawn_in_the_published_shares(stage):
     assert len({json.dumps(options) for options in drawn}) > 0.4 * len(drawn)  # they are drawn apart from each other
 
 
+def test_variants_all_are_the_four_of_the_release(stage):
+    """With and without thoughts and the others' profiles, each pair once for each who speaks; in the ablation two. What else
+    varies is drawn for each of them, in the published shares."""
+    for thoughts, number in ((True, 4), (False, 2)):
+        drawn, pairs = [], Counter()
+        for scene in stage.values():
+            for chat in scene_to_chats(scene, thoughts=thoughts, next_speaker_share=0, variants="all"):
+                drawn.append(chat.options)
+                pairs[scene.key, chat.character, chat.options["thoughts"], chat.options["others"]] += 1
+                assert (
+                    chat.messages[2:]
+                    == perspective(scene.dialogues, chat.character, chat.options["thoughts"])[1:][: len(chat.messages) - 2]
+                )
+        assert set(pairs.values()) == {1}
+        assert len(drawn) == number * sum(len(scene.speaking_characters) for scene in stage.values())
+        share = sum(options["style"] == "natural" for options in drawn) / len(drawn)
+        assert abs(share - 0.4) < 4.5 * math.sqrt(0.24 / len(drawn))
+        assert len({options["opener"] for options in drawn}) == 20
+
+
 def test_next_speaker_chats_are_kept_and_random_in_the_published_shares():
     """One in ten is kept; the minor speaker is `random` a quarter of the time, others never; thoughts are not shown."""
     turns = [{"character": name, "message": f"[hush] {name} speaks"} for name in ("P", "Environment", "minor", "Q")]
@@ -591,101 +739,3 @@ def test_braces_and_percent_signs_survive_templates(odd):
     for prompt in (prompts.environment(scene), prompts.next_speaker(scene)):
         assert all(text in prompt for text in (name, book_, where)), prompt
     assert all(f"{odd} said" in str(turn["content"]) for turn in perspective(turns, name)[1:])
-
-
-# ---- packing ------------------------------------------------------------------------------------------------------------
-
-
-def documents_of(row):
-    """(ids, targets) of each document of a row, cut where positions restart at 0; padding is a document of zeros."""
-    starts = [*(row["positions"] == 0).nonzero()[:, 0].tolist(), len(row["positions"])]
-    documents = []
-    for start, end in zip(starts, starts[1:], strict=False):
-        assert row["positions"][start:end].tolist() == list(range(end - start))
-        ids, targets = row["tokens"][start:end].tolist(), row["targets"][start:end].tolist()
-        if any(ids):
-            documents.append((tuple(ids), tuple(targets)))
-        else:
-            assert end == len(row["tokens"]) and set(targets) == {IGNORE}
-    return documents
-
-
-def learnt(ids, mask):
-    """A document with the targets it should have: at each place the next token of the same document, if that is own."""
-    following = [(ids[i + 1], mask[i + 1]) if i + 1 < len(ids) else (0, False) for i in range(len(ids))]
-    return tuple(ids), tuple(token if own else -100 for token, own in following)
-
-
-@st.composite
-def rendered(draw, longest):
-    """Documents (ids, mask) whose tokens are all different from each other."""
-    masks = draw(st.lists(st.lists(st.booleans(), min_size=1, max_size=longest), min_size=1, max_size=30))
-    starts = [1 + sum(map(len, masks[:i])) for i in range(len(masks))]
-    return [(list(range(start, start + len(mask))), mask) for start, mask in zip(starts, masks, strict=True)]
-
-
-@settings(deadline=None)
-@given(rendered(12), st.integers(12, 40), st.integers(0, 3))
-def test_every_document_is_packed_once_and_by_itself(documents, seq_len, seed):
-    """Each document stands whole in one row; its positions run from 0; its targets are its own next tokens, as masked."""
-    rows = pack(documents, seq_len, seed)
-    for row in rows:
-        assert all(row[key].shape == (seq_len,) and row[key].dtype == torch.int64 for key in ("tokens", "targets", "positions"))
-        assert row["positions"][0] == 0 and row["tokens"].any()
-    assert Counter(d for row in rows for d in documents_of(row)) == Counter(learnt(*document) for document in documents)
-
-
-@settings(deadline=None)
-@given(rendered(40), st.integers(1, 15))
-def test_long_documents_are_split_and_counted(documents, seq_len):
-    """Long ones are cut every seq_len tokens and counted; a piece that holds a target is kept, whatever else is not; of
-    all that is under loss, only the first token of a later piece is no target any more."""
-    pieces, cut = split_long(documents, seq_len)
-    assert cut == sum(len(ids) > seq_len for ids, _ in documents)
-    expected = []
-    for ids, mask in documents:
-        parts = [(ids[i : i + seq_len], mask[i : i + seq_len]) for i in range(0, len(ids), seq_len)]
-        expected += [part for part in parts if len(parts) == 1 or set(learnt(*part)[1]) != {IGNORE}]
-    assert pieces == expected
-    found = {t for row in pack(pieces, seq_len) for t in row["targets"].tolist()} - {IGNORE}
-    own = [(t, i % seq_len) for ids, mask in documents for i, t in enumerate(ids) if mask[i]]
-    assert found == {t for t, place in own if place}
-
-
-def test_a_document_longer_than_a_row_is_refused():
-    """`pack` splits nothing: it says so."""
-    with pytest.raises(ValueError, match="9 tokens in rows of 8"):
-        pack([([1] * 9, [True] * 9)], 8)
-
-
-def test_packing_follows_its_seed():
-    """The same seed gives the same rows; another one the same documents in another order, between rows and within."""
-    rng = random.Random(5)
-    documents = [([i + 1] * rng.randrange(1, 30), [True] * 30) for i in range(60)]
-    documents = [(ids, mask[: len(ids)]) for ids, mask in documents]
-    one, same, other = (pack(documents, 64, seed) for seed in ("1|0", "1|0", "1|1"))
-    assert all(torch.equal(a[key], b[key]) for a, b in zip(one, same, strict=True) for key in a)
-    orders = [[[ids[0] for ids, _ in documents_of(row)] for row in rows] for rows in (one, other)]
-    assert orders[0] != orders[1]
-    assert sorted(map(sorted, orders[0])) == sorted(map(sorted, orders[1]))
-    assert sorted(orders[0]) != sorted(orders[1])  # another order within rows
-    assert list(map(sorted, orders[0])) != list(map(sorted, orders[1]))  # and between them
-
-
-def test_rows_of_the_plays_are_full(shared, plays):
-    """LLaMA-3 tokens of King Lear and Othello in rows of 8,192: every row but the emptiest is 98% useful on average, at most
-    one row more than the least possible, every epoch; eight epochs together are 98% useful. (One epoch fills about 20 rows,
-    so its last, partly filled row alone can cost up to 5%: an epoch by itself is 94% to 99% useful.)"""
-    llama, seq_len, everything = tokenizer.load_tokenizer(shared / "tokenizers" / "llama3"), 8192, []
-    for epoch in range(8):
-        documents = [
-            llama.render(chat.messages) for scene in plays if scene.tag == "train" for chat in scene_to_chats(scene, epoch)
-        ]
-        assert split_long(documents, seq_len) == (documents, 0)
-        used = sorted(sum(len(ids) for ids, _ in documents_of(row)) for row in pack(documents, seq_len, epoch))
-        total = sum(len(ids) for ids, _ in documents)
-        assert sum(used) == total
-        assert sum(used[1:]) >= 0.98 * seq_len * (len(used) - 1), (epoch, used)
-        assert len(used) <= -(-total // seq_len) + 1
-        everything += documents
-    assert sum(len(ids) for ids, _ in everything) >= 0.98 * seq_len * len(pack(everything, seq_len))

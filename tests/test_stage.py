@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import pytest
 
-from data.scenes import STAGE, load_scenes
+from data.scenes import STAGE, Report, load_scenes
 
 STORIES = {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(STAGE.glob("*.json"))}
 
@@ -35,7 +35,7 @@ def test_there_are_stories_enough():
 
 def test_the_stage_is_read_without_a_repair(stage):
     """Every conversation is there under its name, `story/number` from 1, and nothing was mended or dropped on the way."""
-    report = Counter()
+    report = Report()
     assert load_scenes(STAGE, report) == list(stage.values()) and not +report
     numbers = {name: sum(len(plot["conversation"]) for plot in story["plots"]) for name, story in STORIES.items()}
     assert list(stage) == [f"{name.replace('_', '-')}/{i + 1}" for name, number in numbers.items() for i in range(number)]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cli import UsageError
 from data.chats import scene_to_chats
 from data.scenes import STAGE, load_book, load_scenes
-from tokenizer import STAGE_TOKENIZER, load_tokenizer, train_stage_tokenizer
+from tokenizer import LONGEST_RUN, STAGE_TOKENIZER, load_tokenizer, train_stage_tokenizer
 
 NAMED = ("begin_of_text", "end_of_text", "finetune_right_pad_id", "start_header_id", "end_header_id", "eom_id", "eot_id")
 MARKERS = [f"<|{name}|>" for name in (*NAMED, "python_tag", "system", "user", "assistant", "end")]
@@ -309,3 +309,14 @@ def test_a_damaged_tokenizer_stops_a_script_with_one_line(script, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(STAGE_TOKENIZER.read_bytes()[:1000])
     error = usage_error(script("train", "--dry-run", "--tokenizer", tmp_path, "--out", tmp_path / "out"))
     assert str(tmp_path) in error and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sign", [" ", "\n", "a", "!", "é"])
+def test_endless_runs_are_encoded(shared, sign):
+    """A million of one sign neither overflows a stack nor takes minutes, and comes back; runs up to the limit are not cut."""
+    llama = load_tokenizer(shared / "tokenizers" / "llama3")
+    text = f"x {sign * 1_000_000} y"
+    assert llama.decode(llama.encode(text)) == text
+    for number in (1, 7, LONGEST_RUN - 1):
+        text = f"x{sign * number}" + " y" * 20_000
+        assert llama.encode(text) == llama.bpe.encode_ordinary(text)

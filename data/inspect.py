@@ -1,0 +1,192 @@
+"""Shows what the model is asked to learn: counts, lengths, what reading repaired, and any chat with what is under loss in it.
+
+    python -m data.inspect books/ --tokenizer DIR               statistics
+    python -m data.inspect books/ --tokenizer DIR --chat 12     document 12 of the epoch, coloured by channel
+    python -m data.inspect books/ --sharegpt sft.json           the same chats for LLaMA-Factory
+    python -m data.inspect books/ --test-scenes held_out.json   the held-out scenes, for simulate.py --scene held_out.json:0
+
+LLaMA-Factory finds the rows through this entry of its `dataset_info.json`: {"coser": {"file_name": "sft.json", "formatting":
+"sharegpt", "columns": {"messages": "conversations", "system": "system"}}}
+"""
+
+import json
+
+import numpy as np
+from rich.table import Table
+
+import cli
+from cli import UsageError
+from data.chats import scene_to_chats
+from data.packing import CHANNELS
+from data.scenes import STAGE, Report, read_scenes, to_test_scene
+from data.stream import Stream, parse_mix, row_lengths
+from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
+
+STYLES = ("dim", "green", "yellow italic", "magenta", "green")  # not under loss, then CHANNELS
+BINS = 16
+
+
+def parse_args():
+    parser = cli.Parser(__doc__, "python -m data.inspect data/stage --chat 3")
+    add = parser.add_argument
+    add("paths", nargs="*", default=[STAGE], metavar="PATH", help="books, directories of books (default: the bundled stories)")
+    add("--tokenizer", default=STAGE_TOKENIZER, help="directory or file (default: the stage's)")
+    add("--chat-format", choices=CHAT_FORMATS, help="default: what the tokenizer says")
+    add("--chat", type=int, metavar="N", help="show this document, counted from 0; general data comes after the scenes")
+    add("--seq-len", type=int, default=16_384, help="tokens in a packed row (default: 16384, the paper's)")
+    add("--epoch", type=int, default=0, help="whose draw of prompts (default: 0)")
+    add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
+    add("--variants", choices=["draw", "all"], default="draw", help="one chat of a character and scene, or the release's four")
+    add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help="general SFT data, as in train.py")
+    add("--held-out-books", type=float, default=0.0, metavar="SHARE", help="share of the books to hold out whole (default: 0)")
+    add("--strict", action="store_true", help="stop at the first thing that reading would repair or drop")
+    add("--sharegpt", metavar="FILE", help="write the chats of the epoch as LLaMA-Factory reads them")
+    add("--test-scenes", metavar="FILE", help="write the held-out scenes as a test file")
+    add("--png", metavar="FILE", help="write the histogram of lengths as a picture")
+    add("--cache", default=cli.OUT / "cache", help="directory of tokenised data; may be deleted at any time")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.seq_len < 2 or args.epoch < 0:
+        raise UsageError(f"--seq-len is above 1 and --epoch at least 0, not {args.seq_len} and {args.epoch}")
+    return args
+
+
+def all_scenes(args):
+    return (scene for scene, _ in read_scenes(args.paths, Report(args.strict), args.held_out_books))
+
+
+def all_chats(args):
+    """The training chats of the epoch, in the order of the documents."""
+    epoch = args.epoch if args.variants == "draw" else 0
+    for scene in all_scenes(args):
+        if scene.tag == "train":
+            yield from scene_to_chats(scene, epoch, args.seed, not args.without_thoughts, variants=args.variants)
+
+
+def statistics(args, stream, lengths, counts):
+    """What there is, as rows of a table."""
+    tags, kinds, turns = {}, {}, []
+    for scene in all_scenes(args):
+        tags[scene.tag] = tags.get(scene.tag, 0) + 1
+    for chat in all_chats(args):
+        kinds[chat.kind] = kinds.get(chat.kind, 0) + 1
+        turns.append(len(chat.messages) - 1)
+    tokens, learnt = int(lengths.sum()), counts.sum(0)
+    useful = sum(int(row_lengths(row).sum()) for row in stream.rows) / (len(stream.rows) * stream.seq_len)
+    general = len(lengths) - len(turns)
+    yield "conversations", ", ".join(f"{count:,} {tag}" for tag, count in sorted(tags.items()))
+    yield "chats", ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in kinds.items())
+    yield "turns in a chat", f"mean {np.mean(turns):.1f}, most {max(turns)}"
+    if general:
+        yield "general data", f"{general:,} chats, {lengths[len(turns) :].sum() / tokens:.1%} of the tokens"
+    yield "tokens", f"{tokens:,}; mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, longest {lengths.max():,}"
+    yield "under loss", f"{learnt.sum():,} tokens, {learnt.sum() / tokens:.1%}"
+    for name, number in zip(CHANNELS, learnt.tolist(), strict=True):
+        yield f"  {name}", f"{number:,}, {number / learnt.sum():.1%}"
+    yield f"rows of {stream.seq_len:,}", f"{len(stream.rows):,}, {useful:.1%} useful"
+    if stream.cut:
+        yield "longer than a row", f"{stream.cut:,} cut; {stream.without:,} pieces without a token under loss left out"
+
+
+def histogram(lengths):
+    """A picture of lengths in lines of text: how many documents have so many tokens."""
+    counts, edges = np.histogram(lengths, bins=BINS, range=(0, lengths.max()))
+    for count, start, end in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
+        eighths = round(count / counts.max() * 40 * 8)
+        bar = "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+        yield f"{start:7,.0f} to {end:7,.0f} {bar} {count:,}" if count else f"{start:7,.0f} to {end:7,.0f}"
+
+
+def draw(lengths, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.hist(lengths, bins=4 * BINS)
+    axes.set(xlabel="tokens", ylabel="chats")
+    with cli.write_whole(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=130)
+    plt.close(figure)
+
+
+def show(tokenizer, ids, channels):
+    """A document as the model reads it, its channels in colour; between «channel| and » where stdout is no terminal."""
+    edges = [0, *(np.flatnonzero(np.diff(channels)) + 1).tolist(), len(ids)]
+    for start, end in zip(edges, edges[1:], strict=False):
+        channel, text = channels[start], tokenizer.decode(ids[start:end].tolist())
+        if channel and not cli.stdout.is_terminal:
+            text = f"«{CHANNELS[channel - 1]}|{text}»"
+        cli.put(text, STYLES[channel])
+    cli.put("\n")
+    if cli.stdout.is_terminal:
+        for name, style in zip(("not under loss", *CHANNELS), STYLES, strict=True):
+            cli.put(f"{name}  ", style)
+        cli.put("\n")
+
+
+def sharegpt(chat):
+    """A chat as LLaMA-Factory's sharegpt format has it: turns by turns, the system text beside them."""
+    names = {"user": "human", "assistant": "gpt"}
+    system, *turns = chat.messages
+    turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
+    return {"conversations": turns, "system": system["content"]}
+
+
+def main():
+    args = parse_args()
+    if args.test_scenes:
+        scenes = [to_test_scene(scene) for scene in all_scenes(args) if scene.tag != "train"]
+        if not scenes:
+            raise UsageError(f"{args.paths[0]}: no held-out scene in it; --held-out-books 0.1 holds out a tenth of the books")
+        with cli.write_whole(args.test_scenes) as file:
+            json.dump(scenes, file, ensure_ascii=False, indent=1)
+        cli.note(
+            f"{args.test_scenes}: {len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one"
+        )
+    if args.sharegpt:
+        number = 0
+        with cli.write_whole(args.sharegpt) as file:  # one row at a time, so that no more than one is in memory
+            for number, chat in enumerate(all_chats(args), 1):
+                file.write(("[\n" if number == 1 else ",\n") + json.dumps(sharegpt(chat), ensure_ascii=False))
+            file.write("\n]\n" if number else "[]\n")
+        cli.note(f"{args.sharegpt}: {number:,} chats of epoch {args.epoch}")
+    if (args.test_scenes or args.sharegpt) and args.chat is None and not args.png:
+        return
+    tokenizer = load_tokenizer(args.tokenizer, args.chat_format)
+    stream = Stream(
+        args.paths,
+        tokenizer,
+        args.seq_len,
+        seed=args.seed,
+        thoughts=not args.without_thoughts,
+        variants=args.variants,
+        mix=args.mix,
+        cache=args.cache,
+        held_out_books=args.held_out_books,
+        strict=args.strict,
+    )
+    while stream.start["epoch"] < args.epoch:
+        stream.begin(stream.next)
+    chosen = [(source, document) for source, documents in stream.chosen.items() for document in documents.tolist()]
+    if args.chat is not None:
+        if not 0 <= args.chat < len(chosen):
+            raise UsageError(f"--chat {args.chat}: there are {len(chosen)} documents, counted from 0")
+        source, document = chosen[args.chat]
+        show(tokenizer, *stream.store(source).read(document))
+        return
+    lengths = np.concatenate([stream.store(source).lengths[documents] for source, documents in stream.chosen.items()])
+    counts = np.concatenate([stream.store(source).counts[documents] for source, documents in stream.chosen.items()])
+    table = Table(title=f"epoch {args.epoch} of {', '.join(map(str, args.paths))}", show_header=False)
+    for row in statistics(args, stream, lengths, counts):
+        table.add_row(*row)
+    cli.stdout.print(table)
+    for line in ("", "tokens in a chat", *histogram(lengths), "", *(stream.report.lines() or ["nothing repaired or dropped"])):
+        cli.put(f"{line}\n")
+    if args.png:
+        draw(lengths, args.png)
+
+
+if __name__ == "__main__":
+    cli.run(main)
