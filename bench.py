@@ -170,7 +170,7 @@ def bench_kernels(args):
 
 
 def training(args):
-    """One step of train.py on two packed rows of 4,096 against the peer: the documents padded to the longest, the same rows.
+    """One step of train.py on packed rows of 4,096 against the peer: documents in padded batches of 8, and the same rows.
 
     At 128k vocabulary the padded peer would need some 20 GB, and is left out.
     """
@@ -182,7 +182,8 @@ def training(args):
             if not path.exists():
                 continue
             peers = ["padded", "packed"][case.startswith("128k") :] if args.peer else []
-            setting, losses = (str(books), str(path), str(Path(made) / case), peers), {}
+            rows = 2 if case.startswith("128k") else 6  # six hold some 20 documents
+            setting, losses = (str(books), str(path), str(Path(made) / case), rows, peers), {}
             sides, tokens = training_sides(*setting)
             noted = {name: functools.partial(note_loss, losses, name, run) for name, run in sides.items()}
             seconds = interleave(noted, args.rounds)
@@ -201,7 +202,7 @@ def note_loss(losses, name, run):
     losses[name] = run()
 
 
-def training_sides(books, tokenizer, directory, peers):
+def training_sides(books, tokenizer, directory, number, peers):
     """({side: one training step that returns its loss}, tokens of a step), all sides from the same weights, in fp32."""
     tokenizer = load_tokenizer(Path(tokenizer))
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS["stage"])
@@ -210,7 +211,7 @@ def training_sides(books, tokenizer, directory, peers):
     device = torch.device("cpu")
     model = train.shard_model(config, device, options)
     checkpoint.fill(model, checkpoint.RandomWeights(model, 0))
-    rows = Stream([books], tokenizer, 4096).take(2)[:]
+    rows = Stream([books], tokenizer, 4096).take(number)[:]
     optimizer = train.make_optimizer(model, options)
     sides = {"ours": lambda: train.train_step(model, optimizer, rows, options, device)["loss"]}
     if peers:
@@ -270,10 +271,10 @@ def training_peer(directory, batches):
     return step
 
 
-def training_peak(books, tokenizer, directory, peers, name):
+def training_peak(books, tokenizer, directory, number, peers, name):
     """Peak resident memory, GiB, of a process that makes two steps of one side."""
     train.start_ranks()
-    sides, _ = training_sides(books, tokenizer, directory, [] if name == "ours" else [name.removeprefix("peer, ")])
+    sides, _ = training_sides(books, tokenizer, directory, number, [] if name == "ours" else [name.removeprefix("peer, ")])
     sides[name](), sides[name]()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
