@@ -97,11 +97,14 @@ class StepCache:
 
     spans: list
 
-    def attend(self, layer, q, k, v, window=None):
+    def attend(self, layer, q, k, v, window=None, rows=None):
         """Keeps the new keys and values, attends over all that are kept: q [1, N, H, D], k and v [1, N, K, D] -> as q.
 
         With a window w a query at i sees the keys i - w < j <= i.
         """
+        if rows is not None:
+            full = q.new_zeros(k.shape[1], *q.shape[1:]).index_copy(0, rows, q)
+            return self.attend(layer, full[None], k, v, window)[0][rows]
         out = torch.empty_like(q)
         for sequence, first, last in self.spans:
             old, new = sequence.cached, last - first
