@@ -443,14 +443,13 @@ class Engine:
         limit = len(ids) if scored else min(room, len(ids) + params.max_tokens)
         sequence = Sequence(ids, params, len(prompt), limit, seed, scored, anchor=len(prompt), read=len(prompt))
         sequence.text = "" if self.tokenizer else None
+        sequence.finish_reason = "stop" if scored and not continuation else None
         if params.json_schema is not None:
             sequence.grammar = self.grammar(params.json_schema)
             sequence.state = sequence.grammar.start
             if cost(sequence.state) > limit - len(prompt):
-                needed = f"up to {cost(sequence.state)} tokens"
-                raise UsageError(
-                    f"the shortest JSON of this schema takes {needed}, but there is room for {limit - len(prompt)}"
-                )
+                needed, left = cost(sequence.state), limit - len(prompt)
+                raise UsageError(f"the shortest JSON of this schema takes up to {needed} tokens, but there is room for {left}")
         return sequence
 
     def grammar(self, schema):
@@ -496,7 +495,7 @@ class Engine:
         logits = self.run(batch, wanted)[: len(owners), : self.vocab_size]
         results = self.sample(logits, owners) if owners else []
         for sequence, n in batch:
-            decoding = n == 1 and sequence.cached >= sequence.prompt_tokens
+            decoding = n == 1 and sequence.cached >= sequence.prompt_tokens and not sequence.scored
             self.stats["prefilled"] += 0 if decoding else n
             sequence.cached += n
             self.remember(sequence)

@@ -544,6 +544,7 @@ def test_logprobs_are_the_models():
         assert done.logprobs == pytest.approx(logprobs_of(model, prompt, done.ids), abs=1e-4)
     continuations = random_prompts(model, 1, [40, 1, 5])
     expected = [sum(logprobs_of(model, *pair)) for pair in zip(batch, continuations, strict=True)]
+    assert Engine(model).score([[1, 2]], [[]]) == [0]
     for limits in ({}, {"max_step_tokens": 7}, {"max_batch": 1}):
         engine = Engine(model, **limits)
         for _ in range(2):  # from the cache as well
