@@ -242,8 +242,14 @@ class StepCache:
         places = [(p, s.block_table[p // self.size] * self.size + p % self.size) for s, n in batch for p in s.next(n)]
         self.positions, self.slots = torch.tensor(places, device=self.device).T.contiguous()
         self.positions = self.positions[None]  # [1, N]
-        self.everything = self.plan([(s, s.cached, s.cached + n) for s, n in batch])
-        self.last = self.plan([(s, *tokens) for (s, _), tokens in zip(batch, wanted, strict=True)], last=True)
+        every = [(s, s.cached, s.cached + n) for s, n in batch]
+        last = [(s, *tokens) for (s, _), tokens in zip(batch, wanted, strict=True)]
+        self.everything = self.plan(every)
+        self.last = (
+            self.everything
+            if last == every and all(end - begin == 1 for _, begin, end in every)
+            else self.plan(last, last=True)
+        )
 
     def plan(self, queries, last=False):
         """What to attend with: (single queries, rows of whole prompts, spans of several queries)."""
