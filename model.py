@@ -265,6 +265,9 @@ class Transformer(nn.Module):
         for block in blocks:
             x = block(x, cos, sin, packed, cache)
         x = self.model["norm"](last(x, cos, sin, packed, cache, rows))  # [B, T, C] or [N, C]
+        return self.head(x, targets)
+
+    def head(self, x, targets):
         head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
         if targets is not None:  # here, where FSDP has gathered the head's weight
             return linear_cross_entropy(x, head.weight, targets)

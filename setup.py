@@ -11,6 +11,9 @@ setup(
     py_modules=[
         "checkpoint",
         "cli",
+        "constrain",
+        "engine",
+        "fast_linear",
         "costs",
         "generate",
         "judge",
