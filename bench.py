@@ -438,14 +438,7 @@ def tokenising_alone(books, tokenizer, cache):
     return row | dict(zip(("peak MiB", "peak MiB, worker"), peaks, strict=True)) | {"MiB before": before}
 
 
-BENCHMARKS = {
-    "kernels": bench_kernels,
-    "train": training,
-    "data": tokenising,
-    "decode": decode,
-    "prefill": prefill,
-    "train": training,
-}  # name: function of the arguments
+BENCHMARKS = {"kernels": bench_kernels, "train": training, "data": tokenising, "decode": decode, "prefill": prefill}
 
 
 def main():
