@@ -1,0 +1,285 @@
+"""What verdicts add up to: means with intervals, comparisons, the leaderboard, and the page one shows to others.
+
+Everything here takes the lines of verdicts.jsonl and gives plain dicts (`--json` prints them as they are), lines of text, or
+one self-contained HTML file. Scores of different judges never stand in one table.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import random
+import re
+import statistics
+from collections import defaultdict
+from difflib import SequenceMatcher
+
+import numpy as np
+
+import cli
+from cli import UsageError
+from data.chats import NEXT_SPEAKER
+from data.scenes import ENVIRONMENT
+from metrics import bootstrap, kendall, paired, spearman
+
+METRICS = {"BLEU": "bleu", "BLEU without names": "bleu_without_names", "ROUGE-L": "rouge_l", "ROUGE-L (release)": "rouge_l_release"}
+WEIGHTS = [i / 100 for i in range(101)]  # length weights swept
+
+
+def values(line):
+    """{label: value} of one scene: the dimensions, their Average, and the metrics times 100; None where there is no score."""
+    scores = {name: verdict["score"] for name, verdict in line["dimensions"].items()}
+    metrics = {label: 100 * line[name] for label, name in METRICS.items() if name in line}
+    return scores | ({"Average": line["score"]} if scores else {}) | metrics
+
+
+def scene_of(line):
+    return line["book"], line["i_p"], line["i_c"]
+
+
+def interval(numbers):
+    mean, low, high = bootstrap(numbers)
+    return {"mean": mean, "low": low, "high": high, "scenes": len(numbers)}
+
+
+def summarise(lines):
+    """Means over scenes with their intervals, and over all scenes of each repeat."""
+    columns, repeats = defaultdict(list), defaultdict(list)
+    for line in lines:
+        for label, value in values(line).items():
+            columns[label] += [value] if value is not None else []
+        for r, scores in enumerate(itertools.zip_longest(*(v["scores"] for v in line["dimensions"].values()))):
+            repeats[r] += [statistics.mean(scores)] if None not in scores else []
+    means = [statistics.mean(scores) for scores in repeats.values() if scores]
+    verdicts = [score for line in lines for verdict in line["dimensions"].values() for score in verdict["scores"]]
+    told = {name: one_of(lines, name) for name in ("judge", "rubric", "seed", "length_weight")}
+    told |= {"scenes": len(lines), "verdicts": len(verdicts), "invalid": verdicts.count(None)}
+    rows = {label: interval(numbers) for label, numbers in columns.items() if numbers}
+    spread = {"means": means, "deviation": statistics.stdev(means)} if len(means) > 1 else None
+    return told | {"rows": rows, "repeats": spread}
+
+
+def one_of(lines, name):
+    """What all lines say, or all that they say."""
+    said = list(dict.fromkeys(line.get(name) for line in lines))
+    return said[0] if len(said) == 1 else ", ".join(map(str, said))
+
+
+def compare(ours, theirs):
+    """{label: paired comparison} on the scenes both have; UsageError where different judges, or rubrics, spoke."""
+    both = [{scene_of(line): line for line in lines} for lines in (ours, theirs)]
+    common = [scene for scene in both[0] if scene in both[1]]
+    if not common:
+        raise UsageError("--versus: the two have no scene in common")
+    judges = [{(line["judge"], line.get("rubric")) for line in lines if line["judge"]} for lines in (ours, theirs)]
+    if all(judges) and judges[0] != judges[1]:
+        said = [" and ".join(f"{judge} ({rubric})" for judge, rubric in sorted(side)) for side in judges]
+        raise UsageError(f"--versus: judged by {said[0]} here and {said[1]} there; scores of different judges say nothing together")
+    pairs = defaultdict(list)
+    for scene in common:
+        mine, other = (values(side[scene]) for side in both)
+        for label, value in mine.items():
+            if value is not None and other.get(label) is not None:
+                pairs[label].append((value, other[label]))
+    return {label: paired(*zip(*both, strict=True)) for label, both in pairs.items()}
+
+
+# ---- leaderboard --------------------------------------------------------------------------------------------------------
+
+
+def leaderboard(runs, weigh):
+    """Tables, one a judge and rubric, best first, with what turns their ranking; then the published one.
+
+    runs: {name: verdict lines}; weigh(line, weight) computes a line's scores anew.
+    """
+    tables = defaultdict(list)
+    for name, lines in runs.items():
+        tables[one_of(lines, "judge"), one_of(lines, "rubric")].append((name, lines))
+    made = []
+    for (judge, rubric), members in tables.items():
+        rows = []
+        for name, lines in members:
+            settings = [line.get("settings") or {} for line in lines]
+            row = {"run": str(name), "actor": one_of(settings, "actor") or str(name), "protocol": protocol(settings[0])}
+            summary = summarise(lines)
+            rows.append(row | {key: summary[key] for key in ("seed", "scenes", "invalid", "rows", "repeats")})
+        order = sorted(rows, key=lambda row: -row["rows"].get("Average", row["rows"].get("BLEU", {"mean": 0}))["mean"])
+        same = len({frozenset(map(scene_of, lines)) for _, lines in members}) == 1
+        ranked = sweep({row["run"]: lines for row, (_, lines) in zip(rows, members, strict=True)}, weigh) if len(rows) > 1 else []
+        weight = one_of(members[0][1], "length_weight")
+        made.append({"judge": judge, "rubric": rubric, "length_weight": weight, "same_scenes": same, "rows": order, "sweep": ranked})
+    return {"tables": made, "published": json.loads((cli.ROOT / "data" / "published_results.json").read_text())}
+
+
+def protocol(settings):
+    """What a run's settings say of how it was played, in a few words."""
+    parts = [str(settings.get("protocol", "")), f"{settings['max_rounds']} rounds" if "max_rounds" in settings else ""]
+    parts += [f"k={settings['continue_from']}" if settings.get("continue_from") else ""]
+    return ", ".join([part for part in parts if part] + ["no thoughts"] * (settings.get("thoughts") is False)) or "not said"
+
+
+def sweep(runs, weigh):
+    """[{from, to, ranking}] over WEIGHTS: at which length weights which order of the runs holds."""
+    runs = {name: [line for line in lines if line["score"] is not None] for name, lines in runs.items()}
+    spans = []
+    for weight in WEIGHTS if all(runs.values()) else []:
+        means = {name: statistics.mean(weigh(line, weight)["score"] for line in lines) for name, lines in runs.items()}
+        ranking = sorted(means, key=lambda name: -means[name])
+        if spans and spans[-1]["ranking"] == ranking:
+            spans[-1]["to"] = weight
+        else:
+            spans.append({"from": weight, "to": weight, "ranking": ranking})
+    return spans
+
+
+# ---- calibration --------------------------------------------------------------------------------------------------------
+
+
+def as_played(scene):
+    """The original conversation in the shape of a performance."""
+    return [{"role": turn["character"], "content": turn["message"]} for turn in scene.dialogues]
+
+
+def shuffled(scene):
+    """The same messages in another order."""
+    messages = as_played(scene)
+    order = random.Random(scene.key)
+    while len(messages) > 1 and messages == as_played(scene):
+        order.shuffle(messages)
+        if len({str(message) for message in messages}) == 1:
+            break
+    return messages
+
+
+def compare_judges(judged, recorded):
+    """How a judge's verdict lines agree with recorded ones. judged, recorded: {model: lines}; judged has the controls as well."""
+    both, points = {}, []
+    for name, lines in recorded.items():
+        other = {scene_of(line): line for line in lines}
+        pairs = [(line, other[scene_of(line)]) for line in judged[name] if line["score"] is not None and scene_of(line) in other]
+        both[name] = {scene_of(line): (line, old) for line, old in pairs if old["score"] is not None}
+        points += both[name].values()
+
+    def agreement(pairs):
+        scores = [[line["score"] for line in side] for side in zip(*pairs, strict=True)] or [[], []]
+        means = [statistics.mean(side) if side else None for side in scores]
+        return {
+            "scenes": len(pairs), "spearman": spearman(*scores), "kendall": kendall(*scores), "mean": means[0], "recorded": means[1]
+        }
+
+    length = {"turns": [line["turns"] for line, _ in points], "judge": [line["score"] for line, _ in points]}
+    length["recorded"] = [old["score"] for _, old in points]
+    length["difference"] = [x - y for x, y in zip(length["judge"], length["recorded"], strict=True)]
+    controls = {name: {scene_of(line): line["score"] for line in judged[name]} for name in ("original", "shuffled")}
+    kept = [(a, b) for scene, a in controls["original"].items() if None not in (a, b := controls["shuffled"][scene])]
+    return {
+        "models": {name: agreement(list(pairs.values())) for name, pairs in both.items()} | {"pooled": agreement(points)},
+        "better_of_two": {label: better_of_two(both, key) for label, key in (("judge", "score"), *METRICS.items())},
+        "length": {name: spearman(length["turns"], length[name]) for name in ("judge", "recorded", "difference")},
+        "controls": paired(*zip(*kept, strict=True)) | {n: statistics.mean(p[i] for p in kept) for i, n in enumerate(controls)}
+        if kept
+        else None,
+        "invalid": sum(verdict["scores"].count(None) for ls in judged.values() for line in ls for verdict in line["dimensions"].values()),
+    }
+
+
+def better_of_two(both, key):
+    """How often `key` and the recorded score agree on which of two models did better on a scene; a tie of `key`'s is half."""
+    agree = []
+    for one, two in itertools.combinations(both.values(), 2):
+        for scene in one.keys() & two.keys():
+            (a, old_a), (b, old_b) = one[scene], two[scene]
+            if old_a["score"] != old_b["score"]:
+                agree.append((np.sign(a[key] - b[key]) * np.sign(old_a["score"] - old_b["score"]) + 1) / 2)
+    mean, low, high = bootstrap(agree)
+    return {"share": mean, "low": low, "high": high, "pairs": len(agree)}
+
+
+# ---- as text ------------------------------------------------------------------------------------------------------------
+
+
+def number(value, form=".2f"):
+    return "-" if value is None else format(value, form)
+
+
+def between(row, form=".2f"):
+    return "-" if row.get("low") is None else f"{row['low']:{form}} to {row['high']:{form}}"
+
+
+def columns(rows):
+    """Rows of cells as lines, the first column to the left."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+
+
+def text(summary):
+    """A summary as the lines of a terminal: of one run, of a leaderboard, or of a calibration."""
+    if "tables" in summary:
+        yield from leaderboard_text(summary)
+    elif "models" in summary:
+        yield from calibration_text(summary)
+    else:
+        judge = f"judge: {summary['judge']}, {summary['rubric']}" if summary["judge"] else "judge: none"
+        yield f"{summary['scenes']} scene(s), {judge}, length weight {summary['length_weight']}"
+        rows = [(label, number(row["mean"]), between(row), row["scenes"]) for label, row in summary["rows"].items()]
+        yield from columns([("", "mean", "95% interval", "scenes"), *rows])
+        if summary["repeats"]:
+            means = " ".join(map(number, summary["repeats"]["means"]))
+            yield f"means of the repeats: {means}, standard deviation {summary['repeats']['deviation']:.2f}"
+        if "versus" in summary:
+            yield f"\nagainst {summary['versus']['name']}, scene by scene"
+            rows = [
+                (label, number(row["difference"], "+.2f"), between(row, "+.2f"), number(row["wins"], ".0%"), row["scenes"])
+                for label, row in summary["versus"]["rows"].items()
+            ]
+            yield from columns([("", "difference", "95% interval", "better on", "scenes"), *rows])
+        if "recomputed" in summary:
+            yield summary["recomputed"]
+
+
+def leaderboard_text(summary):
+    for table in summary["tables"]:
+        labels = list(dict.fromkeys(label for row in table["rows"] for label in row["rows"] if "(" not in label))
+        yield f"judge: {table['judge'] or 'none'}, {table['rubric']}, length weight {table['length_weight']}"
+        rows = []
+        for row in table["rows"]:
+            cells = [number(row["rows"].get(label, {}).get("mean")) for label in labels]
+            sure = between(row["rows"].get("Average", {}))
+            rows.append((row["run"], row["actor"], row["protocol"], row["seed"], row["scenes"], row["invalid"], *cells, sure))
+        heads = ("run", "actor", "protocol", "seed", "scenes", "invalid", *labels, "95% interval of the Average")
+        yield from columns([heads, *rows])
+        if not table["same_scenes"]:
+            yield "These runs played different scenes: their means are not comparable. --versus compares what two have in common."
+        for span in table["sweep"]:
+            yield f"length weight {span['from']:.2f} to {span['to']:.2f}: {' > '.join(span['ranking'])}"
+        yield ""
+    published = summary["published"]
+    names = [name for name in published["gca"][0] if name not in ("model", "weights")]
+    yield f"published ({published['source']})"
+    rows = [(f"{row['model']} (published)", *(number(row[name]) for name in names)) for row in sorted(published["gca"], key=lambda r: -r["average"])]
+    yield from columns([("", *(name.replace("_", " ") for name in names)), *rows])
+
+
+def calibration_text(summary):
+    yield f"judge: {summary['judge']}, {summary['rubric']}, against recorded verdicts"
+    rows = [
+        (name, number(row["spearman"]), number(row["kendall"]), number(row["mean"]), number(row["recorded"]), row["scenes"])
+        for name, row in summary["models"].items()
+    ]
+    yield from columns([("over scenes", "Spearman", "Kendall", "mean", "recorded", "scenes"), *rows])
+    yield "\nwhich of two models did better on a scene"
+    rows = [(name, number(r["share"], ".1%"), between(r, ".1%"), r["pairs"]) for name, r in summary["better_of_two"].items()]
+    yield from columns([("", "agrees", "95% interval", "pairs"), *rows])
+    length = summary["length"]
+    yield f"\nrank correlation with the number of messages: the judge's score {number(length['judge'])}, the recorded one " + (
+        f"{number(length['recorded'])}, their difference {number(length['difference'])}"
+    )
+    controls = summary["controls"]
+    if controls:
+        told = f"the original as if played {number(controls['original'])}, its messages shuffled {number(controls['shuffled'])}"
+        yield f"controls: {told}, difference {number(controls['difference'], '+.2f')} ({between(controls, '+.2f')})"
+        sane = controls["low"] is not None and controls["low"] > 0
+        yield "the controls come out in order" if sane else "NOT IN ORDER: this judge does not tell the original from its shuffled lines"
+    if summary["invalid"]:
+        yield f"{summary['invalid']} verdict(s) never became valid and are in no figure"
