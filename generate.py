@@ -26,7 +26,13 @@ from tokenizer import CHAT_FORMATS, load_tokenizer
 
 @dataclass
 class SamplingParams:
-    """How to choose tokens. temperature 0 is greedy; top_k 0 and top_p 1 keep all; stop: strings that end the text."""
+    """How to choose tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all; stop: strings that end the text.
+
+    min_p: tokens less likely than this share of the likeliest are left out. repetition_penalty: divides the logits of tokens
+    already in prompt or answer where positive, multiplies them where negative (Keskar et al. 2019). stop_ids: ids that end
+    the text besides the tokenizer's. logprobs: whether to return them. choices: the text is one of these strings.
+    json_schema: the text is JSON of this schema.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -34,6 +40,12 @@ class SamplingParams:
     max_tokens: int = 256
     stop: tuple = ()
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple = ()
+    logprobs: bool = False
+    choices: list | None = None
+    json_schema: dict | None = None
 
     def __post_init__(self):
         seed = self.seed or 0
@@ -43,13 +55,19 @@ class SamplingParams:
 
 @dataclass
 class Completion:
-    """What was generated. `finish_reason`: `stop` (a stop id or string, neither part of ids or text) or `length`."""
+    """What was generated. `finish_reason`: `stop` (a stop id or string, neither part of ids or text) or `length`.
+
+    logprobs: natural log-probability of each of ids under the model, before temperature and filters. probabilities: of
+    each choice, where choices were given.
+    """
 
     ids: list
     text: str | None
     finish_reason: str
     prompt_tokens: int
     cached_tokens: int
+    logprobs: list | None = None
+    probabilities: dict | None = None
 
 
 @dataclass(eq=False)
@@ -169,6 +187,11 @@ class Engine:
 
     def sequence(self, prompt, params):
         """A prompt as a Sequence. UsageError if it is empty, longer than the model's context, or not made of its tokens."""
+        for name in ("min_p", "stop_ids", "logprobs", "choices", "json_schema"):
+            if getattr(params, name):
+                raise UsageError(f"{name} is not supported yet")
+        if params.repetition_penalty != 1:
+            raise UsageError("repetition_penalty is not supported yet")
         limit = self.config.max_position_embeddings
         if not prompt or len(prompt) >= limit:
             raise UsageError(f"a prompt of {len(prompt)} tokens; the model takes 1 to {limit - 1}")
