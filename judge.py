@@ -14,7 +14,6 @@ is no valid verdict is asked for again; one that stays invalid is left out of th
 (verdicts.replies.jsonl) before it counts, so that none is paid for twice.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -34,7 +33,10 @@ from llm import open_model
 from metrics import LENGTH_WEIGHT, bleu, rouge_l, score_flaws
 from simulate import TRANSCRIPT_KEYS, TRANSCRIPTS
 
-VERDICTS, VERDICT_KEYS = "verdicts.jsonl", ("book", "i_p", "i_c", "judge", "seed", "performance", "turns", "dimensions", "score")
+VERDICTS, VERDICT_KEYS = (
+    "verdicts.jsonl",
+    ("book", "i_p", "i_c", "judge", "seed", "performance", "turns", "dimensions", "score"),
+)
 REPLY_KEYS = ("run", "performance", "dimension", "repeat", "text")
 TRIES = 3  # for a valid verdict
 LOCAL_BATCH = 32  # calls to a local judge at a time
@@ -114,8 +116,9 @@ def digest(*values):
 
 
 def load_rubric(path=None):
-    """Ours, or that of a JSON file: `template` and, if wanted, `system`, with FIELDS in braces; `dimensions`, each name with its
-    `brief` and `criteria`; `severity`, its least and greatest value. Adds `name`, which tells it from every other rubric."""
+    """Ours, or that of a JSON file: `template` and, if wanted, `system`, with FIELDS in braces; `dimensions`, {name: {brief,
+    criteria}}; `severity`, its least and greatest value. Adds `name`, which tells it from every other rubric.
+    """
     rubric = cli.read_json(path) if path else prompts.RUBRIC
     texts = [rubric.get("system", ""), rubric.get("template")]
     dimensions, severity = rubric.get("dimensions"), rubric.get("severity")
@@ -128,7 +131,11 @@ def load_rubric(path=None):
     good = isinstance(dimensions, dict) and dimensions and all(isinstance(d, dict) for d in dimensions.values())
     if not good or not all(isinstance(d.get(key), str) for d in dimensions.values() for key in ("brief", "criteria")):
         raise UsageError(f"{path}: `dimensions` has to hold, for each name, a `brief` and `criteria`")
-    if not isinstance(severity, list) or [type(bound) for bound in severity] != [int, int] or not 0 <= severity[0] <= severity[1]:
+    if (
+        not isinstance(severity, list)
+        or [type(bound) for bound in severity] != [int, int]
+        or not 0 <= severity[0] <= severity[1]
+    ):
         raise UsageError(f"{path}: `severity` has to be the least and the greatest, such as [1, 5]")
     if "{fence}" not in texts[1]:
         cli.note(f"{path}: without {{fence}} round the played scene, what characters say may pose as instructions")
@@ -161,8 +168,8 @@ def judge_messages(scene, messages, dimension, rubric=prompts.RUBRIC, settings=N
 def flaw_schema(rubric):
     """JSON schema of a verdict, to which a local judge is held."""
     low, high = rubric["severity"]
-    text = {"type": "string", "maxLength": 300}
-    flaw = {"instance": text, "type": {**text, "maxLength": 60}, "severity": {"enum": list(range(low, high + 1))}}
+    text = {"type": "string"}
+    flaw = {"instance": text, "type": text, "severity": {"type": "integer", "minimum": low, "maximum": high}}
     item = {"type": "object", "properties": flaw, "required": list(flaw), "additionalProperties": False}
     flaws = {"flaws": {"type": "array", "items": item, "maxItems": 10}}
     return {"type": "object", "properties": flaws, "required": ["flaws"], "additionalProperties": False}
@@ -238,7 +245,8 @@ def judge_all(wanted, model, rubric, out, keep, seed=0, repeats=1, temperature=0
                 replies = [found[key, name, repeat] for repeat in range(repeats)]
                 flaws = [f | {"repeat": r} if r else f for r, fs in enumerate(replies) if not isinstance(fs, str) for f in fs]
                 dimensions[name] = {"flaws": flaws, "scores": [None if isinstance(fs, str) else 0.0 for fs in replies]}
-                dimensions[name] |= {"error": _whole(error) for error in replies if isinstance(error, str)}
+                if errors := [fs for fs in replies if isinstance(fs, str)]:
+                    dimensions[name]["error"] = _whole(errors[0])
             keep(key, weigh({"turns": turns, "dimensions": dimensions})["dimensions"])
 
     def on_reply(call, reply):
@@ -275,7 +283,7 @@ def judge_all(wanted, model, rubric, out, keep, seed=0, repeats=1, temperature=0
 
 
 def weigh(line, weight=LENGTH_WEIGHT):
-    """A verdict line with every score computed from its flaws; a dimension without a valid verdict, and then the scene, has none."""
+    """A verdict line with every score computed from its flaws; without a valid verdict a dimension, and then the scene, has none."""
     for verdict in line["dimensions"].values():
         parts = defaultdict(list)
         for flaw in verdict.get("flaws", ()):
@@ -409,7 +417,9 @@ def calibrate(args):
     out = Path(args.out) if args.out else cli.OUT / "calibration" / re.sub(r"[^A-Za-z0-9.]+", "-", args.judge).strip("-")
     model = open_model(args.judge)
     judged = {name: judge_run(run, out / f"{name}.jsonl", args, model) for name, run in runs.items()}
-    recorded = {f.name.removesuffix(".simulation.json"): rescore(f.with_name(evaluation_of(f)), args.length_weight)[0] for f in files}
+    recorded = {
+        f.name.removesuffix(".simulation.json"): rescore(f.with_name(evaluation_of(f)), args.length_weight)[0] for f in files
+    }
     cli.note(f"verdicts are in {out}")
     return report.compare_judges(judged, recorded) | {"judge": args.judge, "rubric": load_rubric(args.rubric)["name"]}
 
@@ -457,7 +467,9 @@ def main():
     args = parse_args()
     if args.rescore:
         lines, same, of = rescore(args.rescore, args.length_weight)
-        summary = report.summarise(lines) | {"recomputed": f"{same} of {of} recorded dimension scores recomputed exactly (to 1e-9)"}
+        summary = report.summarise(lines) | {
+            "recomputed": f"{same} of {of} recorded dimension scores recomputed exactly (to 1e-9)"
+        }
     elif args.table:
         summary = report.leaderboard({path: read_verdicts(path, args.length_weight) for path in args.table}, weigh)
     elif args.calibrate:
@@ -480,9 +492,7 @@ def main():
             cli.note(f"the report is in {args.html}")
         cli.note(f"verdicts are in {out}")
         if summary["invalid"]:
-            cli.note(
-                f"{summary['invalid']} verdict(s) never became valid in {TRIES} tries and are in no mean; judge again to retry them"
-            )
+            cli.note(f"{summary['invalid']} verdict(s) never became valid and are in no mean; judge again to retry them")
         if not any(line["judge"] for line in lines):
             cli.note("flaw scores need a judge: add --judge openai:MODEL or --judge DIR")
     for line in [json.dumps(summary, ensure_ascii=False)] if args.json else report.text(summary):

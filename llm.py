@@ -37,28 +37,37 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    error: str | None = None
 
 
 class Local:
     """A checkpoint on this machine."""
 
+    local = True
+
     def __init__(self, directory):
         self.name, self.engine = str(directory), load_engine(directory)
 
-    def chat(self, conversations, params, openings=None):
+    def chat(self, conversations, params, openings=None, on_reply=None):
         """conversations: lists of messages; params: one SamplingParams for all, or one each. Returns a list of Reply.
 
         openings: the text each reply is to begin with; it is not part of the Reply. An endpoint cannot be made to, and is not.
+        on_reply(i, reply): called for each reply as it comes, of an endpoint from another thread.
         """
         prompts = [self.engine.tokenizer.render(messages, add_generation_prompt=True)[0] for messages in conversations]
         if openings:
             prompts = [prompt + self.engine.tokenizer.encode(text) for prompt, text in zip(prompts, openings, strict=True)]
         done = self.engine.generate(prompts, params)
-        return [Reply(c.text, c.finish_reason, c.prompt_tokens, len(c.ids), c.cached_tokens) for c in done]
+        replies = [Reply(c.text, c.finish_reason, c.prompt_tokens, len(c.ids), c.cached_tokens) for c in done]
+        for i, reply in enumerate(replies if on_reply else ()):
+            on_reply(i, reply)
+        return replies
 
 
 class Endpoint:
     """A model behind an OpenAI-compatible `/chat/completions`."""
+
+    local = False
 
     def __init__(self, model, url=None, key=None, pause=1.0):
         self.name, self.model, self.pause = f"openai:{model}", model, pause
@@ -77,7 +86,7 @@ class Endpoint:
         self.stopped = threading.Event()
         self.client = httpx.Client(timeout=TIMEOUT, headers={"Authorization": f"Bearer {self.key}"})
 
-    def chat(self, conversations, params, openings=None):
+    def chat(self, conversations, params, openings=None, on_reply=None):
         """As `Local.chat`; what a reply is to begin with is not passed on, since the interface has no place for it."""
         params = params if isinstance(params, list) else [params] * len(conversations)
         self.stopped.clear()  # a call before this one may have ended early
@@ -87,6 +96,8 @@ class Endpoint:
             while not self.stopped.is_set() and (i := next(todo, None)) is not None:
                 try:
                     replies[i] = self.ask(conversations[i], params[i])
+                    if on_reply:
+                        on_reply(i, replies[i])
                 except Exception as error:  # for good: the others need not go on trying
                     errors.append(error)
                     self.stopped.set()

@@ -1,8 +1,8 @@
 """What a judged scene is worth, and how sure that is: penalty scores, BLEU, ROUGE-L, intervals, rank correlations.
 
-    score_flaws([{"severity": 3}], turns=12)        # 100 - 5 * (3 - 0.3 * 12) = 103
-    bootstrap(scores)                               # (mean, low, high): 95% over scenes
-    paired([a1, a2, ...], [b1, b2, ...])            # two runs on the same scenes
+score_flaws([{"severity": 3}], turns=12)        # 100 - 5 * (3 - 0.3 * 12) = 103
+bootstrap(scores)                               # (mean, low, high): 95% over scenes
+paired([a1, a2, ...], [b1, b2, ...])            # two runs on the same scenes
 """
 
 import warnings

@@ -8,12 +8,14 @@ import base64
 import hashlib
 import itertools
 import json
+import math
 import random
 import re
 import statistics
 from collections import defaultdict
 from difflib import SequenceMatcher
 
+import jinja2
 import numpy as np
 
 import cli
@@ -22,7 +24,12 @@ from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT
 from metrics import bootstrap, kendall, paired, spearman
 
-METRICS = {"BLEU": "bleu", "BLEU without names": "bleu_without_names", "ROUGE-L": "rouge_l", "ROUGE-L (release)": "rouge_l_release"}
+METRICS = {
+    "BLEU": "bleu",
+    "BLEU without names": "bleu_without_names",
+    "ROUGE-L": "rouge_l",
+    "ROUGE-L (release)": "rouge_l_release",
+}
 WEIGHTS = [i / 100 for i in range(101)]  # length weights swept
 
 
@@ -74,7 +81,9 @@ def compare(ours, theirs):
     judges = [{(line["judge"], line.get("rubric")) for line in lines if line["judge"]} for lines in (ours, theirs)]
     if all(judges) and judges[0] != judges[1]:
         said = [" and ".join(f"{judge} ({rubric})" for judge, rubric in sorted(side)) for side in judges]
-        raise UsageError(f"--versus: judged by {said[0]} here and {said[1]} there; scores of different judges say nothing together")
+        raise UsageError(
+            f"--versus: judged by {said[0]} here and {said[1]} there; scores of different judges say nothing together"
+        )
     pairs = defaultdict(list)
     for scene in common:
         mine, other = (values(side[scene]) for side in both)
@@ -105,9 +114,13 @@ def leaderboard(runs, weigh):
             rows.append(row | {key: summary[key] for key in ("seed", "scenes", "invalid", "rows", "repeats")})
         order = sorted(rows, key=lambda row: -row["rows"].get("Average", row["rows"].get("BLEU", {"mean": 0}))["mean"])
         same = len({frozenset(map(scene_of, lines)) for _, lines in members}) == 1
-        ranked = sweep({row["run"]: lines for row, (_, lines) in zip(rows, members, strict=True)}, weigh) if len(rows) > 1 else []
+        ranked = (
+            sweep({row["run"]: lines for row, (_, lines) in zip(rows, members, strict=True)}, weigh) if len(rows) > 1 else []
+        )
         weight = one_of(members[0][1], "length_weight")
-        made.append({"judge": judge, "rubric": rubric, "length_weight": weight, "same_scenes": same, "rows": order, "sweep": ranked})
+        made.append(
+            {"judge": judge, "rubric": rubric, "length_weight": weight, "same_scenes": same, "rows": order, "sweep": ranked}
+        )
     return {"tables": made, "published": json.loads((cli.ROOT / "data" / "published_results.json").read_text())}
 
 
@@ -152,11 +165,13 @@ def shuffled(scene):
 
 
 def compare_judges(judged, recorded):
-    """How a judge's verdict lines agree with recorded ones. judged, recorded: {model: lines}; judged has the controls as well."""
+    """How a judge's verdict lines agree with recorded ones. judged, recorded: {model: lines}; judged has the controls too."""
     both, points = {}, []
     for name, lines in recorded.items():
         other = {scene_of(line): line for line in lines}
-        pairs = [(line, other[scene_of(line)]) for line in judged[name] if line["score"] is not None and scene_of(line) in other]
+        pairs = [
+            (line, other[scene_of(line)]) for line in judged[name] if line["score"] is not None and scene_of(line) in other
+        ]
         both[name] = {scene_of(line): (line, old) for line, old in pairs if old["score"] is not None}
         points += both[name].values()
 
@@ -164,7 +179,11 @@ def compare_judges(judged, recorded):
         scores = [[line["score"] for line in side] for side in zip(*pairs, strict=True)] or [[], []]
         means = [statistics.mean(side) if side else None for side in scores]
         return {
-            "scenes": len(pairs), "spearman": spearman(*scores), "kendall": kendall(*scores), "mean": means[0], "recorded": means[1]
+            "scenes": len(pairs),
+            "spearman": spearman(*scores),
+            "kendall": kendall(*scores),
+            "mean": means[0],
+            "recorded": means[1],
         }
 
     length = {"turns": [line["turns"] for line, _ in points], "judge": [line["score"] for line, _ in points]}
@@ -179,7 +198,9 @@ def compare_judges(judged, recorded):
         "controls": paired(*zip(*kept, strict=True)) | {n: statistics.mean(p[i] for p in kept) for i, n in enumerate(controls)}
         if kept
         else None,
-        "invalid": sum(verdict["scores"].count(None) for ls in judged.values() for line in ls for verdict in line["dimensions"].values()),
+        "invalid": sum(
+            verdict["scores"].count(None) for ls in judged.values() for line in ls for verdict in line["dimensions"].values()
+        ),
     }
 
 
@@ -210,7 +231,9 @@ def columns(rows):
     """Rows of cells as lines, the first column to the left."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        yield "  ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        yield "  ".join(
+            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
 
 
 def text(summary):
@@ -250,14 +273,17 @@ def leaderboard_text(summary):
         heads = ("run", "actor", "protocol", "seed", "scenes", "invalid", *labels, "95% interval of the Average")
         yield from columns([heads, *rows])
         if not table["same_scenes"]:
-            yield "These runs played different scenes: their means are not comparable. --versus compares what two have in common."
+            yield "These runs played different scenes, so their means do not compare; --versus does, on what two have in common."
         for span in table["sweep"]:
             yield f"length weight {span['from']:.2f} to {span['to']:.2f}: {' > '.join(span['ranking'])}"
         yield ""
     published = summary["published"]
     names = [name for name in published["gca"][0] if name not in ("model", "weights")]
     yield f"published ({published['source']})"
-    rows = [(f"{row['model']} (published)", *(number(row[name]) for name in names)) for row in sorted(published["gca"], key=lambda r: -r["average"])]
+    rows = [
+        (f"{row['model']} (published)", *(number(row[name]) for name in names))
+        for row in sorted(published["gca"], key=lambda r: -r["average"])
+    ]
     yield from columns([("", *(name.replace("_", " ") for name in names)), *rows])
 
 
@@ -280,6 +306,142 @@ def calibration_text(summary):
         told = f"the original as if played {number(controls['original'])}, its messages shuffled {number(controls['shuffled'])}"
         yield f"controls: {told}, difference {number(controls['difference'], '+.2f')} ({between(controls, '+.2f')})"
         sane = controls["low"] is not None and controls["low"] > 0
-        yield "the controls come out in order" if sane else "NOT IN ORDER: this judge does not tell the original from its shuffled lines"
+        yield (
+            "the controls come out in order"
+            if sane
+            else "NOT IN ORDER: this judge does not tell the original from its shuffled lines"
+        )
     if summary["invalid"]:
         yield f"{summary['invalid']} verdict(s) never became valid and are in no figure"
+
+
+# ---- as a page ----------------------------------------------------------------------------------------------------------
+
+
+def html(lines, performances, summary):
+    """A page that needs nothing from outside. Every text in it is escaped, and its policy lets no script but its own run."""
+    source = (cli.ROOT / "data" / "report.html").read_text(encoding="utf-8")
+    hashes = {}
+    for tag in ("style", "script"):
+        own = re.search(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)[1]
+        hashes[tag] = "sha256-" + base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
+    dimensions = list(dict.fromkeys(name for line in lines for name in line["dimensions"]))
+    severities = [flaw["severity"] for line in lines for v in line["dimensions"].values() for flaw in v.get("flaws", ())]
+    ids = itertools.count()
+    scenes = [
+        scene_page(line, *performance[:2], dimensions, ids) for line, performance in zip(lines, performances, strict=True)
+    ]
+    rows = {label: row for label, row in summary["rows"].items() if label not in METRICS}
+    settings = [line.get("settings") or {} for line in lines]
+    facts = [("Judge", summary["judge"] or "none"), ("Rubric", summary["rubric"]), ("Seed", summary["seed"])]
+    facts += [("Actor", one_of(settings, "actor")), ("Protocol", protocol(settings[0])), ("Scenes", summary["scenes"])]
+    facts += [("Messages", sum(line["turns"] for line in lines)), ("Flaws", len(severities))]
+    against = {k: row for k, row in summary.get("versus", {}).get("rows", {}).items() if k in rows or k in METRICS}
+    edges = [abs(edge) for row in against.values() for edge in (row["difference"], row["low"], row["high"]) if edge is not None]
+
+    def colour(label):
+        return f"d{dimensions.index(label) % 6}" if label in dimensions else "dx"
+
+    def dots(label):
+        found = [(i, scenes[i]["book"], values(line).get(label)) for i, line in enumerate(lines)]
+        return [{"scene": i, "title": title, "value": value} for i, title, value in found if value is not None]
+
+    shown = [
+        {"label": label, "mid": row["mean"], "colour": colour(label), "dots": dots(label), **row} for label, row in rows.items()
+    ]
+    books = list(dict.fromkeys(scene["book"] for scene in scenes))
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = page.from_string(source).render(
+        title=" and ".join(books) if len(books) < 3 else f"{len(lines)} scenes from {len(books)} books",
+        hashes=hashes,
+        facts=[(name, str(value)) for name, value in facts if value is not None],
+        rows=shown,
+        average=rows.get("Average"),
+        metrics=[(label, row) for label, row in summary["rows"].items() if label in METRICS],
+        summary=summary,
+        versus=[{"label": label, "mid": row["difference"], "colour": colour(label), **row} for label, row in against.items()],
+        reach=4 * max(1, math.ceil(max(edges, default=0) / 4)),
+        top=max([100, *(dot["value"] for row in shown for dot in row["dots"])]),
+        dimensions=dimensions,
+        least=min([1, *severities]),
+        most=max([5, *severities]),
+        scenes=scenes,
+        at=lambda value, low, high: round(100 * (value - low) / (high - low), 2),
+        ticks=lambda low, high: [low + (high - low) * i / 4 for i in range(5)] if low else range(0, int(high) + 1, 25),
+    )
+    return page.encode("utf-8", errors="replace").decode()
+
+
+def scene_page(line, scene, messages, dimensions, ids):
+    """What the template shows of one scene: its lines with the flaws that quote them, and the flaws that quote none."""
+    spoken = [message for message in messages if message["role"] != NEXT_SPEAKER]
+    texts = [m["content"].replace(f"{m['role']}:", "", 1).strip() if m.get("named") else m["content"] for m in spoken]
+    marks, flaws, loose = defaultdict(list), defaultdict(list), []
+    visible = ["".join(" " * len(t) if style == cli.THOUGHT else t for t, style in cli.Painter().spans(text)) for text in texts]
+    for index, name in enumerate(dimensions):
+        for flaw in line["dimensions"].get(name, {}).get("flaws", ()):
+            shown = {"repeat": 0, **flaw, "id": next(ids), "index": index, "colour": index % 6, "dimension": name}
+            where = find_quote(flaw["instance"], visible)
+            if where:
+                flaws[where[0]].append(shown)
+                marks[where[0]].append((*where[1:], shown["id"]))
+            else:
+                loose.append(shown)
+
+    def shown_line(name, text, i=None):
+        return {"name": name, "world": name == ENVIRONMENT, "spans": spans(text, marks[i]), "flaws": flaws[i]}
+
+    return {
+        "book": scene.book,
+        "where": ", ".join([part for part in (scene.topic, f"plot {scene.i_p}, conversation {scene.i_c}") if part]),
+        "scenario": scene.scenario,
+        "score": line["score"],
+        "chips": [
+            {"name": name, "score": line["dimensions"][name]["score"]} for name in dimensions if name in line["dimensions"]
+        ],
+        "played": [shown_line(m["role"], text, i) for i, (m, text) in enumerate(zip(spoken, texts, strict=True))],
+        "loose": loose,
+        "written": [shown_line(turn["character"], turn["message"]) for turn in scene.dialogues],
+    }
+
+
+def find_quote(instance, texts):
+    """(index of the text, first, last character) of what a flaw quotes: its longest quotation found, else the longest run of
+    five words or more that it shares with a text; None where there is neither.
+    """
+    quoted = re.findall(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|(?<!\w)['\u2018](.+?)['\u2019](?!\w)", instance)
+    words = [re.findall(r"\w+", "".join(groups)) for groups in quoted]
+    own, runs = [word.casefold() for word in re.findall(r"\w+", instance)], []
+    for text in texts:
+        theirs = [word.casefold() for word in re.findall(r"\w+", text)]
+        run = SequenceMatcher(None, own, theirs, autojunk=False).find_longest_match()
+        runs.append(own[run.a : run.a + run.size])
+    candidates = sorted((w for w in words if len(w) > 1), key=len, reverse=True) + [
+        r for r in [max(runs, key=len, default=[])] if len(r) > 4
+    ]
+    for candidate in candidates:
+        pattern = re.compile(r"(?<!\w)" + r"\W+".join(map(re.escape, candidate)) + r"(?!\w)", re.IGNORECASE)
+        for i, text in enumerate(texts):
+            if found := pattern.search(text):
+                return i, *found.span()
+    return None
+
+
+def spans(text, marks):
+    """A message as pieces {text, kind, flaws}: kind is thought, action or nothing, flaws the ids of the flaws that quote it."""
+    pieces, at = [], 0
+    for part, style in cli.Painter().spans(text):
+        cuts = sorted(
+            {0, len(part), *(min(max(edge - at, 0), len(part)) for first, last, _ in marks for edge in (first, last))}
+        )
+        for first, last in itertools.pairwise(cuts):
+            quoting = " ".join(str(i) for a, b, i in marks if a < at + last and at + first < b)
+            pieces.append(
+                {
+                    "text": part[first:last],
+                    "kind": {cli.THOUGHT: "thought", cli.ACTION: "action"}.get(style, ""),
+                    "flaws": quoting,
+                }
+            )
+        at += len(part)
+    return pieces

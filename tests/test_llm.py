@@ -86,18 +86,21 @@ class Script:
     `openings` are what its replies were to begin with, `batches` how many were asked for at a time.
     """
 
-    name = "script"
+    name, local = "script", False
 
     def __init__(self, say):
         self.say, self.asked, self.openings, self.batches = say, [], [], []
 
-    def chat(self, conversations, params, openings=None):
+    def chat(self, conversations, params, openings=None, on_reply=None):
         params = params if isinstance(params, list) else [params] * len(conversations)
         self.openings += openings or [""] * len(conversations)
         self.batches.append(len(conversations))
         pairs = list(zip(conversations, params, strict=True))
         self.asked += pairs
-        return [Reply(self.say(*pair), "stop", 7, 3, 2) for pair in pairs]
+        replies = [Reply(self.say(*pair), "stop", 7, 3, 2) for pair in pairs]
+        for i, reply in enumerate(replies if on_reply else ()):
+            on_reply(i, reply)
+        return replies
 
 
 @pytest.fixture(autouse=True)
