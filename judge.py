@@ -17,7 +17,6 @@ is no valid verdict is asked for again; one that stays invalid is left out of th
 import hashlib
 import json
 import re
-import statistics
 import threading
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -30,7 +29,7 @@ from data.chats import NEXT_SPEAKER, remove_thoughts
 from data.scenes import ENVIRONMENT, Scene, load_scenes, straighten
 from generate import SamplingParams
 from llm import open_model
-from metrics import LENGTH_WEIGHT, bleu, rouge_l, score_flaws
+from metrics import LENGTH_WEIGHT, bleu, rouge_l, score_flaws, weigh  # noqa: F401 (score_flaws: judge.score_flaws is a contract)
 from simulate import TRANSCRIPT_KEYS, TRANSCRIPTS
 
 VERDICTS, VERDICT_KEYS = (
@@ -68,7 +67,9 @@ def read_performances(path, scenes_file=None):
         raise UsageError(f"{file}: not what simulate.py or the release writes ({type(error).__name__}: {error})") from None
     if not found:
         raise UsageError(f"{file}: no finished scene in it; python simulate.py ... --resume finishes one")
-    return found
+    return list(
+        {digest(scene.to_dict(), messages): (scene, messages, settings) for scene, messages, settings in found}.values()
+    )
 
 
 def _release_performances(data, file, scenes_file):
@@ -282,20 +283,6 @@ def judge_all(wanted, model, rubric, out, keep, seed=0, repeats=1, temperature=0
         model.chat(asked, params, on_reply=lambda i, reply, todo=todo: on_reply(todo[i], reply))
 
 
-def weigh(line, weight=LENGTH_WEIGHT):
-    """A verdict line with every score computed from its flaws; without a valid verdict a dimension, and then the scene, has none."""
-    for verdict in line["dimensions"].values():
-        parts = defaultdict(list)
-        for flaw in verdict.get("flaws", ()):
-            parts[flaw.get("repeat", 0)].append(flaw)
-        old = verdict.get("scores", [0.0] if "flaws" in verdict else [None])
-        verdict["scores"] = [None if s is None else score_flaws(parts[r], line["turns"], weight) for r, s in enumerate(old)]
-        valid = [score for score in verdict["scores"] if score is not None]
-        verdict["score"] = statistics.mean(valid) if valid else None
-    scores = [verdict["score"] for verdict in line["dimensions"].values()]
-    return line | {"length_weight": weight, "score": statistics.mean(scores) if scores and None not in scores else None}
-
-
 def verdict_line(key, performance, args, rubric, dimensions):
     """One line of verdicts.jsonl. Without a judge (dimensions is empty) only the metrics."""
     scene, messages, settings = performance
@@ -311,7 +298,7 @@ def judge_run(performances, out, args, model=None):
     """Verdict lines of performances, in order, and in the file `out`; what is there already is not done again."""
     rubric = load_rubric(args.rubric)
     wanted = {digest(scene.to_dict(), messages): (scene, messages, settings) for scene, messages, settings in performances}
-    recorded = {line["performance"]: line for line in cli.read_lines(out, VERDICT_KEYS)}
+    recorded = {line["performance"]: line for line in (rescore(out)[0] if out.exists() else ())}
     asked = {"judge": args.judge, "rubric": rubric["name"], "seed": args.seed, "temperature": args.temperature}
     for line in recorded.values() if args.judge else ():
         differs = [f"{name} {line.get(name)}" for name, value in asked.items() if line["judge"] and line.get(name) != value]
@@ -366,11 +353,11 @@ def rescore(path, weight=LENGTH_WEIGHT):
             lines = cli.read_lines(path, VERDICT_KEYS)
         else:
             lines = [_recorded_case(key, case, path) for key, case in cli.read_json(path)["cases"].items()]
-        before = [[verdict.get("score") for verdict in line["dimensions"].values()] for line in lines]
+        before = [verdict.get("score") for line in lines for verdict in line["dimensions"].values()]
         lines = [weigh(line, weight) for line in lines]
-        after = [[verdict.get("score") for verdict in line["dimensions"].values()] for line in lines]
-        pairs = [(x, y) for old, new in zip(before, after, strict=True) for x, y in zip(old, new, strict=True) if y is not None]
-        same = sum(abs(x - y) <= 1e-9 for x, y in pairs)
+        after = [verdict["score"] for line in lines for verdict in line["dimensions"].values()]
+        pairs = [(old, new) for old, new in zip(before, after, strict=True) if new is not None]
+        same = sum(abs(old - new) <= 1e-9 for old, new in pairs)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path}: not a file of recorded verdicts ({type(error).__name__}: {error})") from None
     if not lines:
@@ -471,7 +458,7 @@ def main():
             "recomputed": f"{same} of {of} recorded dimension scores recomputed exactly (to 1e-9)"
         }
     elif args.table:
-        summary = report.leaderboard({path: read_verdicts(path, args.length_weight) for path in args.table}, weigh)
+        summary = report.leaderboard({path: read_verdicts(path, args.length_weight) for path in args.table})
     elif args.calibrate:
         summary = calibrate(args)
     else:
@@ -479,6 +466,10 @@ def main():
         performances = read_performances(path, args.scenes)[: args.limit]
         out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else cli.OUT / "verdicts" / f"{path.stem}.jsonl"
         theirs = read_verdicts(args.versus, args.length_weight) if args.versus else None
+        if args.judge and theirs:  # before anything is asked
+            report.same_judge([{"judge": args.judge, "rubric": load_rubric(args.rubric)["name"]}], theirs)
+        if args.html:
+            cli.make_dir(Path(args.html).parent)
         model = open_model(args.judge) if args.judge else None
         if model and model.local and args.repeats > 1 and not args.temperature:
             cli.note("a local judge says the same again at temperature 0; add --temperature 1 for repeats that differ")
@@ -495,7 +486,7 @@ def main():
             cli.note(f"{summary['invalid']} verdict(s) never became valid and are in no mean; judge again to retry them")
         if not any(line["judge"] for line in lines):
             cli.note("flaw scores need a judge: add --judge openai:MODEL or --judge DIR")
-    for line in [json.dumps(summary, ensure_ascii=False)] if args.json else report.text(summary):
+    for line in [json.dumps(summary)] if args.json else report.text(summary):
         cli.stdout.print(cli.plain(line), markup=False, soft_wrap=True)
 
 

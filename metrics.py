@@ -5,7 +5,9 @@ bootstrap(scores)                               # (mean, low, high): 95% over sc
 paired([a1, a2, ...], [b1, b2, ...])            # two runs on the same scenes
 """
 
+import statistics
 import warnings
+from collections import defaultdict
 
 import numpy as np
 
@@ -20,6 +22,23 @@ def score_flaws(flaws, turns, weight=LENGTH_WEIGHT, cap=None):
     """
     score = max(0.0, 100 - 5 * (sum(flaw["severity"] for flaw in flaws) - weight * turns))
     return score if cap is None else min(score, cap)
+
+
+def weigh(line, weight=LENGTH_WEIGHT):
+    """A line of verdicts.jsonl with every score computed from its flaws.
+
+    A dimension's score is the mean over its valid repeats, the scene's that over dimensions; where there is nothing valid, None.
+    """
+    for verdict in line["dimensions"].values():
+        parts = defaultdict(list)
+        for flaw in verdict.get("flaws", ()):
+            parts[flaw.get("repeat", 0)].append(flaw)
+        old = verdict.get("scores", [0.0] if "flaws" in verdict else [None])
+        verdict["scores"] = [None if s is None else score_flaws(parts[r], line["turns"], weight) for r, s in enumerate(old)]
+        valid = [score for score in verdict["scores"] if score is not None]
+        verdict["score"] = statistics.mean(valid) if valid else None
+    scores = [verdict["score"] for verdict in line["dimensions"].values()]
+    return line | {"length_weight": weight, "score": statistics.mean(scores) if scores and None not in scores else None}
 
 
 def bleu(reference, candidate):

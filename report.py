@@ -22,7 +22,7 @@ import cli
 from cli import UsageError
 from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT
-from metrics import bootstrap, kendall, paired, spearman
+from metrics import bootstrap, kendall, paired, spearman, weigh
 
 METRICS = {
     "BLEU": "bleu",
@@ -72,18 +72,21 @@ def one_of(lines, name):
     return said[0] if len(said) == 1 else ", ".join(map(str, said))
 
 
+def same_judge(ours, theirs):
+    """UsageError where different judges, or rubrics, gave the scores."""
+    judges = [{(line["judge"], line.get("rubric")) for line in lines if line["judge"]} for lines in (ours, theirs)]
+    if all(judges) and judges[0] != judges[1]:
+        said = [" and ".join(f"{judge} ({rubric})" for judge, rubric in sorted(side)) for side in judges]
+        raise UsageError(f"--versus: judged by {said[0]} here and {said[1]} there; scores of two judges do not compare")
+
+
 def compare(ours, theirs):
-    """{label: paired comparison} on the scenes both have; UsageError where different judges, or rubrics, spoke."""
+    """{label: paired comparison} on the scenes both have."""
     both = [{scene_of(line): line for line in lines} for lines in (ours, theirs)]
     common = [scene for scene in both[0] if scene in both[1]]
     if not common:
         raise UsageError("--versus: the two have no scene in common")
-    judges = [{(line["judge"], line.get("rubric")) for line in lines if line["judge"]} for lines in (ours, theirs)]
-    if all(judges) and judges[0] != judges[1]:
-        said = [" and ".join(f"{judge} ({rubric})" for judge, rubric in sorted(side)) for side in judges]
-        raise UsageError(
-            f"--versus: judged by {said[0]} here and {said[1]} there; scores of different judges say nothing together"
-        )
+    same_judge(ours, theirs)
     pairs = defaultdict(list)
     for scene in common:
         mine, other = (values(side[scene]) for side in both)
@@ -96,31 +99,21 @@ def compare(ours, theirs):
 # ---- leaderboard --------------------------------------------------------------------------------------------------------
 
 
-def leaderboard(runs, weigh):
-    """Tables, one a judge and rubric, best first, with what turns their ranking; then the published one.
-
-    runs: {name: verdict lines}; weigh(line, weight) computes a line's scores anew.
-    """
-    tables = defaultdict(list)
+def leaderboard(runs):
+    """Tables, one a judge and rubric, best first, with what turns their ranking; then the published one. runs: {name: lines}."""
+    tables, made = defaultdict(lambda: defaultdict(list)), []
     for name, lines in runs.items():
-        tables[one_of(lines, "judge"), one_of(lines, "rubric")].append((name, lines))
-    made = []
+        for line in lines:
+            tables[line["judge"], line.get("rubric")][str(name)].append(line)
     for (judge, rubric), members in tables.items():
         rows = []
-        for name, lines in members:
-            settings = [line.get("settings") or {} for line in lines]
-            row = {"run": str(name), "actor": one_of(settings, "actor") or str(name), "protocol": protocol(settings[0])}
-            summary = summarise(lines)
-            rows.append(row | {key: summary[key] for key in ("seed", "scenes", "invalid", "rows", "repeats")})
-        order = sorted(rows, key=lambda row: -row["rows"].get("Average", row["rows"].get("BLEU", {"mean": 0}))["mean"])
-        same = len({frozenset(map(scene_of, lines)) for _, lines in members}) == 1
-        ranked = (
-            sweep({row["run"]: lines for row, (_, lines) in zip(rows, members, strict=True)}, weigh) if len(rows) > 1 else []
-        )
-        weight = one_of(members[0][1], "length_weight")
-        made.append(
-            {"judge": judge, "rubric": rubric, "length_weight": weight, "same_scenes": same, "rows": order, "sweep": ranked}
-        )
+        for name, lines in members.items():
+            settings, summary = [line.get("settings") or {} for line in lines], summarise(lines)
+            row = {"run": name, "actor": one_of(settings, "actor"), "protocol": protocol(settings[0])}
+            rows.append(row | {key: summary[key] for key in ("seed", "length_weight", "scenes", "invalid", "rows", "repeats")})
+        rows.sort(key=lambda row: -row["rows"].get("Average", {"mean": 0})["mean"])
+        same = len({frozenset(map(scene_of, lines)) for lines in members.values()}) == 1
+        made.append({"judge": judge, "rubric": rubric, "same_scenes": same, "rows": rows, "sweep": sweep(members)})
     return {"tables": made, "published": json.loads((cli.ROOT / "data" / "published_results.json").read_text())}
 
 
@@ -131,11 +124,11 @@ def protocol(settings):
     return ", ".join([part for part in parts if part] + ["no thoughts"] * (settings.get("thoughts") is False)) or "not said"
 
 
-def sweep(runs, weigh):
+def sweep(runs):
     """[{from, to, ranking}] over WEIGHTS: at which length weights which order of the runs holds."""
     runs = {name: [line for line in lines if line["score"] is not None] for name, lines in runs.items()}
     spans = []
-    for weight in WEIGHTS if all(runs.values()) else []:
+    for weight in WEIGHTS if len(runs) > 1 and all(runs.values()) else ():
         means = {name: statistics.mean(weigh(line, weight)["score"] for line in lines) for name, lines in runs.items()}
         ranking = sorted(means, key=lambda name: -means[name])
         if spans and spans[-1]["ranking"] == ranking:
@@ -264,16 +257,20 @@ def text(summary):
 def leaderboard_text(summary):
     for table in summary["tables"]:
         labels = list(dict.fromkeys(label for row in table["rows"] for label in row["rows"] if "(" not in label))
-        yield f"judge: {table['judge'] or 'none'}, {table['rubric']}, length weight {table['length_weight']}"
+        yield f"judge: {table['judge'] or 'none'}, {table['rubric']}, length weight {table['rows'][0]['length_weight']}"
         rows = []
         for row in table["rows"]:
             cells = [number(row["rows"].get(label, {}).get("mean")) for label in labels]
             sure = between(row["rows"].get("Average", {}))
-            rows.append((row["run"], row["actor"], row["protocol"], row["seed"], row["scenes"], row["invalid"], *cells, sure))
+            told = (
+                row[name] if row[name] is not None else "-"
+                for name in ("run", "actor", "protocol", "seed", "scenes", "invalid")
+            )
+            rows.append((*told, *cells, sure))
         heads = ("run", "actor", "protocol", "seed", "scenes", "invalid", *labels, "95% interval of the Average")
         yield from columns([heads, *rows])
         if not table["same_scenes"]:
-            yield "These runs played different scenes, so their means do not compare; --versus does, on what two have in common."
+            yield "These runs played different scenes, and their means do not compare; --versus takes what two have in common."
         for span in table["sweep"]:
             yield f"length weight {span['from']:.2f} to {span['to']:.2f}: {' > '.join(span['ranking'])}"
         yield ""

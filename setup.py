@@ -8,9 +8,9 @@ setup(
     description="CoSER in pure PyTorch: train an actor, put it on stage, judge it",
     license="MIT",
     python_requires=">=3.11",
-    py_modules=["checkpoint", "cli", "generate", "judge", "llm", "model", "simulate", "tokenizer", "train"],
+    py_modules=["checkpoint", "cli", "generate", "judge", "llm", "metrics", "model", "report", "simulate", "tokenizer", "train"],
     packages=["data", "kernels"],
-    package_data={"data": ["stage/*", "stage/actor/*"]},
+    package_data={"data": ["published_results.json", "report.html", "stage/*", "stage/actor/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -19,6 +19,7 @@ setup(
         "safetensors",
         "numpy",
         "httpx",  # endpoints
+        "jinja2",  # the report
         "matplotlib",  # loss.png
         "nltk",  # BLEU
         "rich",  # the terminal

@@ -2,9 +2,13 @@
 
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
+import signal
 import statistics
+import sys
 import warnings
 from copy import deepcopy
 from functools import cache
@@ -16,9 +20,10 @@ from rouge import Rouge
 from test_llm import KEY, Script, Server
 
 import judge
+import llm
 from data.prompts import DIMENSIONS
 from data.scenes import load_scenes, straighten
-from judge import bleu, judge_messages, judge_scene, read_performances, rouge_l, score_flaws, scripts
+from judge import bleu, judge_messages, read_performances, rouge_l, score_flaws, scripts
 
 MODELS = ["gpt-4o", "coser-8b", "llama-3.1-8b-instruct"]
 FLAW = {"instance": 'She says "never".', "type": "Language", "severity": 3}
@@ -33,7 +38,7 @@ def gca(shared):
 def performed(gca, shared):
     """{case: (original, simulated)} of GPT-4o's hundred simulations, as the judge reads the release's file."""
     found = read_performances(gca / "gpt-4o.simulation.json", shared / "coser" / "test" / "id.json")
-    return {scene.key: scripts(scene, messages) for scene, messages in found}
+    return {scene.key: scripts(scene, messages) for scene, messages, _ in found}
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +83,16 @@ def read_lines(file):
 
 def dimension_of(messages):
     """Which of the four this is about."""
-    [dimension] = [dimension for dimension in DIMENSIONS if dimension in messages[0]["content"]]
+    [dimension] = [dimension for dimension in DIMENSIONS if f"every flaw of the played scene in {dimension}" in messages[-1]["content"]]
     return dimension
+
+
+def judge_one(scene, messages, model, directory, **options):
+    """The dimensions of one performance, judged by a model object."""
+    found = {}
+    wanted, rubric = {"key": (scene, messages, {})}, options.pop("rubric", None) or judge.load_rubric()
+    judge.judge_all(wanted, model, rubric, directory / "verdicts.jsonl", lambda key, d: found.update({key: d}), **options)
+    return found["key"]
 
 
 def verdict(*severities):
@@ -112,7 +125,7 @@ def test_rescoring_a_recorded_evaluation(script, gca, model):
     for dimension in (*DIMENSIONS, "Average"):
         [row] = [line for line in out.splitlines() if line.startswith(dimension)]
         expected = means["avg" if dimension == "Average" else dimension]
-        assert abs(float(row.removeprefix(dimension).split()[0]) - expected) < 0.0051 and "over 100" in row
+        assert abs(float(row.removeprefix(dimension).split()[0]) - expected) < 0.0051 and row.endswith(" 100")
 
 
 @pytest.mark.parametrize(
@@ -183,9 +196,9 @@ def random_pairs(seed, n):
 
 
 def test_release_rouge_is_the_packages():
-    """Equal to the `rouge` package on 200 random pairs."""
+    """Equal to the `rouge` package on 1,000 random pairs."""
     package, seen = Rouge(metrics=["rouge-l"]), set()
-    for reference, candidate in random_pairs("release", 200):
+    for reference, candidate in random_pairs("release", 1000):
         expected = package.get_scores(candidate, reference)[0]["rouge-l"]["f"]
         assert abs(rouge_l(reference, candidate, "release") - expected) < 1e-6
         seen.add(round(expected, 3))
@@ -193,8 +206,8 @@ def test_release_rouge_is_the_packages():
 
 
 def test_lcs_rouge_is_a_plain_f1():
-    """Equal on 200 random pairs to twice the longest common subsequence over the number of words of both, case kept."""
-    for reference, candidate in random_pairs("lcs", 200):
+    """Equal on 1,000 random pairs to twice the longest common subsequence over the number of words of both, case kept."""
+    for reference, candidate in random_pairs("lcs", 1000):
         x, y = reference.split(), candidate.split()
 
         @cache
@@ -250,6 +263,8 @@ VALID = [
     (f"Here is what I found:\n\n{verdict(4)}\n\nThat is all.", [4]),
     (json.dumps({"thinking": "hm", "flaws": [{**FLAW, "note": "x"}]}, indent=2), [3]),
     (json.dumps({"flaws": [{**FLAW, "instance": "a } b { c \u2014 \u6f22"}]}), [3]),
+    (json.dumps({"flaws": [{**FLAW, "instance": "half a pair \ud83d, a list [1, ] and {2, }"}]}), [3]),
+    ('{"flaws": [{"instance": "a", "type": "b", "severity": 2,},\n ], }', [2]),
 ]
 
 INVALID = [
@@ -264,6 +279,9 @@ INVALID = [
     '{"flaws": 3}',
     '{"flaws": "none"}',
     '{"Flaws": []}',
+    '{"Character Fidelity": {"flaws": []}}',
+    '{"flaws": [], "flaws": []}',
+    verdict(5).replace("}]", ', "severity": 1}]'),
     '{"flaws": [3]}',
     '{"flaws": [null]}',
     '{"flaws": [{"severity": 3}]}',
@@ -285,11 +303,11 @@ def short(text):
 
 
 @pytest.mark.parametrize(("reply", "severities"), VALID, ids=[short(reply) for reply, _ in VALID])
-def test_a_verdict_is_read_out_of_what_stands_around_it(stage, reply, severities):
+def test_a_verdict_is_read_out_of_what_stands_around_it(stage, tmp_path, reply, severities):
     """Bare, fenced or with words around it: asked for once, and scored from its flaws alone."""
     scene = stage["ward-c/1"]
     model = Script(lambda *_: reply)
-    dimensions = judge_scene(scene, acted(scene), model, 0)
+    dimensions = judge_one(scene, acted(scene), model, tmp_path)
     assert list(dimensions) == list(DIMENSIONS) and len(model.asked) == 4
     turns = sum(m["role"] not in ("Environment", "NSP") for m in acted(scene))
     for found in dimensions.values():
@@ -299,11 +317,11 @@ def test_a_verdict_is_read_out_of_what_stands_around_it(stage, reply, severities
 
 
 @pytest.mark.parametrize("reply", INVALID, ids=short)
-def test_an_invalid_verdict_is_asked_for_again(stage, reply):
+def test_an_invalid_verdict_is_asked_for_again(stage, tmp_path, reply):
     """Only the dimension it was about, hotter and with another seed; what then is valid counts as if said at once."""
     scene = stage["ward-c/1"]
     model = Script(lambda m, p: reply if p.temperature == 0 and dimension_of(m) == "Anthropomorphism" else verdict(2))
-    dimensions = judge_scene(scene, acted(scene), model, 5)
+    dimensions = judge_one(scene, acted(scene), model, tmp_path, seed=5)
     assert [dimension_of(messages) for messages, _ in model.asked] == [*DIMENSIONS, "Anthropomorphism"]
     assert model.asked[-1][0] == model.asked[1][0]
     assert model.asked[-1][1].temperature == 1 and model.asked[-1][1].seed != model.asked[1][1].seed
@@ -311,14 +329,16 @@ def test_an_invalid_verdict_is_asked_for_again(stage, reply):
 
 
 @pytest.mark.parametrize("reply", INVALID, ids=short)
-def test_what_stays_invalid_is_never_a_score(stage, reply):
-    """After a bounded number of tries the dimension has an error instead of a score, and the scene has none."""
+def test_what_stays_invalid_is_never_a_score(stage, tmp_path, reply):
+    """After a bounded number of tries the dimension has an error and no score, and the scene has none."""
     scene = stage["ward-c/1"]
     model = Script(lambda m, _: reply if dimension_of(m) == "Anthropomorphism" else verdict(2))
-    line = judge.judge_performance(scene, acted(scene), model, 0)
-    assert len(model.asked) == 3 + judge.TRIES <= 8 and line["score"] is None
-    assert line["dimensions"]["Anthropomorphism"].keys() == {"error"} and line["dimensions"]["Anthropomorphism"]["error"]
-    assert all("score" in line["dimensions"][dimension] for dimension in DIMENSIONS if dimension != "Anthropomorphism")
+    dimensions = judge_one(scene, acted(scene), model, tmp_path)
+    assert len(model.asked) == 3 + judge.TRIES <= 8
+    assert judge.weigh({"turns": 3, "dimensions": deepcopy(dimensions)})["score"] is None
+    invalid = dimensions.pop("Anthropomorphism")
+    assert invalid["error"] and invalid["score"] is None and invalid["scores"] == [None]
+    assert all(found["score"] > 0 and "error" not in found for found in dimensions.values())
 
 
 # ---- what the judge is shown --------------------------------------------------------------------------------------------
@@ -436,7 +456,7 @@ def test_verdicts_of_a_judge(script, stage, plays, monkeypatch):
 
 
 def test_judging_again_asks_nothing_again(script, plays, monkeypatch):
-    """The same command asks no more; a torn last line is judged anew, alone; verdicts of another judge are left alone."""
+    """The same command asks no more, a torn last line is made again from the replies, another judge is sent elsewhere."""
     file = plays / "verdicts.jsonl"
     with Server(judge_answer) as server:
         server.use(monkeypatch)
@@ -444,28 +464,111 @@ def test_judging_again_asks_nothing_again(script, plays, monkeypatch):
         code, out, _ = script(*command)
         content = file.read_bytes()
         assert code == 0 and script(*command)[:2] == (0, out) and len(server.requests) == 12 and file.read_bytes() == content
+        assert script("judge", plays)[:2] == (0, out) and file.read_bytes() == content  # shown again without naming the judge
         file.write_bytes(content[:-30])
-        assert script(*command)[:2] == (0, out) and len(server.requests) == 16 and file.read_bytes() == content
-        for other in (["--judge", "openai:k"], []):
-            line = usage_error(script("judge", plays, *other))
-            assert "openai:j" in line and str(file) in line
-        assert len(server.requests) == 16 and file.read_bytes() == content
+        assert script(*command)[:2] == (0, out) and len(server.requests) == 12 and file.read_bytes() == content
+        line = usage_error(script("judge", plays, "--judge", "openai:k"))
+        assert "openai:j" in line and str(file) in line
+        assert len(server.requests) == 12 and file.read_bytes() == content
         assert script("judge", plays, "--judge", "openai:k", "--out", plays / "k.jsonl")[0] == 0
-        assert len(server.requests) == 28 and {line["judge"] for line in read_lines(plays / "k.jsonl")} == {"openai:k"}
+        assert len(server.requests) == 24 and {line["judge"] for line in read_lines(plays / "k.jsonl")} == {"openai:k"}
 
 
 def test_a_judge_that_dies_midway(script, plays, monkeypatch):
-    """What is judged is kept, the line says how to go on, and going on asks only for the rest."""
+    """What was answered is kept, the line says how to go on, and going on asks only for the rest."""
     dead = True
     with Server(lambda body, n: (401, {}, {}) if dead and n >= 5 else judge_answer(body, n)) as server:
         server.use(monkeypatch)
         line = usage_error(script("judge", plays, "--judge", "openai:j"))
-        assert "1 verdict" in line and str(plays) in line and "401" in line
-        [kept] = read_lines(plays / "verdicts.jsonl")
+        assert "verdicts are in" in line and str(plays) in line and "401" in line
+        assert len(read_lines(plays / "verdicts.replies.jsonl")) == 5
         dead, asked = False, len(server.requests)
-        assert script("judge", plays, "--judge", "openai:j")[0] == 0 and len(server.requests) == asked + 8
-    lines = read_lines(plays / "verdicts.jsonl")
-    assert len(lines) == 3 and lines[0] == kept
+        assert script("judge", plays, "--judge", "openai:j")[0] == 0 and len(server.requests) == asked + 7
+    assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [False] * 3
+
+
+def verdict_keys(server):
+    """What each request was about."""
+    return [json.dumps(request.body["messages"]) for request in server.requests]
+
+
+@pytest.fixture
+def seven(stage, tmp_path):
+    """Seven played scenes: 28 calls."""
+    directory = tmp_path / "seven"
+    directory.mkdir()
+    write_plays(directory, [(scene, acted(scene)) for scene in list(stage.values())[:7]])
+    return directory
+
+
+def run_judge(directory):
+    """The command line in a process of its own, forked from this one."""
+    import cli
+
+    sys.argv = ["judge.py", str(directory), "--judge", "openai:j"]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    cli.run(judge.main)
+
+
+def test_a_kill_loses_only_what_is_in_flight(script, seven, monkeypatch):
+    """SIGKILL at each of the first 25 requests: no reply that was written down is asked for again, the verdicts are the same."""
+    fork = multiprocessing.get_context("fork")
+    script("judge", seven)  # imports what the children would import
+    state = {"process": None, "at": None}
+
+    def answer(body, number):
+        if number == state["at"]:
+            os.kill(state["process"].pid, signal.SIGKILL)
+            return None
+        return judge_answer(body, number)
+
+    files = [seven / name for name in ("verdicts.jsonl", "verdicts.replies.jsonl")]
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", seven, "--judge", "openai:j")[0] == 0 and len(server.requests) == 28
+        whole, order = files[0].read_bytes(), verdict_keys(server)
+        asked_for = {
+            (judge.digest(s.to_dict(), m), name): json.dumps(judge_messages(s, m, name))
+            for s, m, _ in read_performances(seven)
+            for name in DIMENSIONS
+        }
+    assert sorted(asked_for.values()) == sorted(order)
+    for at in range(25):
+        for file in files:
+            file.unlink(missing_ok=True)
+        with Server(answer) as server:
+            server.use(monkeypatch)
+            state["at"], state["process"] = at, fork.Process(target=run_judge, args=[seven])
+            state["process"].start()
+            state["process"].join(60)
+            assert state["process"].exitcode == -signal.SIGKILL
+            before, state["at"] = len(server.requests), None
+            written = judge.cli.read_lines(files[1], judge.REPLY_KEYS)
+            known = {asked_for[line["performance"], line["dimension"]] for line in written}
+            assert len(known) == len(written) >= at - llm.CONCURRENCY
+            assert script("judge", seven, "--judge", "openai:j")[0] == 0
+            again = verdict_keys(server)[before:]
+            assert len(again) == len(set(again)) == 28 - len(known) and not known & set(again)
+        assert files[0].read_bytes() == whole, at
+
+
+def test_torn_files_are_gone_on_with(script, seven, monkeypatch):
+    """Both files cut at any byte, as a machine that loses its power leaves them: the same verdicts in the end."""
+    files = [seven / name for name in ("verdicts.jsonl", "verdicts.replies.jsonl")]
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", seven, "--judge", "openai:j")[0] == 0
+        whole = [file.read_bytes() for file in files]
+        for seed in range(25):
+            rng, asked = random.Random(seed), len(server.requests)
+            cuts = [rng.randrange(len(content)) for content in whole]
+            for file, content, cut in zip(files, whole, cuts, strict=True):
+                file.write_bytes(content[:cut])
+            verdicts, replies = (content[:cut].count(b"\n") for content, cut in zip(whole, cuts, strict=True))
+            assert script("judge", seven, "--judge", "openai:j")[0] == 0
+            assert files[0].read_bytes() == whole[0]
+            assert len(server.requests) - asked <= 28 - max(4 * verdicts, replies)
 
 
 def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
@@ -485,14 +588,12 @@ def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
         server.use(monkeypatch)
         code, out, err = script("judge", plays, "--judge", "openai:j")
         assert code == 0 and re.search(r"\b1 verdict", err)
-        rows = {
-            line.rsplit(" over ", 1)[0].rsplit(None, 1)[0].strip(): line.rsplit(None, 1)[1] for line in out.splitlines()[1:]
-        }
+        rows = {re.split(r"\s{2,}", line)[0]: line.rsplit(None, 1)[1] for line in out.splitlines()[2:]}
         assert (rows["Storyline Quality"], rows["Anthropomorphism"], rows["Average"]) == ("2", "3", "2")
         assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [False, True, False]
         bad, asked = False, len(server.requests)
         code, out, err = script("judge", plays, "--judge", "openai:j")
-        assert code == 0 and len(server.requests) - asked == 4 and "verdict(s) never" not in err
+        assert code == 0 and len(server.requests) - asked == 1 and "verdict(s) never" not in err
         assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [False] * 3
 
 
@@ -509,7 +610,7 @@ def test_a_checkpoint_as_judge(script, stage, plays, tiny_actor, monkeypatch):
     """A model that talks nonsense gets no valid verdict, and the run says so and ends well."""
     write_plays(plays, [(stage["ward-c/1"], acted(stage["ward-c/1"]))])
     stop_early = judge.SamplingParams
-    monkeypatch.setattr(judge, "SamplingParams", lambda **options: stop_early(**{**options, "max_tokens": 8}))
+    monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 8}))
     code, out, err = script("judge", plays, "--judge", tiny_actor)
     assert code == 0 and "4 verdict" in err and "Average" not in out and "BLEU" in out
 
@@ -693,7 +794,7 @@ def test_every_recorded_simulation_finds_its_scene(gca, shared):
     scenes = {scene.key for scene in load_scenes(shared / "coser" / "test" / "id.json")}
     for model in MODELS:
         found = read_performances(gca / f"{model}.simulation.json", shared / "coser" / "test" / "id.json")
-        assert {scene.key for scene, _ in found} == scenes and len(found) == 100
+        assert {scene.key for scene, *_ in found} == scenes and len(found) == 100
 
 
 def test_verdicts_of_another_seed_are_another_run(script, plays, monkeypatch):
