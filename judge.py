@@ -10,15 +10,16 @@
 
 Penalty scoring (coser paper, section 4.3): for each dimension the judge lists flaws with a severity of 1 to 5, and the score is
 100 - 5 * (sum of severities - 0.3 * turns), not below 0. It is computed here, from the flaws, never by the judge. A reply that
-is no valid verdict is asked for again; one that stays invalid is left out of the means, and counted. Every reply is on the disk
-(verdicts.replies.jsonl) before it counts, so that none is paid for twice.
+is no valid verdict is asked for again; one that stays invalid is left out of the means, and counted. Answers of an endpoint are
+kept in `answers` beside the verdicts, so that none is paid for twice.
 """
 
 import hashlib
+import itertools
 import json
+import math
 import re
-import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import cli
@@ -36,9 +37,8 @@ VERDICTS, VERDICT_KEYS = (
     "verdicts.jsonl",
     ("book", "i_p", "i_c", "judge", "seed", "performance", "turns", "dimensions", "score"),
 )
-REPLY_KEYS = ("run", "performance", "dimension", "repeat", "text")
 TRIES = 3  # for a valid verdict
-LOCAL_BATCH = 32  # calls to a local judge at a time
+SIDE_BY_SIDE = 8  # scenes
 FIELDS = ("book", "plot_summary", "scenario", "character_profiles", "major_characters", "original_conversation", "fence")
 FIELDS += ("simulated_conversation", "dimension_name", "dimension_brief", "dimension_criteria", "additional_instructions")
 
@@ -214,110 +214,95 @@ def _whole(value):
 # ---- judging ------------------------------------------------------------------------------------------------------------
 
 
-def judge_all(wanted, model, rubric, out, keep, seed=0, repeats=1, temperature=0.0, again=()):
-    """Asks about every dimension of every performance, `repeats` times; keep(key, dimensions) as soon as one is through.
+def judge_all(wanted, model, rubric, keep, seed=0, repeats=1, temperature=0.0, group=8, before=()):
+    """Asks about every dimension of every performance, `repeats` times, a group of scenes at once; then keep(key, dimensions).
 
-    wanted: {key: (scene, messages, settings)}. A reply is a line of `out`'s replies file before anything else happens to it,
-    and what is there already is not asked again; but a verdict that stayed invalid is, for the keys in `again`. dimensions:
-    {name: {flaws, scores, score}}, scores one a repeat, None where invalid, then with an `error`.
+    wanted: {key: (scene, messages, settings)}. before: {key: dimensions} of an earlier run: what was invalid then is asked with
+    other seeds now. dimensions: {name: {flaws, scores}}, scores one a repeat: 0 to be computed, or None where invalid, with an
+    `error` and the number of `tries` so far.
     """
-    file, run = out.with_name(f"{out.stem}.replies.jsonl"), [model.name, rubric["name"], seed, temperature]
-    lines = cli.read_lines(file, REPLY_KEYS)
-    if lines:
-        cli.write_lines(file, lines)  # without the torn line a kill may have left
-    tries, found, lock = Counter(), {}, threading.Lock()
-    left = {key: [(key, name, repeat) for repeat in range(repeats) for name in rubric["dimensions"]] for key in wanted}
-
-    def hear(call, text):
-        tries[call] += 1
-        try:
-            found[call] = parse_flaws(text, call[1], rubric["severity"])
-        except (ValueError, RecursionError, AttributeError) as error:
-            found[call] = str(error)
-
-    def settle(call):
-        key = call[0]
-        if isinstance(found[call], str) and tries[call] < limits[call]:
-            return
-        left[key].remove(call)
-        if not left[key]:
-            turns, dimensions = count_turns(wanted[key][1]), {}
+    schema, keys = flaw_schema(rubric), list(wanted)
+    for start in range(0, len(keys), group):
+        found, tries, lost = {}, Counter(), set()
+        for call in itertools.product(keys[start : start + group], rubric["dimensions"], range(repeats)):
+            found[call] = "not asked"
+            old = before[call[0]].get(call[1], {}) if call[0] in before else {}
+            tries[call] = old.get("tries", 0) if old.get("scores", [])[call[2] : call[2] + 1] == [None] else 0
+        for _ in range(TRIES):
+            todo = [call for call, flaws in found.items() if isinstance(flaws, str) and call not in lost]
+            asked = [judge_messages(*wanted[key][:2], name, rubric, wanted[key][2]) for key, name, _ in todo]
+            params = [
+                SamplingParams(
+                    max(temperature, 1.0) if tries[call] else temperature,
+                    max_tokens=2048,
+                    seed=seed + 1000 * call[2] + tries[call],
+                    json_schema=schema,
+                )
+                for call in todo
+            ]
+            for call, reply in zip(todo, model.chat(asked, params) if todo else (), strict=True):
+                tries[call] += 1
+                try:
+                    found[call] = parse_flaws(reply.text, call[1], rubric["severity"])
+                except (ValueError, RecursionError, AttributeError) as error:
+                    found[call] = _whole(reply.error or str(error))
+                    lost |= {call} if reply.error else set()  # llm.py has tried what can be tried
+        for key in keys[start : start + group]:
+            dimensions = {}
             for name in rubric["dimensions"]:
-                replies = [found[key, name, repeat] for repeat in range(repeats)]
-                flaws = [f | {"repeat": r} if r else f for r, fs in enumerate(replies) if not isinstance(fs, str) for f in fs]
-                dimensions[name] = {"flaws": flaws, "scores": [None if isinstance(fs, str) else 0.0 for fs in replies]}
+                replies = [found[key, name, r] for r in range(repeats)]
+                flaws = [f | {"repeat": r} if r else f for r, fs in enumerate(replies) if isinstance(fs, list) for f in fs]
+                dimensions[name] = {"flaws": flaws, "scores": [0.0 if isinstance(fs, list) else None for fs in replies]}
                 if errors := [fs for fs in replies if isinstance(fs, str)]:
-                    dimensions[name]["error"] = _whole(errors[0])
-            keep(key, weigh({"turns": turns, "dimensions": dimensions})["dimensions"])
-
-    def on_reply(call, reply):
-        with lock:
-            if reply.error:
-                found[call], tries[call] = f"no answer: {reply.error}", limits[call]
-            else:
-                line = (run, *call, _whole(reply.text))
-                cli.append_line(file, dict(zip(REPLY_KEYS, (line[0], *line[1:]), strict=True)))
-                hear(call, reply.text)
-            settle(call)
-
-    for line in lines:
-        call = (line["performance"], line["dimension"], line["repeat"])
-        if line["run"] == run and call in left.get(call[0], ()) and not isinstance(found.get(call), list):
-            hear(call, line["text"])
-    limits = {call: TRIES + (tries[call] if call[0] in again else 0) for calls in left.values() for call in calls}
-    for call in list(found):
-        settle(call)
-    schema = flaw_schema(rubric)
-    while todo := [call for calls in left.values() for call in calls]:
-        todo = todo[:LOCAL_BATCH] if model.local else todo
-        asked = [judge_messages(*wanted[key][:2], name, rubric, wanted[key][2]) for key, name, _ in todo]
-        params = [
-            SamplingParams(
-                max(temperature, 1.0) if tries[call] else temperature,
-                max_tokens=2048,
-                seed=seed + 1000 * call[2] + tries[call],
-                json_schema=schema,
-            )
-            for call in todo
-        ]
-        model.chat(asked, params, on_reply=lambda i, reply, todo=todo: on_reply(todo[i], reply))
+                    dimensions[name] |= {"error": errors[0], "tries": max(tries[key, name, r] for r in range(repeats))}
+            keep(key, dimensions)
 
 
-def verdict_line(key, performance, args, rubric, dimensions):
+def verdict_line(key, performance, asked, weight, dimensions):
     """One line of verdicts.jsonl. Without a judge (dimensions is empty) only the metrics."""
     scene, messages, settings = performance
     texts, unnamed = scripts(scene, messages), scripts(scene, messages, names=False)
-    line = {"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, "judge": args.judge if dimensions else None}
-    line |= {"rubric": rubric["name"], "seed": args.seed, "temperature": args.temperature, "settings": settings}
+    line = {"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, "judge": None, **asked, "settings": settings}
     line |= {"performance": key, "turns": count_turns(messages), "dimensions": dimensions}
     scores = {"bleu": bleu(*texts), "bleu_without_names": bleu(*unnamed), "rouge_l": rouge_l(*texts)}
-    return weigh(line, args.length_weight) | scores | {"rouge_l_release": rouge_l(*texts, "release")}
+    return weigh(line, weight) | scores | {"rouge_l_release": rouge_l(*texts, "release")}
 
 
-def judge_run(performances, out, args, model=None):
+def open_judge(args, directory):
+    """The model that --judge names, its answers kept in a directory; None without --judge."""
+    options = {"answers": directory / "answers", "concurrency": args.concurrency, "per_minute": args.per_minute}
+    model = open_model(args.judge, **options) if args.judge else None
+    if model and model.local and args.repeats > 1 and not args.temperature:
+        cli.note("a local judge says the same again at temperature 0; add --temperature 1 for repeats that differ")
+    return model
+
+
+def judge_run(performances, out, args, model):
     """Verdict lines of performances, in order, and in the file `out`; what is there already is not done again."""
     rubric = load_rubric(args.rubric)
     wanted = {digest(scene.to_dict(), messages): (scene, messages, settings) for scene, messages, settings in performances}
-    recorded = {line["performance"]: line for line in (rescore(out)[0] if out.exists() else ())}
-    asked = {"judge": args.judge, "rubric": rubric["name"], "seed": args.seed, "temperature": args.temperature}
-    for line in recorded.values() if args.judge else ():
+    recorded = {line["performance"]: line for line in (rescore(out)[0] if cli.read_lines(out, VERDICT_KEYS) else ())}
+    asked = {"rubric": rubric["name"], "seed": args.seed, "temperature": args.temperature} | (
+        {"judge": model.name} if model else {}
+    )
+    for line in recorded.values() if model else ():
         differs = [f"{name} {line.get(name)}" for name, value in asked.items() if line["judge"] and line.get(name) != value]
         if differs:
             raise UsageError(f"{out}: holds verdicts of {line['judge']}, {', '.join(differs)}; name another file with --out")
 
     def complete(line):
         scores = [verdict["scores"] for verdict in line["dimensions"].values()]
-        return not args.judge or (scores and all(len(s) >= args.repeats and None not in s for s in scores))
+        return not model or (scores and all(len(s) >= args.repeats and None not in s for s in scores))
 
     done = {key for key in wanted if key in recorded and complete(recorded[key])}
-    again = {key for key in wanted if key in recorded and key not in done and recorded[key]["judge"]}
+    before = {key: line["dimensions"] for key, line in recorded.items()}
     cli.make_dir(out.parent)
     cli.write_lines(out, [line for key, line in recorded.items() if key in done or key not in wanted])
     with cli.progress() as bar:
         task = bar.add_task("judging", total=len(wanted), completed=len(done))
 
         def keep(key, dimensions=()):
-            recorded[key] = verdict_line(key, wanted[key], args, rubric, dict(dimensions))
+            recorded[key] = verdict_line(key, wanted[key], asked, args.length_weight, dict(dimensions))
             cli.append_line(out, recorded[key])
             done.add(key)
             bar.update(task, completed=len(done))
@@ -325,7 +310,8 @@ def judge_run(performances, out, args, model=None):
         try:
             left = {key: performance for key, performance in wanted.items() if key not in done}
             if model:
-                judge_all(left, model, rubric, out, keep, args.seed, args.repeats, args.temperature, again)
+                group = max(SIDE_BY_SIDE, args.concurrency)
+                judge_all(left, model, rubric, keep, args.seed, args.repeats, args.temperature, group, before)
             for key in () if model else left:
                 keep(key)
         except (KeyboardInterrupt, UsageError) as error:
@@ -402,13 +388,13 @@ def calibrate(args):
     controls = {"original": report.as_played, "shuffled": report.shuffled}
     runs |= {name: [(scene, make(scene), {"actor": name}) for scene in chosen.values()] for name, make in controls.items()}
     out = Path(args.out) if args.out else cli.OUT / "calibration" / re.sub(r"[^A-Za-z0-9.]+", "-", args.judge).strip("-")
-    model = open_model(args.judge)
+    model = open_judge(args, out)
     judged = {name: judge_run(run, out / f"{name}.jsonl", args, model) for name, run in runs.items()}
     recorded = {
         f.name.removesuffix(".simulation.json"): rescore(f.with_name(evaluation_of(f)), args.length_weight)[0] for f in files
     }
     cli.note(f"verdicts are in {out}")
-    return report.compare_judges(judged, recorded) | {"judge": args.judge, "rubric": load_rubric(args.rubric)["name"]}
+    return report.compare_judges(judged, recorded) | {"judge": model.name, "rubric": load_rubric(args.rubric)["name"]}
 
 
 def evaluation_of(file):
@@ -434,6 +420,8 @@ def parse_args():
     add("--length-weight", type=float, default=LENGTH_WEIGHT, help="severity points forgiven a message (default: 0.3)")
     add("--repeats", type=int, default=1, help="judge so many times, with other seeds (default: 1)")
     add("--temperature", type=float, default=0.0, help="of the judge's first try (default: 0)")
+    add("--concurrency", type=int, default=8, help="requests to an endpoint at once (default: 8)")
+    add("--per-minute", type=float, metavar="N", help="requests to an endpoint a minute (default: any number)")
     add("--limit", type=int, metavar="N", help="only the first N scenes")
     add("--out", help=f"file for the verdicts (default: {VERDICTS} beside the transcripts); of --calibrate, a directory")
     add("--json", action="store_true", help="the summary as JSON")
@@ -445,8 +433,10 @@ def parse_args():
         raise UsageError("--html and --versus go with a directory of performances")
     if args.calibrate and not args.judge:
         raise UsageError("--calibrate: which judge? name it with --judge")
-    if args.repeats < 1 or args.temperature < 0 or not 0 <= args.length_weight < 1e6 or (args.limit or 1) < 1:
-        raise UsageError("--repeats and --limit are at least 1, --temperature and --length-weight at least 0")
+    if min(args.repeats, args.concurrency, 1 if args.limit is None else args.limit) < 1 or (args.per_minute or 1) <= 0:
+        raise UsageError("--repeats, --concurrency and --limit are at least 1, --per-minute is more than 0")
+    if not (0 <= args.temperature < math.inf and 0 <= args.length_weight < math.inf):
+        raise UsageError("--temperature and --length-weight are at least 0")
     return args
 
 
@@ -466,13 +456,11 @@ def main():
         performances = read_performances(path, args.scenes)[: args.limit]
         out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else cli.OUT / "verdicts" / f"{path.stem}.jsonl"
         theirs = read_verdicts(args.versus, args.length_weight) if args.versus else None
-        if args.judge and theirs:  # before anything is asked
-            report.same_judge([{"judge": args.judge, "rubric": load_rubric(args.rubric)["name"]}], theirs)
+        model = open_judge(args, out.parent)
+        if model and theirs:  # before anything is asked
+            report.same_judge([{"judge": model.name, "rubric": load_rubric(args.rubric)["name"]}], theirs)
         if args.html:
             cli.make_dir(Path(args.html).parent)
-        model = open_model(args.judge) if args.judge else None
-        if model and model.local and args.repeats > 1 and not args.temperature:
-            cli.note("a local judge says the same again at temperature 0; add --temperature 1 for repeats that differ")
         lines = judge_run(performances, out, args, model)
         summary = report.summarise(lines)
         if theirs:

@@ -27,7 +27,7 @@ def score_flaws(flaws, turns, weight=LENGTH_WEIGHT, cap=None):
 def weigh(line, weight=LENGTH_WEIGHT):
     """A line of verdicts.jsonl with every score computed from its flaws.
 
-    A dimension's score is the mean over its valid repeats, the scene's that over dimensions; where there is nothing valid, None.
+    A dimension's score is the mean over its valid repeats, the scene's that over dimensions; without a valid verdict, None.
     """
     for verdict in line["dimensions"].values():
         parts = defaultdict(list)

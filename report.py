@@ -100,7 +100,7 @@ def compare(ours, theirs):
 
 
 def leaderboard(runs):
-    """Tables, one a judge and rubric, best first, with what turns their ranking; then the published one. runs: {name: lines}."""
+    """Tables, one a judge and rubric, best first, and where their ranking turns; the published one. runs: {name: lines}."""
     tables, made = defaultdict(lambda: defaultdict(list)), []
     for name, lines in runs.items():
         for line in lines:

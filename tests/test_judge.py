@@ -1,14 +1,17 @@
 """The judge: recorded scores and metrics come out as recorded, verdicts are read strictly, what is judged stays fenced in."""
 
+import hashlib
 import json
 import math
 import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import sys
+import time
 import warnings
 from copy import deepcopy
 from functools import cache
@@ -83,16 +86,19 @@ def read_lines(file):
 
 def dimension_of(messages):
     """Which of the four this is about."""
-    [dimension] = [dimension for dimension in DIMENSIONS if f"every flaw of the played scene in {dimension}" in messages[-1]["content"]]
+    [dimension] = [
+        dimension for dimension in DIMENSIONS if f"every flaw of the played scene in {dimension}" in messages[-1]["content"]
+    ]
     return dimension
 
 
-def judge_one(scene, messages, model, directory, **options):
+def judge_one(scene, messages, model, rubric=None, **options):
     """The dimensions of one performance, judged by a model object."""
     found = {}
-    wanted, rubric = {"key": (scene, messages, {})}, options.pop("rubric", None) or judge.load_rubric()
-    judge.judge_all(wanted, model, rubric, directory / "verdicts.jsonl", lambda key, d: found.update({key: d}), **options)
-    return found["key"]
+    wanted, rubric = {"key": (scene, messages, {})}, rubric or judge.load_rubric()
+    judge.judge_all(wanted, model, rubric, lambda key, d: found.update({key: d}), **options)
+    turns = sum(message["role"] not in ("Environment", "NSP") for message in messages)
+    return judge.weigh({"turns": turns, "dimensions": found["key"]})["dimensions"]
 
 
 def verdict(*severities):
@@ -303,11 +309,11 @@ def short(text):
 
 
 @pytest.mark.parametrize(("reply", "severities"), VALID, ids=[short(reply) for reply, _ in VALID])
-def test_a_verdict_is_read_out_of_what_stands_around_it(stage, tmp_path, reply, severities):
+def test_a_verdict_is_read_out_of_what_stands_around_it(stage, reply, severities):
     """Bare, fenced or with words around it: asked for once, and scored from its flaws alone."""
     scene = stage["ward-c/1"]
     model = Script(lambda *_: reply)
-    dimensions = judge_one(scene, acted(scene), model, tmp_path)
+    dimensions = judge_one(scene, acted(scene), model)
     assert list(dimensions) == list(DIMENSIONS) and len(model.asked) == 4
     turns = sum(m["role"] not in ("Environment", "NSP") for m in acted(scene))
     for found in dimensions.values():
@@ -317,11 +323,11 @@ def test_a_verdict_is_read_out_of_what_stands_around_it(stage, tmp_path, reply, 
 
 
 @pytest.mark.parametrize("reply", INVALID, ids=short)
-def test_an_invalid_verdict_is_asked_for_again(stage, tmp_path, reply):
+def test_an_invalid_verdict_is_asked_for_again(stage, reply):
     """Only the dimension it was about, hotter and with another seed; what then is valid counts as if said at once."""
     scene = stage["ward-c/1"]
     model = Script(lambda m, p: reply if p.temperature == 0 and dimension_of(m) == "Anthropomorphism" else verdict(2))
-    dimensions = judge_one(scene, acted(scene), model, tmp_path, seed=5)
+    dimensions = judge_one(scene, acted(scene), model, seed=5)
     assert [dimension_of(messages) for messages, _ in model.asked] == [*DIMENSIONS, "Anthropomorphism"]
     assert model.asked[-1][0] == model.asked[1][0]
     assert model.asked[-1][1].temperature == 1 and model.asked[-1][1].seed != model.asked[1][1].seed
@@ -329,11 +335,11 @@ def test_an_invalid_verdict_is_asked_for_again(stage, tmp_path, reply):
 
 
 @pytest.mark.parametrize("reply", INVALID, ids=short)
-def test_what_stays_invalid_is_never_a_score(stage, tmp_path, reply):
+def test_what_stays_invalid_is_never_a_score(stage, reply):
     """After a bounded number of tries the dimension has an error and no score, and the scene has none."""
     scene = stage["ward-c/1"]
     model = Script(lambda m, _: reply if dimension_of(m) == "Anthropomorphism" else verdict(2))
-    dimensions = judge_one(scene, acted(scene), model, tmp_path)
+    dimensions = judge_one(scene, acted(scene), model)
     assert len(model.asked) == 3 + judge.TRIES <= 8
     assert judge.weigh({"turns": 3, "dimensions": deepcopy(dimensions)})["score"] is None
     invalid = dimensions.pop("Anthropomorphism")
@@ -481,15 +487,21 @@ def test_a_judge_that_dies_midway(script, plays, monkeypatch):
         server.use(monkeypatch)
         line = usage_error(script("judge", plays, "--judge", "openai:j"))
         assert "verdicts are in" in line and str(plays) in line and "401" in line
-        assert len(read_lines(plays / "verdicts.replies.jsonl")) == 5
+        assert len(answers(plays)) == 5
         dead, asked = False, len(server.requests)
         assert script("judge", plays, "--judge", "openai:j")[0] == 0 and len(server.requests) == asked + 7
     assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [False] * 3
 
 
-def verdict_keys(server):
-    """What each request was about."""
-    return [json.dumps(request.body["messages"]) for request in server.requests]
+def answers(directory):
+    """Names of the answers kept on disk: hashes of what was asked."""
+    return {file.stem for file in directory.glob("answers/*/*.json")}
+
+
+def hashes(server):
+    """The same of what a server was asked."""
+    asked = [json.dumps([server.url, request.body], sort_keys=True) for request in server.requests]
+    return [hashlib.sha256(text.encode()).hexdigest() for text in asked]
 
 
 @pytest.fixture
@@ -512,9 +524,8 @@ def run_judge(directory):
 
 
 def test_a_kill_loses_only_what_is_in_flight(script, seven, monkeypatch):
-    """SIGKILL at each of the first 25 requests: no reply that was written down is asked for again, the verdicts are the same."""
-    fork = multiprocessing.get_context("fork")
-    script("judge", seven)  # imports what the children would import
+    """SIGKILL at each of the first 25 requests: no answer on disk is asked for again, the verdicts are the same."""
+    fork, file = multiprocessing.get_context("fork"), seven / "verdicts.jsonl"
     state = {"process": None, "at": None}
 
     def answer(body, number):
@@ -523,52 +534,39 @@ def test_a_kill_loses_only_what_is_in_flight(script, seven, monkeypatch):
             return None
         return judge_answer(body, number)
 
-    files = [seven / name for name in ("verdicts.jsonl", "verdicts.replies.jsonl")]
     with Server(judge_answer) as server:
         server.use(monkeypatch)
         assert script("judge", seven, "--judge", "openai:j")[0] == 0 and len(server.requests) == 28
-        whole, order = files[0].read_bytes(), verdict_keys(server)
-        asked_for = {
-            (judge.digest(s.to_dict(), m), name): json.dumps(judge_messages(s, m, name))
-            for s, m, _ in read_performances(seven)
-            for name in DIMENSIONS
-        }
-    assert sorted(asked_for.values()) == sorted(order)
+        whole = file.read_bytes()
     for at in range(25):
-        for file in files:
-            file.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+        shutil.rmtree(seven / "answers")
         with Server(answer) as server:
             server.use(monkeypatch)
             state["at"], state["process"] = at, fork.Process(target=run_judge, args=[seven])
             state["process"].start()
             state["process"].join(60)
             assert state["process"].exitcode == -signal.SIGKILL
-            before, state["at"] = len(server.requests), None
-            written = judge.cli.read_lines(files[1], judge.REPLY_KEYS)
-            known = {asked_for[line["performance"], line["dimension"]] for line in written}
-            assert len(known) == len(written) >= at - llm.CONCURRENCY
+            time.sleep(0.1)  # what the dead process had sent may still come in
+            before, state["at"], known = len(server.requests), None, answers(seven)
+            assert len(known) >= at - llm.CONCURRENCY
             assert script("judge", seven, "--judge", "openai:j")[0] == 0
-            again = verdict_keys(server)[before:]
+            again = hashes(server)[before:]
             assert len(again) == len(set(again)) == 28 - len(known) and not known & set(again)
-        assert files[0].read_bytes() == whole, at
+        assert file.read_bytes() == whole, at
 
 
-def test_torn_files_are_gone_on_with(script, seven, monkeypatch):
-    """Both files cut at any byte, as a machine that loses its power leaves them: the same verdicts in the end."""
-    files = [seven / name for name in ("verdicts.jsonl", "verdicts.replies.jsonl")]
+def test_a_torn_file_is_gone_on_with(script, seven, monkeypatch):
+    """Cut at any byte, as a loss of power leaves it, the file is made whole again, and nothing is asked twice."""
+    file = seven / "verdicts.jsonl"
     with Server(judge_answer) as server:
         server.use(monkeypatch)
         assert script("judge", seven, "--judge", "openai:j")[0] == 0
-        whole = [file.read_bytes() for file in files]
+        whole = file.read_bytes()
         for seed in range(25):
-            rng, asked = random.Random(seed), len(server.requests)
-            cuts = [rng.randrange(len(content)) for content in whole]
-            for file, content, cut in zip(files, whole, cuts, strict=True):
-                file.write_bytes(content[:cut])
-            verdicts, replies = (content[:cut].count(b"\n") for content, cut in zip(whole, cuts, strict=True))
+            file.write_bytes(whole[: random.Random(seed).randrange(1, len(whole))])
             assert script("judge", seven, "--judge", "openai:j")[0] == 0
-            assert files[0].read_bytes() == whole[0]
-            assert len(server.requests) - asked <= 28 - max(4 * verdicts, replies)
+            assert file.read_bytes() == whole and len(server.requests) == 28
 
 
 def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
