@@ -4,7 +4,7 @@
 
 One pass serves training (packed rows, `positions`), prefill and cached decode (`cache`). Modules are named as in Hugging Face
 checkpoints, so loading is not even a rename. In shapes, B is batch, T time, C hidden size, H query heads, K key/value heads,
-D head size, E experts, N selected rows, V vocabulary.
+D head size, E experts, N selected rows, V vocabulary. `rows`, int64 [N], sorted, count through the flattened [B * T].
 """
 
 import functools
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
+from loss import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,14 @@ def rotary(positions, config):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x[i], x[i + D/2]) by its angle: x [B, T, heads, D] -> the same shape."""
+    """Turns each pair (x[i], x[i + D/2]) by its angle: x [..., heads, D] -> the same shape."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def select(x, rows):
+    """x [B, T, ...] as it is, or only its rows, [N, ...]."""
+    return x if rows is None else x.flatten(0, 1)[rows]
 
 
 class RMSNorm(nn.Module):
@@ -148,14 +154,17 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
-    def forward(self, x, cos, sin, positions, cache):
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, T, H, D], [B, T, K, D]
+    def forward(self, x, cos, sin, positions, cache, rows=None):
+        """x [B, T, C] -> [B, T, C]; with rows only their queries are computed, out [N, C]."""
+        k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))  # [B, T, K, D]
+        k = rotate(k, cos, sin)
+        x, cos, sin = (select(part, rows) for part in (x, cos, sin))
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [B, T, H, D] or [N, H, D]
         if cache is None:
-            out = kernels.attention(q, k, v, positions, self.window)
+            out = kernels.attention(q, k, v, positions, self.window, rows)
         else:
-            out = cache.attend(self.layer, q, k, v, self.window)
-        return self.o_proj(out.flatten(2))  # [B, T, H, D] -> [B, T, C]
+            out = cache.attend(self.layer, q, k, v, self.window, rows)
+        return self.o_proj(out.flatten(-2))  # [..., H, D] -> [..., C]
 
 
 class MLP(nn.Module):
@@ -215,9 +224,10 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, positions, cache):
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, positions, cache)
-        normed, x = self.post_attention_layernorm(attended, residual=x)
+    def forward(self, x, cos, sin, positions=None, cache=None, rows=None):
+        """x [B, T, C] -> [B, T, C]; with rows (in the last layer) all that follows keys and values is theirs alone, [N, C]."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, positions, cache, rows)
+        normed, x = self.post_attention_layernorm(attended, residual=select(x, rows))
         feed_forward = self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
         return x + feed_forward(normed)
 
@@ -239,22 +249,26 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens, positions=None, cache=None, rows=None):
-        """Logits [B, T, V], or [N, V] at `rows`, int64 [N] counted through the flattened [B * T].
+    def forward(self, tokens, positions=None, cache=None, rows=None, targets=None):
+        """Logits [B, T, V], or [N, V] at `rows`; with targets, int64 [N], their `linear_cross_entropy` instead of logits.
 
         positions: int [B, T], from 0 in each document of a packed row; None means 0, 1, 2, ... in every row.
-        cache: an object whose `attend(layer, q, k, v, window)` keeps keys and values and attends over all it has kept; it
-        knows where the tokens belong (see generate.StepCache), and needs `positions`.
+        cache: an object whose `attend(layer, q, k, v, window, rows)` keeps keys and values and attends over all it has kept;
+        it knows where the tokens belong (see the engine), and needs `positions`. With rows, the last layer's q is [N, H, D].
         """
         x = self.model["embed_tokens"](tokens)  # [B, T, C]
         packed = positions  # None lets attention take whole rows at once
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         cos, sin = (angle.to(x.dtype) for angle in rotary(positions, self.config))
-        for block in self.model["layers"]:
+        *blocks, last = self.model["layers"]
+        for block in blocks:
             x = block(x, cos, sin, packed, cache)
-        if rows is not None:
-            x = x.flatten(0, 1)[rows]  # [N, C]
-        x = self.model["norm"](x)
+        x = self.model["norm"](last(x, cos, sin, packed, cache, rows))  # [B, T, C] or [N, C]
+        return self.head(x, targets)
+
+    def head(self, x, targets):
         head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
+        if targets is not None:  # here, where FSDP has gathered the head's weight
+            return linear_cross_entropy(x, head.weight, targets)
         return F.linear(x, head.weight)

@@ -8,7 +8,7 @@ setup(
     description="CoSER in pure PyTorch: train an actor, put it on stage, judge it",
     license="MIT",
     python_requires=">=3.11",
-    py_modules=["checkpoint", "cli", "generate", "judge", "llm", "model", "protocol", "simulate", "tokenizer", "train"],
+    py_modules=["checkpoint", "cli", "generate", "judge", "llm", "loss", "model", "protocol", "simulate", "tokenizer", "train"],
     packages=["data", "kernels"],
     package_data={"data": ["stage/*", "stage/actor/*"]},
     install_requires=[

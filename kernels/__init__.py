@@ -1,37 +1,74 @@
-"""The one place that decides which version of a kernel runs.
+"""The one place that decides which version of a kernel runs: Triton on CUDA tensors, its torch twin on all others.
 
-Each kernel has a file of its own with a readable torch twin. `IMPLEMENTATIONS` lists the versions there are; the torch twins
-run everywhere, on any device. `use` overrides the choice, for tests and comparisons.
+Each kernel has a file with its mathematics and its readable torch twin, and beside it one with the Triton version, imported
+when it first runs. `use` overrides the choice, for tests and comparisons. What does not fit is refused here, in one line with
+the shapes.
 """
 
 from kernels.attention import attention_torch
+from kernels.decode import decode_attention_torch
 from kernels.rms_norm import rms_norm_torch
 
-IMPLEMENTATIONS = {"torch": {"attention": attention_torch, "rms_norm": rms_norm_torch}}
-_chosen = IMPLEMENTATIONS["torch"]
+_chosen = None
 
 
 def use(name):
-    """Runs the kernels of that name from now on. ValueError, with those there are, for any other."""
+    """Runs the "torch" or the "triton" kernels from now on, whatever the device; None goes by the device again."""
     global _chosen
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"no {name!r} kernels; there are: {', '.join(IMPLEMENTATIONS)}")
-    _chosen = IMPLEMENTATIONS[name]
+    if name not in ("torch", "triton", None):
+        raise ValueError(f"no {name!r} kernels; there are: torch, triton, and None for the tensors' device to decide")
+    _chosen = name
 
 
-def attention(q, k, v, positions=None, window=None):
-    """Causal attention within each document of a packed row; shapes as in `kernels.attention.attention_torch`."""
-    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and k.shape == (*q.shape[:2], k.shape[2], q.shape[3])
-    if not fits or q.shape[2] % k.shape[2] or (positions is not None and positions.shape != q.shape[:2]):
-        shapes = {"q": q, "k": k, "v": v, "positions": positions}
-        shapes = ", ".join(f"{n} {list(x.shape)}" for n, x in shapes.items() if x is not None)
-        raise ValueError(f"attention takes q [B, T, H, D], k and v [B, T, K, D], positions [B, T], K dividing H; got {shapes}")
-    return _chosen["attention"](q, k, v, positions, window)
+def attention(q, k, v, positions=None, window=None, rows=None):
+    """Causal attention within each document of packed rows; shapes as in `kernels.attention.attention_torch`."""
+    fits = k.ndim == 4 and k.shape == v.shape and q.ndim == (4 if rows is None else 3)
+    fits = fits and q.shape[-2] % k.shape[2] == 0 and q.shape[-1] == k.shape[3]
+    fits = fits and q.shape[:-2] == (k.shape[:2] if rows is None else rows.shape)
+    if not fits or (positions is not None and positions.shape != k.shape[:2]):
+        taken = "q [B, T, H, D] (with rows [N]: [N, H, D]), k and v [B, T, K, D], positions [B, T], K dividing H"
+        raise ValueError(f"attention takes {taken}; got {_shapes(q=q, k=k, v=v, positions=positions, rows=rows)}")
+    if window is not None and window < 1:
+        raise ValueError(f"attention takes a window of at least 1 key, the query's own; got {window}")
+    if _runs_triton(q):
+        from kernels.attention_triton import attention_triton
+
+        return attention_triton(q, k, v, positions, window, rows)
+    return attention_torch(q, k, v, positions, window, rows)
+
+
+def decode_attention(q, key_pages, value_pages, block_table, lengths, window=None):
+    """The last tokens of each sequence against its paged keys; shapes as in `kernels.decode.decode_attention_torch`."""
+    fits = q.ndim == key_pages.ndim == 4 and key_pages.shape == value_pages.shape and q.shape[3] == key_pages.shape[3]
+    fits = fits and q.shape[2] % key_pages.shape[2] == 0 and block_table.ndim == 2 and lengths.shape == q.shape[:1]
+    if not fits or len(block_table) != len(q):
+        taken = "q [S, Q, H, D], pages [P, page_size, K, D], block_table [S, max_pages], lengths [S], K dividing H"
+        given = dict(q=q, key_pages=key_pages, value_pages=value_pages, block_table=block_table, lengths=lengths)
+        raise ValueError(f"decode_attention takes {taken}; got {_shapes(**given)}")
+    if window is not None and window < 1:
+        raise ValueError(f"decode_attention takes a window of at least 1 key, the query's own; got {window}")
+    if _runs_triton(q):
+        from kernels.decode_triton import decode_attention_triton
+
+        return decode_attention_triton(q, key_pages, value_pages, block_table, lengths, window)
+    return decode_attention_torch(q, key_pages, value_pages, block_table, lengths, window)
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None):
     """RMSNorm over the last dimension; with a residual, `(normed, x + residual)`. See `kernels.rms_norm.rms_norm_torch`."""
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
-        shapes = f"x {list(x.shape)}, weight {list(weight.shape)}, residual {residual is not None and list(residual.shape)}"
-        raise ValueError(f"rms_norm takes x [..., C], weight [C] and a residual like x or none; got {shapes}")
-    return _chosen["rms_norm"](x, weight, eps, residual)
+        taken = "x [..., C], weight [C] and a residual like x or none"
+        raise ValueError(f"rms_norm takes {taken}; got {_shapes(x=x, weight=weight, residual=residual)}")
+    if _runs_triton(x):
+        from kernels.rms_norm_triton import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps, residual)
+    return rms_norm_torch(x, weight, eps, residual)
+
+
+def _runs_triton(x):
+    return _chosen == "triton" or (_chosen is None and x.is_cuda)
+
+
+def _shapes(**tensors):
+    return ", ".join(f"{name} {list(x.shape)}" for name, x in tensors.items() if x is not None)

@@ -1,27 +1,38 @@
 """Attention over packed documents: softmax(q k' / sqrt(D)) v, causal, each document by itself.
 
-The torch twin. Shapes: B batch, T time, H query heads, K key/value heads (H a multiple of K), D head size; a packed row
-holds documents one after the other, and a position of 0 starts one. A document of n tokens costs 2 H D n^2 multiply-adds
-forward (q k' and p v, of which the causal half is needed), against 2 H D T^2 for the row: documents in CoSER rows of 8,192
-tokens average 1,600, so going document by document leaves about a fifth of the work.
+The torch twin; the kernel is in attention_triton.py. Shapes: B batch, T time, H query heads, K key/value heads (H a multiple
+of K), D head size, N selected queries; a packed row holds documents one after the other, and a position of 0 starts one. A
+document of n tokens costs 2 H D n^2 multiply-adds forward (q k' and p v, of which the causal half is needed), against
+2 H D T^2 for the row: documents in CoSER rows of 8,192 tokens average 1,600, so going document by document leaves about a
+fifth of the work.
 """
 
 import torch
 import torch.nn.functional as F
 
 
-def attention_torch(q, k, v, positions=None, window=None):
+def attention_torch(q, k, v, positions=None, window=None, rows=None):
     """q [B, T, H, D], k and v [B, T, K, D], positions int [B, T] or None (each row is one document) -> [B, T, H, D].
 
-    Query i sees keys j <= i of its own document, and with a window w only those with i - w < j.
+    Query i sees keys j <= i of its own document, and with a window w only those with i - w < j. With `rows` (int64 [N], sorted,
+    counted through the flattened B * T tokens) q is [N, H, D], the queries at those rows only, and so is what is returned.
     """
-    B, T, H, D = q.shape
-    if positions is None:
-        return _causal(q, k, v, window)
-    lengths = document_lengths(positions)
-    parts = zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True)  # each [n, heads, D]
-    out = [_causal(*(x[None] for x in part), window)[0] for part in parts]
-    return torch.cat(out).view(B, T, H, D)
+    B, T, K, D = k.shape
+    if positions is None and rows is None:
+        return _document(q, k, v, window)
+    lengths = [T] * B if positions is None else document_lengths(positions)
+    if rows is None:
+        parts = zip(*(x.flatten(0, 1).split(lengths) for x in (q, k, v)), strict=True)  # each [n, heads, D]
+        return torch.cat([_document(*(x[None] for x in part), window)[0] for part in parts]).view(q.shape)
+    ends = torch.tensor(lengths).cumsum(0)
+    counts = torch.diff(torch.searchsorted(rows, ends.to(rows.device)), prepend=rows.new_zeros(1)).tolist()
+    out = []
+    parts = (q.split(counts), rows.split(counts), k.flatten(0, 1).split(lengths), v.flatten(0, 1).split(lengths))
+    for end, queries, own, keys, values in zip(ends.tolist(), *parts, strict=True):
+        if len(queries) or not len(rows):  # an empty selection too is part of the graph: k and v get zero gradients
+            at = own - (end - len(keys))  # [n], where the queries are in their document
+            out.append(_selected(queries, keys, values, at, window))
+    return torch.cat(out)
 
 
 def document_lengths(positions):
@@ -32,7 +43,7 @@ def document_lengths(positions):
     return torch.diff(starts, append=starts.new_tensor([positions.numel()])).tolist()
 
 
-def _causal(q, k, v, window):
+def _document(q, k, v, window):
     """One document a row: q [B, n, H, D] -> [B, n, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, heads, n, D]
     n, mask = q.shape[2], None
@@ -40,3 +51,20 @@ def _causal(q, k, v, window):
         mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - window)
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
+
+
+def _selected(q, k, v, at, window=None):
+    """Queries q [N, H, D] at places `at` [N] among keys k and v [n, K, D] -> [N, H, D]. A query that sees no key gets zeros.
+
+    The heads of a group become rows of one product with their key head: faster on a CPU than a product a query head.
+    """
+    N, H, D = q.shape
+    n, K, _ = k.shape
+    keys = torch.arange(n, device=q.device)
+    mask = keys <= at[:, None]  # [N, n]
+    if window is not None:
+        mask &= keys > at[:, None] - window
+    q = q.view(N, K, H // K, D).transpose(0, 1).flatten(1, 2)  # [K, N * H/K, D]
+    mask = mask.repeat_interleave(H // K, dim=0)  # [N * H/K, n]
+    out = F.scaled_dot_product_attention(q[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], mask)[0]
+    return out.view(K, N, H // K, D).transpose(0, 1).reshape(N, H, D)

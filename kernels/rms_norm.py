@@ -1,7 +1,8 @@
 """RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension, the mean taken in fp32.
 
-The torch twin. With a residual the sum x + residual is normalised and returned as well, so that a block reads and writes its
-stream once. Cost: 2 bytes moved per byte of x (4 with a residual), a few operations each; it is bound by memory.
+The torch twin; the kernel is in rms_norm_triton.py. With a residual the sum x + residual is normalised and returned as well,
+so that a block reads and writes its stream once. Cost: 2 bytes moved per byte of x (4 with a residual), a few operations
+each; it is bound by memory.
 """
 
 import torch
@@ -12,5 +13,5 @@ def rms_norm_torch(x, weight, eps=1e-5, residual=None):
     if residual is not None:
         x = x + residual
     x32 = x.float()
-    normed = weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    normed = (weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)).to(x.dtype)
     return normed if residual is None else (normed, x)

@@ -1,0 +1,723 @@
+"""The engine: text for many requests at once, through one model and one paged cache.
+
+    engine = Engine(model, tokenizer)
+    completions = engine.generate(prompts, SamplingParams(temperature=0))        # prompts: lists of token ids
+
+A step is: schedule, run, sample, advance. All sequences in flight share one forward pass: their new tokens lie one after the
+other in a single row, parts of prompts beside single tokens. Keys and values live in pages of `page_size` tokens; a sequence's
+`block_table` lists its pages. A page that nobody holds any more keeps what is in it, and is found again by whoever begins
+with the same tokens, until it is the oldest and its room is needed. Sequences join and leave at every step; when pages run out
+the youngest is put back in line and computed again later.
+
+Greedy text is the same alone, in any batch, and with any part of it found in the cache, up to the rounding of attention, which
+may add in another order. A seed and a position determine a draw, whatever else is in the batch.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import kernels
+from cli import UsageError
+from constrain import Grammar, Vocabulary, advance, cost, token_bytes
+from fast_linear import packed
+
+LOGITS = 2**26  # at most so many logits of scored text at a step, 256 MiB in fp32
+
+
+@dataclass
+class SamplingParams:
+    """How to choose tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all; stop: strings that end the text.
+
+    min_p: tokens less likely than this share of the likeliest are left out. repetition_penalty: divides the logits of tokens
+    already in prompt or text where positive, multiplies them where negative (Keskar et al. 2019). stop_ids: ids that end the
+    text besides the tokenizer's. logprobs: whether to return them. choices: strings, one of which the text is. json_schema:
+    the text is JSON of this schema (see constrain.py), whatever max_tokens.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+    stop: tuple = ()
+    seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple = ()
+    logprobs: bool = False
+    choices: list | None = None
+    json_schema: dict | None = None
+
+    def __post_init__(self):
+        seed = self.seed or 0
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 < self.max_tokens and 0 <= seed < 2**63):
+            raise UsageError(f"temperature, top_k and seed from 0, 0 < top_p <= 1 and max_tokens from 1 are needed; got {self}")
+        if not (0 <= self.min_p <= 1 and self.repetition_penalty > 0):
+            raise UsageError(f"0 <= min_p <= 1 and a repetition_penalty above 0 are needed; got {self}")
+        if (self.choices is not None) + (self.json_schema is not None) + bool(self.stop or self.stop_ids) > 1:
+            raise UsageError("choices, json_schema and stop (or stop_ids) each say where a text ends; give one of them")
+        if self.choices is not None and not (self.choices and all(self.choices) and len({*self.choices}) == len(self.choices)):
+            raise UsageError(f"choices are different texts, none empty; got {self.choices}")
+
+
+@dataclass
+class Completion:
+    """What was generated. `finish_reason`: `stop` (a stop id or string, neither part of ids or text) or `length`.
+
+    logprobs: natural log-probability of each of ids under the model itself, before penalties, temperature and filters.
+    probabilities: of each choice, where choices were given.
+    """
+
+    ids: list
+    text: str | None
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    logprobs: list | None = None
+    probabilities: dict | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A prompt and what follows it. Of its tokens the first `cached` have their keys and values in the pages of block_table."""
+
+    ids: list
+    params: SamplingParams
+    prompt_tokens: int
+    limit: int  # tokens in all
+    seed: int
+    scored: bool = False  # all ids are given, and what is wanted is the log-probability of those after the prompt
+    block_table: list = field(default_factory=list)
+    digests: list = field(default_factory=list)  # of the prefix up to the end of each full page
+    cached: int = 0
+    reused: int | None = None  # tokens found in the cache when it first began
+    text: str | None = None  # what is certain of the text
+    torn: str = ""  # what follows it, as long as a character may be missing bytes
+    goes_on: bool = False  # the text goes on from the prompt's last token
+    anchor: int = 0  # where to start decoding for the next piece of text: some tokens before `read`
+    read: int = 0  # tokens whose text is in `text`
+    logprobs: list = field(default_factory=list)
+    grammar: Grammar | None = None
+    state: tuple | None = None  # of the grammar
+    seen: torch.Tensor | None = None  # bool [V], for the repetition penalty
+    finish_reason: str | None = None
+
+    @property
+    def generated(self):
+        return self.ids[self.prompt_tokens :]
+
+    @property
+    def pending(self):
+        """Tokens that are to be run. The last of a scored text predicts nothing that is asked for."""
+        return len(self.ids) - self.scored - self.cached
+
+    def uniform(self):
+        """A number in [0, 1) that depends on the seed and on how many tokens there are, and on nothing else."""
+        digest = hashlib.blake2b(f"{self.seed}|{len(self.ids)}".encode(), digest_size=7).digest()
+        return int.from_bytes(digest, "big") / 2**56
+
+
+class BlockManager:
+    """Which page holds what, and who holds the page.
+
+    A page is known by the digest of all tokens before it and by its own tokens, which may be fewer than fit. Pages given back
+    join the end of `free`, of each sequence the last page first, so the oldest is reused first and never before what it leads to.
+    """
+
+    def __init__(self, num_pages, page_size):
+        self.num_pages, self.page_size = num_pages, page_size
+        self.held = {}  # page -> by how many sequences
+        self.free = {}  # pages that nobody holds, in the order in which they will be reused
+        self.fresh = 0  # this page and those after it were never touched
+        self.known = {}  # page -> (digest of what is before it, its tokens)
+        self.following = {}  # digest -> {page: its tokens} of the pages that are known to follow
+        self.full = {}  # digest of all tokens up to the end of a full page -> page
+
+    def available(self):
+        return len(self.free) + self.num_pages - self.fresh
+
+    def take(self, after=None, room=1):
+        """A page to write to: the one after `after` if it has nothing to lose, so that a sequence lies in one piece; else a
+        fresh one with `room` pages, itself included, to grow into; else the oldest."""
+        page = after + 1 if after is not None else None
+        if page not in self.free or page in self.known:
+            if self.fresh < self.num_pages:
+                page, self.fresh = self.fresh, min(self.num_pages, self.fresh + room)
+                self.free |= dict.fromkeys(range(page, self.fresh))
+            else:
+                page = next(iter(self.free))
+        self.forget(page)
+        self.hold(page)
+        return page
+
+    def hold(self, page):
+        self.free.pop(page, None)
+        self.held[page] = self.held.get(page, 0) + 1
+
+    def release(self, pages):
+        for page in reversed(pages):
+            self.held[page] -= 1
+            if not self.held[page]:
+                del self.held[page]
+                self.free[page] = None
+
+    def remember(self, page, before, tokens):
+        """Makes known that a page holds these tokens after those of the digest; returns the digest that includes them.
+
+        Where another page holds the same, that one stays known.
+        """
+        digest = chain(before, tokens)
+        if tokens not in self.following.get(before, {}).values():
+            self.forget(page)
+            self.known[page] = before, tokens, digest
+            self.following.setdefault(before, {})[page] = tokens
+            if len(tokens) == self.page_size:
+                self.full[digest] = page
+        return digest
+
+    def forget(self, page):
+        if page in self.known:
+            before, _, digest = self.known.pop(page)
+            self.full.pop(digest, None)
+            del self.following[before][page]
+            if not self.following[before]:
+                del self.following[before]
+
+    def find(self, tokens):
+        """The longest beginning of tokens that is known: (its full pages, their digests, a page that goes on, how far)."""
+        pages, digests, size, before = [], [], self.page_size, b""
+        while len(rest := tokens[len(pages) * size : (len(pages) + 1) * size]) == size:
+            if (digest := chain(before, rest)) not in self.full:
+                break
+            pages.append(self.full[digest])
+            digests.append(before := digest)
+        common = {page: common_prefix(known, rest) for page, known in self.following.get(before, {}).items()}
+        best = max(common, key=common.get, default=None)
+        return pages, digests, best, common.get(best, 0)
+
+
+def chain(before, tokens):
+    """The digest of a prefix and the page of tokens after it."""
+    return hashlib.blake2b(before + np.array(tokens, np.int64).tobytes(), digest_size=16).digest()
+
+
+def common_prefix(a, b):
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@dataclass
+class Span:
+    """The queries of one sequence in a step: their rows of q, and the keys that any of them sees."""
+
+    rows: slice
+    pages: torch.Tensor  # int64, where these keys are
+    seen: slice  # of the tokens of those pages
+    views: tuple | None  # keys and values of every layer in turn, [1, K, seen, D] each, where they lie in one piece
+    mask: torch.Tensor | None  # bool [queries, seen], for several queries
+
+
+class StepCache:
+    """The cache of one forward pass: writes the new keys and values to their pages, and attends over all there are.
+
+    batch: (sequence, tokens of it) in the order of the row: single tokens, then whole prompts, then parts. wanted: of each,
+    the tokens (from, to) whose logits are wanted.
+    """
+
+    def __init__(self, engine, batch, wanted):
+        self.kv, self.device, self.window = engine.kv, engine.device, engine.config.sliding_window
+        self.size = engine.blocks.page_size
+        positions = [p for s, n in batch for p in range(s.cached, s.cached + n)]
+        slots = [
+            s.block_table[p // self.size] * self.size + p % self.size for s, n in batch for p in range(s.cached, s.cached + n)
+        ]
+        self.positions, self.slots = torch.tensor([positions, slots], device=self.device).unsqueeze(1)  # [1, N] each
+        self.slots = self.slots[0]
+        self.everything = self.plan([(s, s.cached, s.cached + n) for s, n in batch])
+        self.last = self.plan([(s, *tokens) for (s, _), tokens in zip(batch, wanted, strict=True)], last=True)
+
+    def plan(self, queries, last=False):
+        """What to attend with: (single queries, rows of whole prompts, spans of several queries)."""
+        row, singles, rest, fresh = 0, [], [], slice(0, 0)
+        for sequence, begin, end in queries:
+            rows, row = slice(row, row + end - begin), row + end - begin
+            if end - begin == 1:
+                singles.append((sequence, rows, begin, end))
+            elif begin == 0 and not last:
+                fresh = slice(fresh.start or rows.start, rows.stop)
+            elif end > begin:
+                rest.append(self.span(sequence, rows, begin, end))
+        return self.single(singles, row), fresh, rest
+
+    def span(self, sequence, rows, begin, end):
+        size, window, views, mask = self.size, self.window, None, None
+        first = max(0, begin + 1 - window) if window else 0  # no query sees further back
+        pages = sequence.block_table[first // size : -(-end // size)]
+        seen = slice(first % size, first % size + end - first)
+        if self.device.type == "cpu" and pages == [*range(pages[0], pages[0] + len(pages))]:
+            start = pages[0] * size + first % size
+            views = self.kv.flatten(1, 2)[:, start : start + end - first].transpose(1, 2).unsqueeze(1).unbind()
+        if end - begin > 1:
+            at, keys = (torch.arange(*ends, device=self.device) for ends in ((begin, end), (first, end)))
+            mask = (keys <= at[:, None]) & (keys > at[:, None] - (window or end))
+        return Span(rows, torch.tensor(pages, device=self.device), seen, views, mask)
+
+    def single(self, singles, rows):
+        """One query each: their rows, and a Span each, or a block table and lengths for the kernel."""
+        if not singles:
+            return None
+        index = slice(None)
+        if len(singles) < rows:
+            index = torch.tensor([rows.start for _, rows, _, _ in singles], device=self.device)
+        if self.device.type == "cpu":
+            return index, [self.span(*single) for single in singles], None
+        widest = max(len(sequence.block_table) for sequence, *_ in singles)
+        table = [s.block_table + [0] * (widest - len(s.block_table)) for s, *_ in singles]
+        lengths = [end for *_, end in singles]
+        return index, *(torch.tensor(x, dtype=torch.int32, device=self.device) for x in (table, lengths))
+
+    def attend(self, layer, q, k, v, window, rows):
+        """q [1, N, H, D], or [rows, H, D] with rows; k and v [1, N, K, D] -> as q."""
+        keys, values = self.kv[2 * layer], self.kv[2 * layer + 1]  # [P, page_size, K, D]
+        for pages, new in ((keys, k), (values, v)):
+            pages.flatten(0, 1).index_copy_(0, self.slots, new[0])
+        singles, fresh, rest = self.everything if rows is None else self.last
+        queries, out = q.flatten(0, -3), torch.empty_like(q).flatten(0, -3)  # [N, H, D]
+        if singles:
+            index, table, lengths = singles
+            if lengths is None:  # a product for each key head: the heads of a group are folded into rows
+                folded = queries[index].unflatten(1, (k.shape[2], -1)).unsqueeze(1).unbind()  # [1, K, H / K, D] each
+                parts = [F.scaled_dot_product_attention(x, *self.seen(layer, s)) for x, s in zip(folded, table, strict=True)]
+                attended = torch.cat(parts).view(-1, *queries.shape[1:])
+            else:
+                attended = kernels.decode_attention(queries[index][:, None], keys, values, table, lengths, window)[:, 0]
+            if len(attended) == len(queries):
+                return attended.view_as(q)
+            out[index] = attended
+        if fresh.stop:
+            parts = (x[:, fresh] for x in (q, k, v, self.positions))
+            out[fresh] = kernels.attention(*parts, window)[0]
+        for span in rest:
+            x, grouped = queries[span.rows].transpose(0, 1)[None], q.shape[-2] != k.shape[2]  # [1, H, n, D]
+            attended = F.scaled_dot_product_attention(x, *self.seen(layer, span), span.mask, enable_gqa=grouped)
+            out[span.rows] = attended[0].transpose(0, 1)
+        return out.view_as(q)
+
+    def seen(self, layer, span):
+        """Keys and values of a layer for a span, [1, K, seen, D]: as they lie, or gathered from the pages."""
+        if span.views:
+            return span.views[2 * layer : 2 * layer + 2]
+        pages = (self.kv[2 * layer + i].index_select(0, span.pages) for i in range(2))  # [pages, page_size, K, D]
+        return [x.flatten(0, 1)[span.seen].transpose(0, 1)[None] for x in pages]
+
+
+class Engine:
+    """Generates for many prompts at once, with cached keys and values.
+
+    model: a Transformer in eval mode, any dtype and device. On a CPU the engine runs a packed twin of it (fast_linear.py), made
+    here: it sees no later change of the weights. tokenizer: may be None where only ids go in and out (no stop ids then).
+    max_batch: sequences in flight; max_step_tokens: tokens of prompts taken in at one step, longer ones in parts. cache_tokens:
+    room for keys and values, in tokens; by default most of a GPU's free memory, or a quarter of the machine's (8 GiB at most),
+    which is taken only as it is used.
+    """
+
+    def __init__(self, model, tokenizer=None, max_batch=64, max_step_tokens=4096, cache_tokens=None, page_size=16):
+        self.tokenizer, self.config = tokenizer, model.config
+        self.max_batch, self.max_step_tokens = max_batch, max_step_tokens
+        parameter = next(model.parameters())
+        self.device, dtype, config = parameter.device, parameter.dtype, model.config
+        self.model = packed(model) if self.device.type == "cpu" else model
+        shape = (page_size, config.num_key_value_heads, config.head_dim)
+        bytes_a_page = 2 * config.num_hidden_layers * page_size * shape[1] * shape[2] * dtype.itemsize
+        if cache_tokens is None:
+            if self.device.type == "cuda":
+                room = torch.cuda.mem_get_info(self.device)[0] * 0.85
+            else:
+                room = min(2**33, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+            cache_tokens = int(room // bytes_a_page) * page_size
+        self.blocks = BlockManager(cache_tokens // page_size, page_size)
+        shape = (2 * config.num_hidden_layers, self.blocks.num_pages, *shape)  # [2 layers, P, page_size, K, D]
+        if self.device.type == "cuda":
+            self.kv = torch.zeros(shape, dtype=dtype, device=self.device)
+        else:  # zeros of numpy's take no memory until they are touched
+            self.kv = torch.from_numpy(np.zeros(self.blocks.num_pages * bytes_a_page, np.uint8)).view(dtype).view(shape)
+        self.vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size  # a model's may be padded
+        self.stop_ids = set(tokenizer.stop_ids) if tokenizer else set()
+        self.waiting, self.running = [], []
+        self.stats = {"prefilled": 0, "reused": 0, "decoded": 0}
+        self.grammars = {}
+
+    # ---- requests ----------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts, params):
+        """list of prompts (token ids), one SamplingParams for all or a list -> list[Completion], in the prompts' order."""
+        params = params if isinstance(params, list) else [params] * len(prompts)
+        lines = [self.sequences(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        self.finish([sequence for line in lines for sequence in line])
+        return [self.choose(line) if line[0].params.choices else self.completion(*line) for line in lines]
+
+    def score(self, prompts, continuations):
+        """Log-probability (nats) of each continuation after its prompt, both token ids -> list of floats."""
+        lines = [self.sequence(p, SamplingParams(), c) for p, c in zip(prompts, continuations, strict=True)]
+        self.finish(lines)
+        return [sum(sequence.logprobs) for sequence in lines]
+
+    def stream(self, prompt, params, goes_on=False):
+        """Yields the text of one completion piece by piece, in whole characters; its `return` value is the Completion.
+
+        goes_on: the text goes on from the prompt's, so a space between them is part of it (SentencePiece drops the first).
+        """
+        if params.choices:
+            done = self.generate([prompt], params)[0]
+            yield done.text
+            return done
+        sequence, shown = self.add(prompt, params), 0
+        sequence.goes_on, sequence.anchor = goes_on, sequence.anchor - goes_on
+        try:
+            while sequence.finish_reason is None:
+                self.step()
+                sure = len(sequence.text) + 1 - max(map(len, params.stop), default=1)  # a stop string may have begun
+                if sequence.finish_reason is None and sure > shown:
+                    yield sequence.text[shown:sure]
+                    shown = sure
+            if len(sequence.text) > shown:
+                yield sequence.text[shown:]
+        finally:  # the reader may have left
+            self.cancel(sequence)
+        return self.completion(sequence)
+
+    def add(self, prompt, params):
+        """Puts a prompt in line for the next steps; returns its Sequence."""
+        self.waiting += self.sequences(prompt, params)
+        return self.waiting[-1]
+
+    def cancel(self, sequence):
+        """Takes a sequence out, wherever it is, and gives its pages back."""
+        for line in (self.waiting, self.running):
+            if sequence in line:
+                line.remove(sequence)
+                self.put_away(sequence)
+
+    def finish(self, sequences):
+        """Runs these, and what else is in flight, until these are done."""
+        self.waiting += sequences
+        try:
+            while any(sequence.finish_reason is None for sequence in sequences):
+                self.step()
+        finally:  # Ctrl-C leaves nothing behind
+            for sequence in sequences:
+                self.cancel(sequence)
+
+    def sequences(self, prompt, params):
+        """What a request runs as: one Sequence, or for choices a scored one each.
+
+        A choice that is the beginning of another counts with the end of the turn after it, the others without.
+        """
+        if not params.choices:
+            return [self.sequence(prompt, params)]
+        ids = [self.tokenizer.encode(choice) for choice in params.choices]
+        ends = [any(one is not other and other[: len(one)] == one for other in ids) for one in ids]
+        stop = self.tokenizer.stop_ids[:1]
+        return [self.sequence(prompt, params, one + stop * end) for one, end in zip(ids, ends, strict=True)]
+
+    def sequence(self, prompt, params, continuation=None):
+        """A prompt as a Sequence. UsageError if it is empty, not made of the model's tokens, or can never fit."""
+        ids, scored = [*prompt, *(continuation or [])], continuation is not None
+        room = min(self.config.max_position_embeddings, self.blocks.num_pages * self.blocks.page_size)
+        if not prompt or len(ids) > room - (not scored):
+            what = "model takes" if room == self.config.max_position_embeddings else "cache has room for"
+            raise UsageError(f"a prompt of {len(ids)} tokens; the {what} 1 to {room - (not scored)}")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise UsageError(f"token ids {min(ids)} to {max(ids)}, but the vocabulary has {self.config.vocab_size}")
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "big")
+        limit = len(ids) if scored else min(room, len(ids) + params.max_tokens)
+        sequence = Sequence(ids, params, len(prompt), limit, seed, scored, anchor=len(prompt), read=len(prompt))
+        sequence.text = "" if self.tokenizer else None
+        if params.json_schema is not None:
+            sequence.grammar = self.grammar(params.json_schema)
+            sequence.state = sequence.grammar.start
+            if cost(sequence.state) > limit - len(prompt):
+                needed = f"up to {cost(sequence.state)} tokens"
+                raise UsageError(
+                    f"the shortest JSON of this schema takes {needed}, but there is room for {limit - len(prompt)}"
+                )
+        return sequence
+
+    def grammar(self, schema):
+        key = json.dumps(schema)
+        if key not in self.grammars:
+            if not self.grammars:
+                self.vocabulary = Vocabulary(self.tokenizer)
+            self.grammars[key] = Grammar(schema, self.vocabulary)
+        return self.grammars[key]
+
+    def completion(self, s):
+        logprobs = s.logprobs if s.params.logprobs else None
+        return Completion(s.generated, s.text, s.finish_reason, s.prompt_tokens, s.reused, logprobs)
+
+    def choose(self, lines):
+        """The Completion of scored choices: probabilities are those of the choices' tokens after the prompt, divided by their
+        sum. Temperature 0 takes the likeliest; others draw from the probabilities to the power of 1 / temperature."""
+        first, params = lines[0], lines[0].params
+        logits = torch.tensor([sum(line.logprobs) for line in lines], dtype=torch.float64)
+        probabilities = logits.softmax(-1).tolist()
+        picked = int(logits.argmax())
+        if params.temperature > 0:
+            drawn = ((logits - logits.max()) / params.temperature).softmax(-1).cumsum(-1)
+            picked = int((drawn <= first.uniform() * drawn[-1]).sum())
+        line, text = lines[picked], params.choices[picked]
+        n = len(self.tokenizer.encode(text))
+        named = dict(zip(params.choices, probabilities, strict=True))
+        logprobs = line.logprobs[:n] if params.logprobs else None
+        return Completion(line.generated[:n], text, "stop", line.prompt_tokens, first.reused, logprobs, named)
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self):
+        """One forward pass: schedule, run, sample, advance."""
+        batch, wanted = self.schedule(), []
+        for sequence, n in batch:  # of each, the tokens (from, to) whose logits are wanted
+            begin = max(sequence.cached, (sequence.prompt_tokens if sequence.scored else len(sequence.ids)) - 1)
+            wanted.append((begin, max(begin, sequence.cached + n)))
+        if not batch:
+            return
+        owners = [(sequence, at) for (sequence, _), tokens in zip(batch, wanted, strict=True) for at in range(*tokens)]
+        logits = self.run(batch, wanted)[: len(owners), : self.vocab_size]
+        results = self.sample(logits, owners) if owners else []
+        for sequence, n in batch:
+            decoding = n == 1 and sequence.cached >= sequence.prompt_tokens
+            self.stats["prefilled"] += 0 if decoding else n
+            sequence.cached += n
+            self.remember(sequence)
+        for (sequence, _), (token, logprob) in zip(owners, results, strict=True):
+            self.advance(sequence, token, logprob)
+        for sequence in [s for s, _ in batch if s.finish_reason]:
+            self.cancel(sequence)
+
+    def schedule(self):
+        """[(sequence, number of its tokens to run)]: those in flight first, the oldest before the younger, then new ones."""
+        self.budget, self.rows, batch, coming, i = self.max_step_tokens, max(1, LOGITS // self.vocab_size), [], set(), 0
+        while i < len(self.running):
+            sequence = self.running[i]
+            n = self.share(sequence)
+            if self.pages(sequence.cached + n) > len(sequence.block_table):
+                if not self.blocks.available():  # the youngest, which may be this one, goes back in line
+                    youngest = self.running.pop()
+                    self.put_away(youngest)
+                    self.waiting.insert(0, youngest)
+                    continue
+                sequence.block_table.append(self.blocks.take(sequence.block_table[-1]))
+            self.enlist(batch, coming, sequence, n)
+            i += 1
+        for sequence in list(self.waiting):
+            if len(self.running) >= self.max_batch or self.budget < 1:
+                break
+            admitted = self.admit(sequence, coming)
+            if admitted is False:
+                break
+            if admitted:
+                self.enlist(batch, coming, sequence, self.share(sequence))
+        return sorted(batch, key=lambda entry: (entry[1] > 1) + (entry[1] > 1 and entry[0].cached > 0))
+
+    def share(self, sequence):
+        """How many of a sequence's pending tokens can be run at this step. One that follows a run is always."""
+        if sequence.pending == 1 and not sequence.scored:
+            return 1
+        n = min(sequence.pending, self.budget)
+        return min(n, max(0, sequence.prompt_tokens - 1 - sequence.cached) + self.rows) if sequence.scored else n
+
+    def enlist(self, batch, coming, sequence, n):
+        if sequence.pending > 1:
+            self.budget -= n
+            coming.add(self.next_page(sequence.digests, sequence.ids))
+        if sequence.scored:
+            self.rows -= max(0, sequence.cached + n - max(sequence.cached, sequence.prompt_tokens - 1))
+        if n:
+            batch.append((sequence, n))
+
+    def next_page(self, digests, ids):
+        """What the first page that is not known would be known by."""
+        size = self.blocks.page_size
+        return digests[-1] if digests else b"", tuple(ids[len(digests) * size : (len(digests) + 1) * size])
+
+    def pages(self, tokens):
+        return -(-tokens // self.blocks.page_size)
+
+    def admit(self, sequence, coming):
+        """Gives a sequence in line its pages and what the cache knows of it. False where there is no room; None where it had
+        better wait for a page that it shares with one in flight."""
+        blocks, ids = self.blocks, sequence.ids
+        pages, digests, source, common = blocks.find(ids[: (sequence.prompt_tokens if sequence.scored else len(ids)) - 1])
+        following = self.next_page(digests, ids)
+        if len(following[1]) == blocks.page_size and following in coming:
+            return None
+        for page in [*pages, *([source] if common else [])]:
+            blocks.hold(page)
+        # a page that nobody else uses and that is true to its end is written on; of others the beginning is copied
+        taken = common > 0 and blocks.held[source] == 1 and common == len(blocks.known[source][1])
+        needed = self.pages(len(ids)) - len(pages) - taken
+        if common and not taken and needed > blocks.available():
+            blocks.release([source])
+            common = 0
+        if needed > blocks.available() - len(self.running):  # each of those may soon need one
+            blocks.release([*pages, *([source] if common else [])])
+            return False
+        table = [*pages, *([source] if taken else [])]
+        while len(table) < self.pages(len(ids)):
+            room = self.pages(sequence.limit) - len(table)
+            table.append(blocks.take(table[-1] if table else None, room))
+        if common and not taken:
+            self.kv[:, table[len(pages)]] = self.kv[:, source]
+            blocks.release([source])
+        sequence.block_table, sequence.digests = table, digests
+        sequence.cached = len(pages) * blocks.page_size + common
+        sequence.reused = sequence.cached if sequence.reused is None else sequence.reused
+        self.stats["reused"] += sequence.cached
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def remember(self, sequence, partly=False):
+        """Lets the pages that a sequence has filled be found by others, and partly its last one too."""
+        size, ids, digests = self.blocks.page_size, sequence.ids, sequence.digests
+        while (at := len(digests) * size) + size <= sequence.cached or (partly and at < sequence.cached):
+            tokens = ids[at : min(at + size, sequence.cached)]
+            digests.append(self.blocks.remember(sequence.block_table[len(digests)], digests[-1] if digests else b"", tokens))
+
+    def put_away(self, sequence):
+        """Gives the pages of a sequence back."""
+        self.remember(sequence, partly=True)
+        self.blocks.release(sequence.block_table)
+        sequence.block_table, sequence.digests, sequence.cached = [], [], 0
+        if sequence.scored and not sequence.finish_reason:
+            sequence.logprobs = []
+
+    def run(self, batch, wanted):
+        """Logits [wanted tokens, V] of the model; of one token where none are wanted."""
+        tokens = [i for s, n in batch for i in s.ids[s.cached : s.cached + n]]
+        rows, row = [], 0
+        if all(begin == end for begin, end in wanted):
+            first = batch[0][0].cached
+            wanted = [(first, first + 1), *wanted[1:]]
+        for (sequence, n), (begin, end) in zip(batch, wanted, strict=True):
+            rows += range(row + begin - sequence.cached, row + end - sequence.cached)
+            row += n
+        cache = StepCache(self, batch, wanted)
+        rows = torch.tensor(rows, device=self.device) if len(rows) < len(tokens) else None
+        logits = self.model(torch.tensor([tokens], device=self.device), cache.positions, cache=cache, rows=rows)
+        return logits.flatten(0, -2)
+
+    def sample(self, logits, owners):
+        """[(token, its log-probability where asked for)] for logits [N, V] and owners, [(sequence, at)]. One sync in all."""
+        chosen = logits
+        for i, (sequence, _) in enumerate(owners):
+            if not sequence.scored and (sequence.grammar or sequence.params.repetition_penalty != 1):
+                chosen = chosen.float().clone() if chosen is logits else chosen
+                chosen[i] = self.constrain(chosen[i], sequence)
+        tokens = chosen.argmax(-1)
+        drawn = [i for i, (s, _) in enumerate(owners) if s.params.temperature > 0 and not s.scored]
+        if drawn:
+            tokens[drawn] = draw(
+                chosen[drawn].float(), [owners[i][0].params for i in drawn], [owners[i][0].uniform() for i in drawn]
+            )
+        given = {i: s.ids[at + 1] for i, (s, at) in enumerate(owners) if s.scored}
+        if given:
+            tokens[[*given]] = torch.tensor([*given.values()], device=self.device)
+        asked = [i for i, (s, _) in enumerate(owners) if s.scored or s.params.logprobs]
+        results = tokens.double()
+        if asked:
+            logprobs = logits[asked].float().log_softmax(-1).gather(1, tokens[asked][:, None])
+            results = torch.cat((results, logprobs[:, 0].double()))
+        results = results.tolist()
+        logprobs = dict(zip(asked, results[len(owners) :], strict=True))
+        return [(int(token), logprobs.get(i)) for i, token in enumerate(results[: len(owners)])]
+
+    def constrain(self, logits, sequence):
+        """logits fp32 [V] with the repetition penalty, and only of tokens that the grammar and what is left of room allow."""
+        penalty, ids = sequence.params.repetition_penalty, sequence.ids
+        if penalty != 1:
+            if sequence.seen is None:
+                sequence.seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
+                sequence.seen[ids] = True
+            sequence.seen[ids[-1]] = True
+            seen = sequence.seen[: len(logits)]
+            logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+        if sequence.grammar:
+            allowed, costs = sequence.grammar.allowed(sequence.state)
+            allowed = allowed[costs < sequence.limit - len(ids)].tolist()
+            allowed = torch.tensor(allowed + [*self.stop_ids] * (cost(sequence.state) == 0), device=self.device)
+            logits = torch.full_like(logits, -torch.inf).index_copy(0, allowed, logits[allowed])
+        return logits
+
+    def advance(self, sequence, token, logprob):
+        """Appends a token to a sequence, and ends it where it ends."""
+        s, ids = sequence, sequence.ids
+        if logprob is not None:
+            s.logprobs.append(logprob)
+        if s.scored:
+            s.finish_reason = "stop" if len(s.logprobs) == len(ids) - s.prompt_tokens else None
+            return
+        self.stats["decoded"] += 1
+        if token in self.stop_ids or token in s.params.stop_ids:
+            s.finish_reason = "stop"
+        else:
+            ids.append(token)
+            if s.grammar:
+                s.state = advance(s.state, token_bytes(self.tokenizer, token))
+                s.finish_reason = "stop" if not s.state or len(ids) == s.limit else None
+            if self.tokenizer:
+                self.read_text(s)
+            if len(ids) == s.limit and not s.finish_reason:
+                s.finish_reason = "length"
+        if s.finish_reason:
+            if self.tokenizer:
+                s.text += s.torn
+            s.cached = min(s.cached, len(ids))
+            del s.logprobs[len(s.generated) :]
+
+    def read_text(self, s):
+        """Adds the text of the last token. A character that lacks bytes waits for them; a stop string cuts text and ids."""
+        before, decode = len(s.text), self.tokenizer.decode
+        piece = decode(s.ids[s.anchor :])[len(decode(s.ids[s.anchor : s.read])) :]
+        s.torn = piece if piece.endswith("\ufffd") else ""
+        if not s.torn:
+            s.text, s.anchor, s.read = s.text + piece, s.read, len(s.ids)
+        if not s.params.stop:
+            return
+        text, begin = s.text + s.torn, max(0, before + 1 - max(map(len, s.params.stop)))
+        found = [at for stop in s.params.stop if (at := text.find(stop, begin)) >= 0]
+        if found:
+            s.text, s.torn, s.finish_reason = text[: min(found)], "", "stop"
+            first = s.prompt_tokens - s.goes_on
+            length = len(s.text) + len(decode(s.ids[first : s.prompt_tokens]))
+            while len(decode(s.ids[first:])) > length:
+                s.ids.pop()
+
+
+def draw(logits, params, uniform):
+    """One token each: logits fp32 [N, V], parameters and numbers in [0, 1) of each row -> ids int64 [N], on the device.
+
+    Temperature, then top-k, top-p of what is left, min-p; then the token at which the running sum of probabilities passes the
+    number. No row depends on another.
+    """
+    device, V = logits.device, logits.shape[1]
+    columns = [[p.temperature, p.top_p, p.min_p, u] for p, u in zip(params, uniform, strict=True)]
+    temperature, top_p, min_p, uniform = torch.tensor(columns, dtype=torch.float64, device=device).unsqueeze(-1).unbind(1)
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature.float()
+    if some := [i for i, p in enumerate(params) if 0 < p.top_k < V]:
+        k = torch.tensor([[params[i].top_k - 1] for i in some], device=device)
+        least = logits[some].topk(max(params[i].top_k for i in some)).values.gather(1, k)
+        logits[some] = logits[some].masked_fill(logits[some] < least, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if some := [i for i, p in enumerate(params) if p.top_p < 1]:
+        ordered = probabilities[some].sort(descending=True).values
+        enough = (ordered.double().cumsum(-1) - ordered < top_p[some]).sum(-1, keepdim=True)  # the fewest that reach top_p
+        probabilities[some] *= probabilities[some] >= ordered.gather(1, enough - 1)
+    probabilities *= probabilities >= min_p * probabilities.amax(-1, keepdim=True)
+    sums = probabilities.double().cumsum(-1)
+    return (sums <= uniform * sums[:, -1:]).sum(-1)

@@ -1,0 +1,87 @@
+"""A model for decoding on a CPU: weights in oneDNN's own layout, q/k/v and gate/up in one product each.
+
+    model = packed(model)                        # shares embeddings and norms; the model given stays as it was
+
+A step of decoding reads every weight once, and oneDNN reads its blocked layout at nearly the speed of memory where row-major
+weights take up to twice as long. Its results for a row do not depend on how many rows there are, so a text comes out the same
+in any batch. The two private operators are called here and nowhere else; where they are missing or refuse, plain ones serve.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import MLP, Attention, Transformer, rotate, select
+
+ROWS = 16  # what the layout is chosen for; for 1 it would be slow at more, for 16 it is as fast at 1
+
+
+class PackedLinear(nn.Module):
+    """x [..., C] -> [..., sum of the sizes]: linear layers that share their input, as one."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        weights = [layer.weight.detach() for layer in layers]
+        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self.bias = (
+            torch.cat([layer.bias.detach() for layer in layers]) if getattr(layers[0], "bias", None) is not None else None
+        )
+        self.blocked = False
+        if self.weight.dtype == torch.float32 or (
+            self.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
+            try:
+                self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS)
+                self.blocked = True
+            except (AttributeError, RuntimeError):
+                pass
+
+    def forward(self, x):
+        if self.blocked:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+
+class PackedAttention(Attention):
+    def forward(self, x, cos, sin, positions, cache, rows=None):
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [1, N, H + 2 K, D]
+        qk, v = heads.split((heads.shape[-2] - self.kv_heads, self.kv_heads), dim=-2)
+        q, k = rotate(qk, cos, sin).split((qk.shape[-2] - self.kv_heads, self.kv_heads), dim=-2)
+        out = cache.attend(self.layer, select(q, rows), k, v, self.window, rows)
+        return self.o_proj(out.flatten(-2))
+
+
+class PackedMLP(MLP):
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class PackedTransformer(Transformer):
+    def head(self, x, targets):
+        return self.packed_head(x)
+
+
+@torch.no_grad()
+def packed(module):
+    """A twin of a Transformer (or a part of it) that runs with a cache only. It sees no later change of the weights."""
+    if isinstance(module, nn.Linear):
+        return PackedLinear(module)
+    twin = copy.copy(module)
+    if isinstance(module, Attention):
+        twin.__class__, parts = PackedAttention, (module.q_proj, module.k_proj, module.v_proj)
+        twin.kv_heads = module.k_proj.out_features // module.head_dim
+        twin._modules = {"qkv": PackedLinear(*parts), "o_proj": packed(module.o_proj)}
+    elif isinstance(module, MLP):
+        twin.__class__, parts = PackedMLP, (module.gate_proj, module.up_proj)
+        twin._modules = {"gate_up": PackedLinear(*parts), "down_proj": packed(module.down_proj)}
+    else:
+        twin._modules = {name: packed(child) for name, child in module._modules.items() if name != "lm_head"}
+    if isinstance(module, Transformer):
+        twin.__class__ = PackedTransformer
+        twin._modules["packed_head"] = PackedLinear(
+            module.model["embed_tokens"] if module.config.tie_word_embeddings else module.lm_head
+        )
+    return twin
