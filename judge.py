@@ -270,7 +270,7 @@ def verdict_line(key, performance, asked, weight, dimensions):
 
 def open_judge(args, directory):
     """The model that --judge names, its answers kept in a directory; None without --judge."""
-    options = {"answers": directory / "answers", "concurrency": args.concurrency, "per_minute": args.per_minute}
+    options = {"answers": directory / "answers", "concurrency": args.concurrency, "per_minute": args.requests_per_minute}
     model = open_model(args.judge, **options) if args.judge else None
     if model and model.local and args.repeats > 1 and not args.temperature:
         cli.note("a local judge says the same again at temperature 0; add --temperature 1 for repeats that differ")
@@ -421,7 +421,7 @@ def parse_args():
     add("--repeats", type=int, default=1, help="judge so many times, with other seeds (default: 1)")
     add("--temperature", type=float, default=0.0, help="of the judge's first try (default: 0)")
     add("--concurrency", type=int, default=8, help="requests to an endpoint at once (default: 8)")
-    add("--per-minute", type=float, metavar="N", help="requests to an endpoint a minute (default: any number)")
+    add("--requests-per-minute", type=float, metavar="N", help="requests to an endpoint a minute (default: any number)")
     add("--limit", type=int, metavar="N", help="only the first N scenes")
     add("--out", help=f"file for the verdicts (default: {VERDICTS} beside the transcripts); of --calibrate, a directory")
     add("--json", action="store_true", help="the summary as JSON")
@@ -433,8 +433,8 @@ def parse_args():
         raise UsageError("--html and --versus go with a directory of performances")
     if args.calibrate and not args.judge:
         raise UsageError("--calibrate: which judge? name it with --judge")
-    if min(args.repeats, args.concurrency, 1 if args.limit is None else args.limit) < 1 or (args.per_minute or 1) <= 0:
-        raise UsageError("--repeats, --concurrency and --limit are at least 1, --per-minute is more than 0")
+    if min(args.repeats, args.concurrency, 1 if args.limit is None else args.limit) < 1 or (args.requests_per_minute or 1) <= 0:
+        raise UsageError("--repeats, --concurrency and --limit are at least 1, --requests-per-minute is more than 0")
     if not (0 <= args.temperature < math.inf and 0 <= args.length_weight < math.inf):
         raise UsageError("--temperature and --length-weight are at least 0")
     return args
