@@ -225,6 +225,27 @@ def test_lcs_rouge_is_a_plain_f1():
         assert rouge_l(reference, candidate) == pytest.approx(2 * longest(0, 0) / (len(x) + len(y)), abs=1e-12)
 
 
+def test_rouge_takes_texts_of_any_length():
+    """Twenty thousand words, also as one sentence, and none at all: no recursion, no table that fills the memory."""
+    rng = random.Random(1)
+    x, y = (" ".join(rng.choice(["tea", "Ferry", "night", "key"]) for _ in range(20_000)) for _ in range(2))
+    for variant in ("lcs", "release"):
+        assert rouge_l(x, x, variant) == pytest.approx(1, abs=1e-6) and 0.5 < rouge_l(x, y, variant) <= 1
+        assert rouge_l("", x, variant) == rouge_l(x, "", variant) == rouge_l("...", " \n", variant) == 0
+
+
+def test_bleu_without_the_speakers_names(gca, shared):
+    """Over GPT-4o's hundred simulations the names are worth more than half of it."""
+    found = read_performances(gca / "gpt-4o.simulation.json", shared / "coser" / "test" / "id.json")
+    named, unnamed = (statistics.mean(bleu(*scripts(s, m, names)) for s, m, _ in found) for names in (True, False))
+    assert round(100 * named, 1) == 5.6 and round(100 * unnamed, 1) == 1.7
+    scene, messages, _ = found[0]
+    for text, speakers in zip(scripts(scene, messages, False), ([t["character"] for t in scene.dialogues], None), strict=True):
+        assert not any(
+            line.startswith(f"{name}:") for name in speakers or scene.speaking_characters for line in text.split("\n")
+        )
+
+
 def test_bleu_is_nltks():
     """Equal to nltk's sentence BLEU on the words and commas of 200 random sentences, whatever their case."""
     values = set()
@@ -345,6 +366,146 @@ def test_what_stays_invalid_is_never_a_score(stage, reply):
     invalid = dimensions.pop("Anthropomorphism")
     assert invalid["error"] and invalid["score"] is None and invalid["scores"] == [None]
     assert all(found["score"] > 0 and "error" not in found for found in dimensions.values())
+
+
+def mutated(rng, text):
+    """A reply with some of its characters gone, doubled, swapped, cut off or replaced by what breaks a parser."""
+    odd = [
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        ",",
+        ":",
+        "\\",
+        "\\ud83d",
+        "\ud83d",
+        "\0",
+        "\n",
+        "```",
+        "null",
+        "-1",
+        "6",
+        "1e9",
+        "NaN",
+        "\u6f22",
+    ]
+    for _ in range(rng.randrange(1, 3)):
+        i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+        text = rng.choice(
+            [text[:i] + text[i + 1 :], text[:i] + rng.choice(odd) + text[i:], text[:j], text[:i] + text[i:j] * 2 + text[j:]]
+            + [text[:i] + text[j:] if j - i < 9 else text, text[:i] + rng.choice(odd) + text[i + 1 :], text[i:]]
+        )
+    return text
+
+
+def test_two_thousand_mutated_replies(stage):
+    """None crashes; each ends as a list of whole flaws, the ones that JSON itself finds where it does, or as an error."""
+    scene, replies, valid = stage["ward-c/1"], [], 0
+    for seed in range(2000):
+        rng = random.Random(seed)
+        base = verdict(*[rng.randrange(1, 6) for _ in range(rng.randrange(4))])
+        replies.append(
+            mutated(rng, rng.choice([base, f"```json\n{base}\n```", json.dumps({"Anthropomorphism": json.loads(base)})]))
+        )
+    pending = iter(replies)
+    for _ in range(2000 // 4):
+        four = [next(pending) for _ in DIMENSIONS]
+        say = dict(zip(DIMENSIONS, four, strict=True))
+        dimensions = judge_one(scene, acted(scene), Script(lambda m, p, say=say: say[dimension_of(m)]))
+        json.dumps(dimensions, ensure_ascii=False).encode()  # can be written
+        for dimension, reply in say.items():
+            found = dimensions[dimension]
+            assert (found["score"] is None) == ("error" in found) == (found["scores"] == [None])
+            assert all(
+                f.keys() == FLAW.keys() and type(f["severity"]) is int and 1 <= f["severity"] <= 5 for f in found["flaws"]
+            )
+            valid += found["score"] is not None
+            try:
+                severities = [flaw["severity"] for flaw in json.loads(reply)["flaws"]]
+            except (ValueError, LookupError, TypeError):
+                continue
+            if found["score"] is not None:
+                assert severities == [flaw["severity"] for flaw in found["flaws"]]
+    assert 300 < valid < 1700
+
+
+# ---- rubrics ------------------------------------------------------------------------------------------------------------
+
+RUBRIC = {
+    "system": "Read {book} with {major_characters} in mind: {dimension_name}, {dimension_brief}\n{additional_instructions}\n"
+    "{plot_summary} {scenario} {character_profiles} {original_conversation}\n{dimension_criteria}\n"
+    'Answer\n{\n  "{dimension_name}": {"flaws": [{"instance": <...>, "severity": <0 to 3>}]}\n}',
+    "template": "{simulated_conversation}",
+    "dimensions": {
+        "Wit": {"brief": "is it funny", "criteria": "- a joke falls flat {scenario}"},
+        "Pace": {"brief": "", "criteria": ""},
+    },
+    "severity": [0, 3],
+}
+
+
+def test_another_rubric(script, stage, plays, tmp_path, monkeypatch):
+    """Its prompts reach the judge filled in one pass, other braces as they are; nested flaws and its own bound are read."""
+    (tmp_path / "wit.json").write_text(json.dumps(RUBRIC))
+    scene = stage["ward-c/1"]
+    scene_with_braces = deepcopy(scene)
+    scene_with_braces.scenario += " {simulated_conversation} {0} {}"
+    system, user = judge_messages(scene_with_braces, acted(scene), "Wit", judge.load_rubric(tmp_path / "wit.json"))
+    original, simulated = scripts(scene, acted(scene))
+    assert user == {"role": "user", "content": simulated}
+    assert system["content"].startswith(
+        f"Read {scene.book} with {', '.join(scene.major_characters)} in mind: Wit, is it funny\n\n"
+    )
+    assert f"{scene_with_braces.scenario} " in system["content"] and original in system["content"]
+    assert system["content"].endswith(
+        '- a joke falls flat {scenario}\nAnswer\n{\n  "Wit": {"flaws": [{"instance": <...>, "severity": <0 to 3>}]}\n}'
+    )
+
+    def answer(body, _):
+        name = "Wit" if ": Wit," in body["messages"][0]["content"] else "Pace"
+        return json.dumps({name: {"flaws": [{**FLAW, "severity": 3 * (name == "Wit")}]}})
+
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        code, out, err = script("judge", plays, "--judge", "openai:j", "--rubric", tmp_path / "wit.json")
+        assert code == 0 and len(server.requests) == 6 and "Wit" in out and "may pose as instructions" in err
+        for line in read_lines(plays / "verdicts.jsonl"):
+            turns = line["turns"]
+            assert line["dimensions"]["Wit"]["score"] == pytest.approx(100 - 5 * (3 - 0.3 * turns))
+            assert line["dimensions"]["Pace"]["score"] == pytest.approx(100 + 1.5 * turns)
+            assert line["rubric"].startswith("wit-")
+        assert "wit-" in usage_error(script("judge", plays, "--judge", "openai:j"))  # another rubric is another run
+        assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"template": None}, "template"),
+        ({"template": "{simulation}"}, "{simulation}"),
+        ({"template": "{scenario}"}, "simulated_conversation"),
+        ({"system": 3}, "system"),
+        ({"dimensions": {}}, "dimensions"),
+        ({"dimensions": []}, "dimensions"),
+        ({"dimensions": {"Wit": {"brief": "x"}}}, "criteria"),
+        ({"dimensions": {"Wit": None}}, "dimensions"),
+        ({"severity": 5}, "severity"),
+        ({"severity": [5, 1]}, "severity"),
+        ({"severity": [-1, 5]}, "severity"),
+        ({"severity": [1, 5.0]}, "severity"),
+        ({"severity": [True, 5]}, "severity"),
+    ],
+    ids=str,
+)
+def test_a_rubric_that_is_none_is_one_line(script, plays, tmp_path, monkeypatch, change, says):
+    """With the file's name and what is wrong; nothing is asked."""
+    (tmp_path / "wit.json").write_text(json.dumps({**RUBRIC, **change}))
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        line = usage_error(script("judge", plays, "--judge", "openai:j", "--rubric", tmp_path / "wit.json"))
+    assert "wit.json" in line and says in line and not server.requests
 
 
 # ---- what the judge is shown --------------------------------------------------------------------------------------------
@@ -605,12 +766,112 @@ def test_without_a_judge_there_are_metrics_alone(script, plays):
 
 
 def test_a_checkpoint_as_judge(script, stage, plays, tiny_actor, monkeypatch):
-    """A model that talks nonsense gets no valid verdict, and the run says so and ends well."""
+    """A model that talks nonsense, cut short after eight tokens: whatever comes of it, the run ends well and counts it."""
     write_plays(plays, [(stage["ward-c/1"], acted(stage["ward-c/1"]))])
     stop_early = judge.SamplingParams
     monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 8}))
     code, out, err = script("judge", plays, "--judge", tiny_actor)
-    assert code == 0 and "4 verdict" in err and "Average" not in out and "BLEU" in out
+    [line] = read_lines(plays / "verdicts.jsonl")
+    assert code == 0 and "BLEU" in out and ("error" in str(line["dimensions"])) == ("verdict(s) never" in err)
+
+
+def test_the_bundled_actor_as_judge(stage):
+    """Four million parameters and no sense, but held to the schema: each verdict parses at once, also where it is drawn hot."""
+    model, scenes = llm.open_model(llm.BUNDLED_ACTOR), list(stage.values())[:2]
+    for temperature in (0.0, 1.0):
+        for scene in scenes:
+            dimensions = judge_one(scene, acted(scene), model, temperature=temperature)
+            assert list(dimensions) == list(DIMENSIONS) and not any("error" in found for found in dimensions.values())
+
+
+@pytest.mark.slow
+def test_the_bundled_actor_as_judge_of_twenty_scenes(script, stage, plays):
+    """On the command line: eighty verdicts, none invalid, and at temperature 1 some of them with flaws."""
+    write_plays(plays, [(scene, acted(scene)) for scene in list(stage.values())[:20]])
+    code, out, err = script("judge", plays, "--judge", llm.BUNDLED_ACTOR, "--temperature", 1, "--json")
+    summary = json.loads(out)
+    assert code == 0 and (summary["scenes"], summary["verdicts"], summary["invalid"]) == (20, 80, 0)
+    lines = read_lines(plays / "verdicts.jsonl")
+    assert any(found["flaws"] for line in lines for found in line["dimensions"].values())
+
+
+def test_no_file_holds_the_key(script, plays, tmp_path, monkeypatch):
+    """A server that repeats the key in its errors: neither verdicts nor answers nor reports nor messages have it."""
+
+    def answer(body, number):
+        if number % 5 == 4:
+            return 400, {"error": {"message": f"bad key {KEY}, Bearer {KEY}"}}, {"X-Key": KEY}
+        return judge_answer(body, number)
+
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        code, out, err = script("judge", plays, "--judge", "openai:j", "--html", tmp_path / "report.html")
+        assert code == 0 and len(server.requests) >= 12 and KEY in server.requests[0].headers["Authorization"]
+        other = script("judge", plays, "--judge", f"openai:j@{server.url}", "--out", tmp_path / "new" / "v.jsonl", "--json")
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) > 12 and KEY not in out + err + "".join(map(str, other))
+    assert [file for file in files if KEY.encode() in file.read_bytes()] == []
+    errors = [f["error"] for line in read_lines(plays / "verdicts.jsonl") for f in line["dimensions"].values() if "error" in f]
+    assert errors and all("400" in error and "***" in error for error in errors)
+
+
+def test_one_bad_scene_never_stops_the_rest(script, plays, monkeypatch):
+    """A prompt the endpoint refuses is an error of that dimension, asked once; the others are judged."""
+    bad = "Storyline Quality"
+
+    def answer(body, number):
+        return (
+            (400, {"error": {"message": "too long"}}, {})
+            if dimension_of(body["messages"]) == bad
+            else judge_answer(body, number)
+        )
+
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        code, out, err = script("judge", plays, "--judge", "openai:j")
+    assert code == 0 and len(server.requests) == 12 and "3 verdict(s)" in err and "Anthropomorphism" in out
+    for line in read_lines(plays / "verdicts.jsonl"):
+        assert "too long" in line["dimensions"][bad]["error"] and line["dimensions"]["Anthropomorphism"]["score"] > 0
+
+
+def test_repeats_and_their_spread(script, plays, monkeypatch):
+    """Each repeat has a seed of its own; a scene's score is their mean; more repeats ask only for what is missing."""
+
+    def answer(body, _):
+        return verdict(*[1] * (1 + body["seed"] // 1000))  # one flaw more in each repeat
+
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", plays, "--judge", "openai:j")[0] == 0
+        code, out, _ = script("judge", plays, "--judge", "openai:j", "--repeats", 3, "--json")
+        assert code == 0 and len(server.requests) == 36 and {r.body["seed"] for r in server.requests} == {0, 1000, 2000}
+        summary = json.loads(out)
+        lines = read_lines(plays / "verdicts.jsonl")
+        for line in lines:
+            found = line["dimensions"]["Anthropomorphism"]
+            one = 100 - 5 * (1 - 0.3 * line["turns"])
+            assert found["scores"] == pytest.approx([one, one - 5, one - 10]) and line["score"] == pytest.approx(one - 5)
+            assert [flaw.get("repeat", 0) for flaw in found["flaws"]] == [0, 1, 1, 2, 2, 2]
+        means = summary["repeats"]["means"]
+        assert means[0] - means[1] == pytest.approx(5) and summary["repeats"]["deviation"] == pytest.approx(5)
+        assert "standard deviation 5.00" in script("judge", plays)[1]
+        assert "12 of 12" in script("judge", "--rescore", plays / "verdicts.jsonl")[1] and len(server.requests) == 36
+
+
+def test_the_length_weight_is_an_option(script, plays, monkeypatch):
+    """Another weight gives the same flaws another score, and asks nothing."""
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", plays, "--judge", "openai:j")[0] == 0
+        for weight in (0, 0.5):
+            assert (
+                f"length weight {float(weight)}" in script("judge", plays, "--judge", "openai:j", "--length-weight", weight)[1]
+            )
+            for line in read_lines(plays / "verdicts.jsonl"):
+                flaws = {name: len(name) // 6 for name in DIMENSIONS}
+                expected = statistics.mean(max(0, 100 - 5 * (n - weight * line["turns"])) for n in flaws.values())
+                assert line["score"] == pytest.approx(expected) and line["length_weight"] == weight
+        assert len(server.requests) == 12
 
 
 def test_two_scenes_with_the_same_words_keep_their_own_verdicts(script, stage, plays, monkeypatch):
