@@ -116,6 +116,10 @@ class Sequence:
         """Tokens that are to be run. The last of a scored text predicts nothing that is asked for."""
         return len(self.ids) - self.scored - self.cached
 
+    def next(self, n):
+        """Which tokens the next n to be run are, counted from 0."""
+        return range(self.cached, self.cached + n)
+
     def uniform(self):
         """A number in [0, 1) that depends on the seed and on how many tokens there are, and on nothing else."""
         digest = hashlib.blake2b(f"{self.seed}|{len(self.ids)}".encode(), digest_size=7).digest()
@@ -126,7 +130,7 @@ class BlockManager:
     """Which page holds what, and who holds the page.
 
     A page is known by the digest of all tokens before it and by its own tokens, which may be fewer than fit. Pages given back
-    join the end of `free`, of each sequence the last page first, so the oldest is reused first and never before what it leads to.
+    join the end of `free`, of each sequence the last page first: the oldest is reused first, and what follows it before it.
     """
 
     def __init__(self, num_pages, page_size):
@@ -231,24 +235,21 @@ class StepCache:
     def __init__(self, engine, batch, wanted):
         self.kv, self.device, self.window = engine.kv, engine.device, engine.config.sliding_window
         self.size = engine.blocks.page_size
-        positions = [p for s, n in batch for p in range(s.cached, s.cached + n)]
-        slots = [
-            s.block_table[p // self.size] * self.size + p % self.size for s, n in batch for p in range(s.cached, s.cached + n)
-        ]
-        self.positions, self.slots = torch.tensor([positions, slots], device=self.device).unsqueeze(1)  # [1, N] each
-        self.slots = self.slots[0]
+        places = [(p, s.block_table[p // self.size] * self.size + p % self.size) for s, n in batch for p in s.next(n)]
+        self.positions, self.slots = torch.tensor(places, device=self.device).T.contiguous()
+        self.positions = self.positions[None]  # [1, N]
         self.everything = self.plan([(s, s.cached, s.cached + n) for s, n in batch])
         self.last = self.plan([(s, *tokens) for (s, _), tokens in zip(batch, wanted, strict=True)], last=True)
 
     def plan(self, queries, last=False):
         """What to attend with: (single queries, rows of whole prompts, spans of several queries)."""
-        row, singles, rest, fresh = 0, [], [], slice(0, 0)
+        row, singles, rest, fresh = 0, [], [], None
         for sequence, begin, end in queries:
             rows, row = slice(row, row + end - begin), row + end - begin
             if end - begin == 1:
                 singles.append((sequence, rows, begin, end))
             elif begin == 0 and not last:
-                fresh = slice(fresh.start or rows.start, rows.stop)
+                fresh = slice(fresh.start if fresh else rows.start, rows.stop)
             elif end > begin:
                 rest.append(self.span(sequence, rows, begin, end))
         return self.single(singles, row), fresh, rest
@@ -298,7 +299,7 @@ class StepCache:
             if len(attended) == len(queries):
                 return attended.view_as(q)
             out[index] = attended
-        if fresh.stop:
+        if fresh:
             parts = (x[:, fresh] for x in (q, k, v, self.positions))
             out[fresh] = kernels.attention(*parts, window)[0]
         for span in rest:
@@ -608,9 +609,8 @@ class Engine:
             rows += range(row + begin - sequence.cached, row + end - sequence.cached)
             row += n
         cache = StepCache(self, batch, wanted)
-        rows = torch.tensor(rows, device=self.device) if len(rows) < len(tokens) else None
-        logits = self.model(torch.tensor([tokens], device=self.device), cache.positions, cache=cache, rows=rows)
-        return logits.flatten(0, -2)
+        tokens, rows = (torch.tensor(x, device=self.device) for x in ([tokens], rows))
+        return self.model(tokens, cache.positions, cache=cache, rows=rows)
 
     def sample(self, logits, owners):
         """[(token, its log-probability where asked for)] for logits [N, V] and owners, [(sequence, at)]. One sync in all."""

@@ -25,18 +25,14 @@ class PackedLinear(nn.Module):
         super().__init__()
         weights = [layer.weight.detach() for layer in layers]
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        self.bias = (
-            torch.cat([layer.bias.detach() for layer in layers]) if getattr(layers[0], "bias", None) is not None else None
-        )
-        self.blocked = False
-        if self.weight.dtype == torch.float32 or (
-            self.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        ):
-            try:
-                self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS)
-                self.blocked = True
-            except (AttributeError, RuntimeError):
-                pass
+        biases = [layer.bias.detach() for layer in layers if getattr(layer, "bias", None) is not None]
+        self.bias, self.blocked = torch.cat(biases) if biases else None, False
+        try:
+            types = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
+            if self.weight.dtype in types:
+                self.weight, self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS), True
+        except (AttributeError, RuntimeError):
+            pass  # no oneDNN in this torch
 
     def forward(self, x):
         if self.blocked:
@@ -81,7 +77,6 @@ def packed(module):
         twin._modules = {name: packed(child) for name, child in module._modules.items() if name != "lm_head"}
     if isinstance(module, Transformer):
         twin.__class__ = PackedTransformer
-        twin._modules["packed_head"] = PackedLinear(
-            module.model["embed_tokens"] if module.config.tie_word_embeddings else module.lm_head
-        )
+        tied = module.config.tie_word_embeddings
+        twin._modules["packed_head"] = PackedLinear(module.model["embed_tokens"] if tied else module.lm_head)
     return twin

@@ -162,7 +162,7 @@ def test_the_cache_of_the_past_is_bounded():
     for prompt in batch:
         engine.generate([prompt], greedy(1))
     assert [c.cached_tokens for c in engine.generate(batch[2:1:-1] + batch[:1], greedy(1))] == [19, 0]
-    engine = Engine(model, idle_tokens=0)
+    engine = Engine(model)
     assert [engine.generate(batch[:1], greedy(1))[0].cached_tokens for _ in range(2)] == [0, 0]
 
 
@@ -343,7 +343,7 @@ def test_draws_follow_the_exact_distribution(settings):
     draws = 3000
     model = random_model(random_config(1, vocab_size=40, num_hidden_layers=1), seed=5)
     params = [SamplingParams(max_tokens=1, seed=seed, **settings) for seed in range(draws)]
-    done = Engine(model, max_batch=draws, idle_tokens=0).generate([[3, 14, 15]] * draws, params)
+    done = Engine(model, max_batch=draws).generate([[3, 14, 15]] * draws, params)
     counts = torch.bincount(torch.tensor([c.ids[0] for c in done]), minlength=40).double()
     warpers = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper}
     processors = LogitsProcessorList(warpers[name](value) for name, value in settings.items())
