@@ -70,7 +70,7 @@ class Local:
     def __init__(self, directory):
         self.name, self.engine = str(directory), load_engine(directory)
         self.tokenizer = self.engine.tokenizer
-        self.identity = f"{fingerprint(find_model(directory))} {self.engine.device.type} {self.engine.dtype}"
+        self.identity = f"{fingerprint(find_model(directory))} {self.engine.device.type} {self.engine.kv.dtype}"
         self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)  # a chat's turns are rendered at each of its calls
         self.as_sampled = functools.lru_cache(2**15)(self._as_sampled)
 
@@ -84,11 +84,14 @@ class Local:
         openings = openings or [""] * len(conversations)
         params = params if isinstance(params, list) else [params] * len(conversations)
         asked = [self.prompt(messages, opening) for messages, opening in zip(conversations, openings, strict=True)]
-        limit = self.engine.config.max_position_embeddings
-        error = f"the prompt has {{}} tokens, and {self.name} takes {limit - 1}"
-        replies = [
-            Reply("", "error", len(ids), error=error.format(len(ids))) if len(ids) >= limit else None for ids, _ in asked
-        ]
+        takes = min(self.engine.config.max_position_embeddings, self.engine.blocks.num_pages * self.engine.blocks.page_size) - 1
+        replies = [None] * len(asked)
+        for i, (ids, _) in enumerate(asked):
+            needed = len(ids) + max(len(self.encode(choice)) for choice in params[i].choices or [""])
+            if needed > takes:
+                replies[i] = Reply(
+                    "", "error", len(ids), error=f"a prompt of {needed:,} tokens, and {self.name} takes {takes:,}"
+                )
         left = [i for i, reply in enumerate(replies) if reply is None]
         if on_piece and len(left) == 1:
             done = [drain(self.engine.stream(asked[left[0]][0], params[left[0]]), on_piece)]
