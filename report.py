@@ -181,7 +181,7 @@ def compare_judges(judged, recorded):
 
     length = {"turns": [line["turns"] for line, _ in points], "judge": [line["score"] for line, _ in points]}
     length["recorded"] = [old["score"] for _, old in points]
-    length["difference"] = [x - y for x, y in zip(length["judge"], length["recorded"], strict=True)]
+    length["difference"] = [round(x - y, 9) for x, y in zip(length["judge"], length["recorded"], strict=True)]
     controls = {name: {scene_of(line): line["score"] for line in judged[name]} for name in ("original", "shuffled")}
     kept = [(a, b) for scene, a in controls["original"].items() if None not in (a, b := controls["shuffled"][scene])]
     return {

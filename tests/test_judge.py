@@ -766,10 +766,10 @@ def test_without_a_judge_there_are_metrics_alone(script, plays):
 
 
 def test_a_checkpoint_as_judge(script, stage, plays, tiny_actor, monkeypatch):
-    """A model that talks nonsense, cut short after eight tokens: whatever comes of it, the run ends well and counts it."""
+    """A model that talks nonsense, cut short after forty tokens: whatever comes of it, the run ends well and counts it."""
     write_plays(plays, [(stage["ward-c/1"], acted(stage["ward-c/1"]))])
     stop_early = judge.SamplingParams
-    monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 8}))
+    monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 40}))
     code, out, err = script("judge", plays, "--judge", tiny_actor)
     [line] = read_lines(plays / "verdicts.jsonl")
     assert code == 0 and "BLEU" in out and ("error" in str(line["dimensions"])) == ("verdict(s) never" in err)
