@@ -122,7 +122,7 @@ def load_rubric(path=None):
     """
     rubric = cli.read_json(path) if path else prompts.RUBRIC
     texts = [rubric.get("system", ""), rubric.get("template")]
-    dimensions, severity = rubric.get("dimensions"), rubric.get("severity")
+    dimensions, bounds = rubric.get("dimensions"), rubric.get("severity")
     if not all(isinstance(text, str) for text in texts):
         raise UsageError(f"{path}: `template` (and `system`, where given) has to be a text")
     unknown = [field for field in re.findall(r"\{([a-z_]+)\}", "\n".join(texts)) if field not in FIELDS]
@@ -132,11 +132,7 @@ def load_rubric(path=None):
     good = isinstance(dimensions, dict) and dimensions and all(isinstance(d, dict) for d in dimensions.values())
     if not good or not all(isinstance(d.get(key), str) for d in dimensions.values() for key in ("brief", "criteria")):
         raise UsageError(f"{path}: `dimensions` has to hold, for each name, a `brief` and `criteria`")
-    if (
-        not isinstance(severity, list)
-        or [type(bound) for bound in severity] != [int, int]
-        or not 0 <= severity[0] <= severity[1]
-    ):
+    if not isinstance(bounds, list) or [type(b) for b in bounds] != [int, int] or not 0 <= bounds[0] <= bounds[1]:
         raise UsageError(f"{path}: `severity` has to be the least and the greatest, such as [1, 5]")
     if "{fence}" not in texts[1]:
         cli.note(f"{path}: without {{fence}} round the played scene, what characters say may pose as instructions")
@@ -244,7 +240,7 @@ def judge_all(wanted, model, rubric, keep, seed=0, repeats=1, temperature=0.0, g
                 tries[call] += 1
                 try:
                     found[call] = parse_flaws(reply.text, call[1], rubric["severity"])
-                except (ValueError, RecursionError, AttributeError) as error:
+                except (ValueError, RecursionError) as error:
                     found[call] = _whole(reply.error or str(error))
                     lost |= {call} if reply.error else set()  # llm.py has tried what can be tried
         for key in keys[start : start + group]:
@@ -258,11 +254,11 @@ def judge_all(wanted, model, rubric, keep, seed=0, repeats=1, temperature=0.0, g
             keep(key, dimensions)
 
 
-def verdict_line(key, performance, asked, weight, dimensions):
+def verdict_line(key, performance, who, weight, dimensions):
     """One line of verdicts.jsonl. Without a judge (dimensions is empty) only the metrics."""
     scene, messages, settings = performance
     texts, unnamed = scripts(scene, messages), scripts(scene, messages, names=False)
-    line = {"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, "judge": None, **asked, "settings": settings}
+    line = {"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, **who, "settings": settings}
     line |= {"performance": key, "turns": count_turns(messages), "dimensions": dimensions}
     scores = {"bleu": bleu(*texts), "bleu_without_names": bleu(*unnamed), "rouge_l": rouge_l(*texts)}
     return weigh(line, weight) | scores | {"rouge_l_release": rouge_l(*texts, "release")}
@@ -282,11 +278,9 @@ def judge_run(performances, out, args, model):
     rubric = load_rubric(args.rubric)
     wanted = {digest(scene.to_dict(), messages): (scene, messages, settings) for scene, messages, settings in performances}
     recorded = {line["performance"]: line for line in (rescore(out)[0] if cli.read_lines(out, VERDICT_KEYS) else ())}
-    asked = {"rubric": rubric["name"], "seed": args.seed, "temperature": args.temperature} | (
-        {"judge": model.name} if model else {}
-    )
+    who = {"judge": model and model.name, "rubric": rubric["name"], "seed": args.seed, "temperature": args.temperature}
     for line in recorded.values() if model else ():
-        differs = [f"{name} {line.get(name)}" for name, value in asked.items() if line["judge"] and line.get(name) != value]
+        differs = [f"{name} {line.get(name)}" for name, value in who.items() if line["judge"] and line.get(name) != value]
         if differs:
             raise UsageError(f"{out}: holds verdicts of {line['judge']}, {', '.join(differs)}; name another file with --out")
 
@@ -302,7 +296,7 @@ def judge_run(performances, out, args, model):
         task = bar.add_task("judging", total=len(wanted), completed=len(done))
 
         def keep(key, dimensions=()):
-            recorded[key] = verdict_line(key, wanted[key], asked, args.length_weight, dict(dimensions))
+            recorded[key] = verdict_line(key, wanted[key], who, args.length_weight, dict(dimensions))
             cli.append_line(out, recorded[key])
             done.add(key)
             bar.update(task, completed=len(done))
@@ -363,10 +357,10 @@ def _recorded_case(key, case, path):
 
 def read_verdicts(path, weight):
     """Recorded verdict lines of a directory that was judged, or of a file of verdicts."""
-    path = Path(path) / VERDICTS if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path}: not judged yet; python judge.py {path.parent} --judge MODEL does it")
-    return rescore(path, weight)[0]
+    file = Path(path) / VERDICTS if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UsageError(f"{path}: not judged yet; python judge.py {path} --judge MODEL does it")
+    return rescore(file, weight)[0]
 
 
 # ---- can a judge be trusted? --------------------------------------------------------------------------------------------

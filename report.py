@@ -58,12 +58,20 @@ def summarise(lines):
         for r, scores in enumerate(itertools.zip_longest(*(v["scores"] for v in line["dimensions"].values()))):
             repeats[r] += [statistics.mean(scores)] if None not in scores else []
     means = [statistics.mean(scores) for scores in repeats.values() if scores]
-    verdicts = [score for line in lines for verdict in line["dimensions"].values() for score in verdict["scores"]]
     told = {name: one_of(lines, name) for name in ("judge", "rubric", "seed", "length_weight")}
-    told |= {"scenes": len(lines), "verdicts": len(verdicts), "invalid": verdicts.count(None)}
+    told |= {"scenes": len(lines), "verdicts": len(verdicts(lines)), "invalid": invalid(lines)}
     rows = {label: interval(numbers) for label, numbers in columns.items() if numbers}
     spread = {"means": means, "deviation": statistics.stdev(means)} if len(means) > 1 else None
     return told | {"rows": rows, "repeats": spread}
+
+
+def verdicts(lines):
+    """The score of every verdict, of each repeat of each dimension of each scene; None where it never became valid."""
+    return [score for line in lines for verdict in line["dimensions"].values() for score in verdict["scores"]]
+
+
+def invalid(lines):
+    return verdicts(lines).count(None)
 
 
 def one_of(lines, name):
@@ -149,12 +157,8 @@ def as_played(scene):
 def shuffled(scene):
     """The same messages in another order."""
     messages = as_played(scene)
-    order = random.Random(scene.key)
-    while len(messages) > 1 and messages == as_played(scene):
-        order.shuffle(messages)
-        if len({str(message) for message in messages}) == 1:
-            break
-    return messages
+    mixed = random.Random(scene.key).sample(messages, len(messages))
+    return mixed if mixed != messages else messages[::-1]
 
 
 def compare_judges(judged, recorded):
@@ -162,38 +166,30 @@ def compare_judges(judged, recorded):
     both, points = {}, []
     for name, lines in recorded.items():
         other = {scene_of(line): line for line in lines}
-        pairs = [
-            (line, other[scene_of(line)]) for line in judged[name] if line["score"] is not None and scene_of(line) in other
-        ]
-        both[name] = {scene_of(line): (line, old) for line, old in pairs if old["score"] is not None}
+        pairs = {scene: (line, other[scene]) for line in judged[name] if (scene := scene_of(line)) in other}
+        both[name] = {scene: pair for scene, pair in pairs.items() if None not in (pair[0]["score"], pair[1]["score"])}
         points += both[name].values()
 
     def agreement(pairs):
         scores = [[line["score"] for line in side] for side in zip(*pairs, strict=True)] or [[], []]
-        means = [statistics.mean(side) if side else None for side in scores]
-        return {
-            "scenes": len(pairs),
-            "spearman": spearman(*scores),
-            "kendall": kendall(*scores),
-            "mean": means[0],
-            "recorded": means[1],
-        }
+        ranks = {"scenes": len(pairs), "spearman": spearman(*scores), "kendall": kendall(*scores)}
+        return ranks | {name: bootstrap(side)[0] for name, side in zip(("mean", "recorded"), scores, strict=True)}
 
     length = {"turns": [line["turns"] for line, _ in points], "judge": [line["score"] for line, _ in points]}
     length["recorded"] = [old["score"] for _, old in points]
     length["difference"] = [round(x - y, 9) for x, y in zip(length["judge"], length["recorded"], strict=True)]
-    controls = {name: {scene_of(line): line["score"] for line in judged[name]} for name in ("original", "shuffled")}
-    kept = [(a, b) for scene, a in controls["original"].items() if None not in (a, b := controls["shuffled"][scene])]
+    names = ("original", "shuffled")
+    original, mixed = ({scene_of(line): line["score"] for line in judged[name]} for name in names)
+    controls = [(original[scene], mixed[scene]) for scene in original if None not in (original[scene], mixed[scene])]
+    told = paired(*zip(*controls, strict=True)) if controls else None
+    for i, name in enumerate(names if controls else ()):
+        told[name] = statistics.mean(pair[i] for pair in controls)
     return {
         "models": {name: agreement(list(pairs.values())) for name, pairs in both.items()} | {"pooled": agreement(points)},
         "better_of_two": {label: better_of_two(both, key) for label, key in (("judge", "score"), *METRICS.items())},
         "length": {name: spearman(length["turns"], length[name]) for name in ("judge", "recorded", "difference")},
-        "controls": paired(*zip(*kept, strict=True)) | {n: statistics.mean(p[i] for p in kept) for i, n in enumerate(controls)}
-        if kept
-        else None,
-        "invalid": sum(
-            verdict["scores"].count(None) for ls in judged.values() for line in ls for verdict in line["dimensions"].values()
-        ),
+        "controls": told,
+        "invalid": sum(map(invalid, judged.values())),
     }
 
 
@@ -224,9 +220,8 @@ def columns(rows):
     """Rows of cells as lines, the first column to the left."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        yield "  ".join(
-            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        cells = [str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)]
+        yield "  ".join([str(row[0]).ljust(widths[0]), *cells[1:]]).rstrip()
 
 
 def text(summary):
@@ -258,17 +253,12 @@ def leaderboard_text(summary):
     for table in summary["tables"]:
         labels = list(dict.fromkeys(label for row in table["rows"] for label in row["rows"] if "(" not in label))
         yield f"judge: {table['judge'] or 'none'}, {table['rubric']}, length weight {table['rows'][0]['length_weight']}"
-        rows = []
+        names, rows = ("run", "actor", "protocol", "seed", "scenes", "invalid"), []
         for row in table["rows"]:
             cells = [number(row["rows"].get(label, {}).get("mean")) for label in labels]
             sure = between(row["rows"].get("Average", {}))
-            told = (
-                row[name] if row[name] is not None else "-"
-                for name in ("run", "actor", "protocol", "seed", "scenes", "invalid")
-            )
-            rows.append((*told, *cells, sure))
-        heads = ("run", "actor", "protocol", "seed", "scenes", "invalid", *labels, "95% interval of the Average")
-        yield from columns([heads, *rows])
+            rows.append((*("-" if row[name] is None else row[name] for name in names), *cells, sure))
+        yield from columns([(*names, *labels, "95% interval of the Average"), *rows])
         if not table["same_scenes"]:
             yield "These runs played different scenes, and their means do not compare; --versus takes what two have in common."
         for span in table["sweep"]:
@@ -302,12 +292,10 @@ def calibration_text(summary):
     if controls:
         told = f"the original as if played {number(controls['original'])}, its messages shuffled {number(controls['shuffled'])}"
         yield f"controls: {told}, difference {number(controls['difference'], '+.2f')} ({between(controls, '+.2f')})"
-        sane = controls["low"] is not None and controls["low"] > 0
-        yield (
-            "the controls come out in order"
-            if sane
-            else "NOT IN ORDER: this judge does not tell the original from its shuffled lines"
-        )
+        if controls["low"] is None or controls["low"] <= 0:
+            yield "NOT IN ORDER: this judge does not tell the original from its shuffled lines, on so many scenes"
+        else:
+            yield "the controls come out in order"
     if summary["invalid"]:
         yield f"{summary['invalid']} verdict(s) never became valid and are in no figure"
 
@@ -325,12 +313,10 @@ def html(lines, performances, summary):
     dimensions = list(dict.fromkeys(name for line in lines for name in line["dimensions"]))
     severities = [flaw["severity"] for line in lines for v in line["dimensions"].values() for flaw in v.get("flaws", ())]
     ids = itertools.count()
-    scenes = [
-        scene_page(line, *performance[:2], dimensions, ids) for line, performance in zip(lines, performances, strict=True)
-    ]
+    scenes = [scene_page(line, scene, m, dimensions, ids) for line, (scene, m, _) in zip(lines, performances, strict=True)]
     rows = {label: row for label, row in summary["rows"].items() if label not in METRICS}
     settings = [line.get("settings") or {} for line in lines]
-    facts = [("Judge", summary["judge"] or "none"), ("Rubric", summary["rubric"]), ("Seed", summary["seed"])]
+    facts = [("Judge", summary["judge"]), ("Rubric", summary["rubric"]), ("Seed", summary["seed"])] if summary["judge"] else []
     facts += [("Actor", one_of(settings, "actor")), ("Protocol", protocol(settings[0])), ("Scenes", summary["scenes"])]
     facts += [("Messages", sum(line["turns"] for line in lines)), ("Flaws", len(severities))]
     against = {k: row for k, row in summary.get("versus", {}).get("rows", {}).items() if k in rows or k in METRICS}
@@ -344,7 +330,7 @@ def html(lines, performances, summary):
         return [{"scene": i, "title": title, "value": value} for i, title, value in found if value is not None]
 
     shown = [
-        {"label": label, "mid": row["mean"], "colour": colour(label), "dots": dots(label), **row} for label, row in rows.items()
+        {"label": name, "mid": row["mean"], "colour": colour(name), "dots": dots(name), **row} for name, row in rows.items()
     ]
     books = list(dict.fromkeys(scene["book"] for scene in scenes))
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -361,7 +347,7 @@ def html(lines, performances, summary):
         top=max([100, *(dot["value"] for row in shown for dot in row["dots"])]),
         dimensions=dimensions,
         least=min([1, *severities]),
-        most=max([5, *severities]),
+        most=min(10, max([5, *severities])),
         scenes=scenes,
         at=lambda value, low, high: round(100 * (value - low) / (high - low), 2),
         ticks=lambda low, high: [low + (high - low) * i / 4 for i in range(5)] if low else range(0, int(high) + 1, 25),
@@ -393,9 +379,7 @@ def scene_page(line, scene, messages, dimensions, ids):
         "where": ", ".join([part for part in (scene.topic, f"plot {scene.i_p}, conversation {scene.i_c}") if part]),
         "scenario": scene.scenario,
         "score": line["score"],
-        "chips": [
-            {"name": name, "score": line["dimensions"][name]["score"]} for name in dimensions if name in line["dimensions"]
-        ],
+        "chips": [{"name": name, "score": verdict["score"]} for name, verdict in line["dimensions"].items()],
         "played": [shown_line(m["role"], text, i) for i, (m, text) in enumerate(zip(spoken, texts, strict=True))],
         "loose": loose,
         "written": [shown_line(turn["character"], turn["message"]) for turn in scene.dialogues],
@@ -413,10 +397,8 @@ def find_quote(instance, texts):
         theirs = [word.casefold() for word in re.findall(r"\w+", text)]
         run = SequenceMatcher(None, own, theirs, autojunk=False).find_longest_match()
         runs.append(own[run.a : run.a + run.size])
-    candidates = sorted((w for w in words if len(w) > 1), key=len, reverse=True) + [
-        r for r in [max(runs, key=len, default=[])] if len(r) > 4
-    ]
-    for candidate in candidates:
+    longest = max(runs, key=len, default=[])
+    for candidate in sorted((w for w in words if len(w) > 1), key=len, reverse=True) + [longest] * (len(longest) > 4):
         pattern = re.compile(r"(?<!\w)" + r"\W+".join(map(re.escape, candidate)) + r"(?!\w)", re.IGNORECASE)
         for i, text in enumerate(texts):
             if found := pattern.search(text):
@@ -426,19 +408,11 @@ def find_quote(instance, texts):
 
 def spans(text, marks):
     """A message as pieces {text, kind, flaws}: kind is thought, action or nothing, flaws the ids of the flaws that quote it."""
-    pieces, at = [], 0
+    pieces, at, kinds = [], 0, {cli.THOUGHT: "thought", cli.ACTION: "action"}
     for part, style in cli.Painter().spans(text):
-        cuts = sorted(
-            {0, len(part), *(min(max(edge - at, 0), len(part)) for first, last, _ in marks for edge in (first, last))}
-        )
-        for first, last in itertools.pairwise(cuts):
+        edges = [edge - at for mark in marks for edge in mark[:2] if 0 < edge - at < len(part)]
+        for first, last in itertools.pairwise(sorted({0, len(part), *edges})):
             quoting = " ".join(str(i) for a, b, i in marks if a < at + last and at + first < b)
-            pieces.append(
-                {
-                    "text": part[first:last],
-                    "kind": {cli.THOUGHT: "thought", cli.ACTION: "action"}.get(style, ""),
-                    "flaws": quoting,
-                }
-            )
+            pieces.append({"text": part[first:last], "kind": kinds.get(style, ""), "flaws": quoting})
         at += len(part)
     return pieces

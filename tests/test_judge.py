@@ -776,7 +776,7 @@ def test_a_checkpoint_as_judge(script, stage, plays, tiny_actor, monkeypatch):
 
 
 def test_the_bundled_actor_as_judge(stage, monkeypatch):
-    """Four million parameters and no sense, but held to the schema: each verdict parses at once, also drawn hot and cut short."""
+    """Four million parameters and no sense, but held to the schema: each verdict parses, also drawn hot and cut short."""
     model, scene, whole = llm.open_model(llm.BUNDLED_ACTOR), stage["ward-c/1"], judge.SamplingParams
     monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 120}))
     flaws = 0
