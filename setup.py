@@ -8,8 +8,8 @@ setup(
     description="CoSER in pure PyTorch: train an actor, put it on stage, judge it",
     license="MIT",
     python_requires=">=3.11",
-    py_modules=["checkpoint", "cli", "constrain", "engine", "fast_linear", "generate", "judge", "llm", "loss", "metrics", "model"]
-    + ["protocol", "report", "simulate", "tokenizer", "train"],
+    py_modules=["checkpoint", "cli", "constrain", "engine", "fast_linear", "generate", "judge", "llm", "loss", "metrics"]
+    + ["model", "protocol", "report", "simulate", "tokenizer", "train"],
     packages=["data", "kernels"],
     package_data={"data": ["published_results.json", "report.html", "stage/*", "stage/actor/*"]},
     install_requires=[
