@@ -65,7 +65,138 @@ def report(title, rows, path=None):
             file.write(line + "\n")
 
 
-BENCHMARKS = {}  # name: function of the arguments
+# ---- generation ---------------------------------------------------------------------------------------------------------
+
+
+def random_actor(device, dtype):
+    """A model of random weights, in the shape of one of 135M parameters, on a GPU of LLaMA 3.1 8B."""
+    from checkpoint import build_model
+    from model import PRESETS, ModelConfig
+
+    small = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+    small |= dict(vocab_size=49_152, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192)
+    large = dict(PRESETS["llama-3.1-8b"], vocab_size=128_256)
+    model = build_model(ModelConfig(**(large if device == "cuda" else small)), device, dtype).eval()
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02, generator=generator) if parameter.ndim > 1 else parameter.fill_(1)
+    return model
+
+
+class Peer:
+    """The same weights in transformers, greedily, step by step, with one of its caches."""
+
+    def __init__(self, model, tmp, cache):
+        from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+        dtype, device = model.model["embed_tokens"].weight.dtype, model.model["embed_tokens"].weight.device
+        self.model = AutoModelForCausalLM.from_pretrained(tmp, dtype=dtype).to(device).eval()
+        self.new_cache = {"dynamic": lambda n: DynamicCache(config=self.model.config),
+                          "static": lambda n: StaticCache(config=self.model.config, max_cache_len=n)}[cache]  # fmt: skip
+
+    @torch.inference_mode()
+    def start(self, prompts, new):
+        self.cache = self.new_cache(len(prompts[0]) + new)
+        self.tokens = torch.tensor(prompts, device=self.model.device)
+        self.step()
+
+    @torch.inference_mode()
+    def step(self):
+        output = self.model(self.tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.tokens = output.logits[:, -1].argmax(-1, keepdim=True)
+
+
+class Ours:
+    def __init__(self, model):
+        from engine import Engine
+
+        self.engine = Engine(model, max_batch=256)
+
+    def start(self, prompts, new):
+        from engine import SamplingParams
+
+        self.sequences = [self.engine.add(prompt, SamplingParams(0, max_tokens=new)) for prompt in prompts]
+        while any(len(s.ids) == s.prompt_tokens for s in self.sequences):
+            self.step()
+
+    def step(self):
+        self.engine.step()
+
+
+def generation(args, runs):
+    """Seconds of prefill and of a step of decoding of each side: runs [(batch, prompt tokens, new tokens)], for every dtype.
+
+    Yields (dtype, bytes of weights, bytes of keys and values a token, {(side, run): (prefill, step)}).
+    """
+    import tempfile
+
+    from checkpoint import save_model
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for dtype in (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16):
+        model = random_actor(device, dtype)
+        sides = {"ours": Ours(model)}
+        if args.peer:
+            with tempfile.TemporaryDirectory() as tmp:
+                save_model(model, tmp + "/model")
+                sides |= {f"peer, {cache} cache": Peer(model, tmp + "/model", cache) for cache in ("dynamic", "static")}
+        times, generator = {}, torch.Generator().manual_seed(0)
+        for number in range(args.rounds + 1):
+            for run in runs:
+                batch, length, new = run
+                prompts = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator).tolist()
+                for name, side in sides.items():
+                    begun = seconds(lambda: side.start(prompts, new + 1), sync)  # noqa: B023
+                    steps = [seconds(side.step, sync) for _ in range(new)]
+                    if number:
+                        times.setdefault((name, run), []).append((begun, statistics.median(steps) if new else 0))
+        config = model.config
+        weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        yield dtype, weights, token, {k: [statistics.median(x) for x in zip(*v, strict=True)] for k, v in times.items()}
+
+
+def decode(args):
+    """Tokens a second of a step of decoding, and the bytes it reads as a share of what the machine copies."""
+    cuda = torch.cuda.is_available()
+    runs = [(1, 1800, 32), (32, 1800, 32), (128, 1800, 32)] if cuda else [(1, 128, 24), (16, 128, 24)]
+    rows = []
+    for dtype, weights, token, times in generation(args, runs):
+        limit = machine_limits("cuda" if cuda else "cpu", dtype)[0]
+        best = {run: min((t[1] for (name, r), t in times.items() if r == run and name != "ours"), default=None) for run in runs}
+        for (name, run), (_, step) in times.items():
+            batch, length, new = run
+            read = weights + batch * (length + new / 2) * token
+            row = {"dtype": str(dtype)[6:], "side": name, "batch": batch, "context": length, "tokens/s": batch / step}
+            row |= {"GB/s": read / step / 1e9, "of copy": read / step / limit}
+            if args.peer:
+                row["x peer"] = best[run] / step
+                row["x peer's batch 1"] = batch * best[runs[0]] / step
+            rows.append(row)
+    report("decode", rows, args.json)
+
+
+def prefill(args):
+    """Tokens a second of taking a prompt in, its first token included."""
+    runs = [(1, 512, 0), (1, 2048, 0)] if not torch.cuda.is_available() else [(1, 2048, 0), (8, 2048, 0)]
+    rows = []
+    for dtype, _, _, times in generation(args, runs):
+        best = {run: min((t[0] for (name, r), t in times.items() if r == run and name != "ours"), default=None) for run in runs}
+        for (name, run), (begun, _) in times.items():
+            row = {
+                "dtype": str(dtype)[6:],
+                "side": name,
+                "batch": run[0],
+                "prompt": run[1],
+                "tokens/s": run[0] * run[1] / begun,
+            }
+            rows.append(row | ({"x peer": best[run] / begun} if args.peer else {}))
+    report("prefill", rows, args.json)
+
+
+BENCHMARKS = {"decode": decode, "prefill": prefill}  # name: function of the arguments
 
 
 def main():
