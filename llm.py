@@ -120,7 +120,7 @@ class Local:
         spoken = content.removeprefix(opening).lstrip()
         for n in range(len(sampled), 0, -1):
             text = self.tokenizer.decode(sampled[:n]).lstrip()
-            if spoken.startswith(text):
+            if text and spoken.startswith(text):
                 return [*self.encode(opening), *sampled[:n], *self.encode(spoken[len(text) :])], n
         return self.encode(content), 0
 
