@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from data.scenes import ENVIRONMENT, Scene, load_scenes, straighten
 from generate import SamplingParams
 from llm import open_model
 from metrics import LENGTH_WEIGHT, bleu, rouge_l, score_flaws, weigh  # noqa: F401 (score_flaws: judge.score_flaws is a contract)
-from simulate import TRANSCRIPT_KEYS, TRANSCRIPTS
+from simulate import EVERY, TRANSCRIPT_KEYS, TRANSCRIPTS
 
 VERDICTS, VERDICT_KEYS = (
     "verdicts.jsonl",
@@ -293,13 +294,17 @@ def judge_run(performances, out, args, model):
     cli.make_dir(out.parent)
     cli.write_lines(out, [line for key, line in recorded.items() if key in done or key not in wanted])
     with cli.progress() as bar:
-        task = bar.add_task("judging", total=len(wanted), completed=len(done))
+        task, told = bar.add_task("judging", total=len(wanted), completed=len(done)), time.monotonic()
 
         def keep(key, dimensions=()):
+            nonlocal told
             recorded[key] = verdict_line(key, wanted[key], who, args.length_weight, dict(dimensions))
             cli.append_line(out, recorded[key])
             done.add(key)
             bar.update(task, completed=len(done))
+            if not cli.stderr.is_terminal and time.monotonic() - told > EVERY:
+                cli.note(f"{len(done)} of {len(wanted)} scenes judged")
+                told = time.monotonic()
 
         try:
             left = {key: performance for key, performance in wanted.items() if key not in done}
