@@ -14,6 +14,7 @@ import re
 import statistics
 from collections import defaultdict
 from difflib import SequenceMatcher
+from pathlib import Path
 
 import jinja2
 import numpy as np
@@ -337,7 +338,8 @@ def html(lines, performances, summary):
     page = page.from_string(source).render(
         title=" and ".join(books) if len(books) < 3 else f"{len(lines)} scenes from {len(books)} books",
         hashes=hashes,
-        facts=[(name, str(value)) for name, value in facts if value is not None],
+        facts=[(name, short(value)) for name, value in facts if value is not None],
+        against=short(summary.get("versus", {}).get("name", "")),
         rows=shown,
         average=rows.get("Average"),
         metrics=[(label, row) for label, row in summary["rows"].items() if label in METRICS],
@@ -353,6 +355,11 @@ def html(lines, performances, summary):
         ticks=lambda low, high: [low + (high - low) * i / 4 for i in range(5)] if low else range(0, int(high) + 1, 25),
     )
     return page.encode("utf-8", errors="replace").decode()
+
+
+def short(name):
+    """Of a path from the root the last two parts: where a model lies is no one else's concern."""
+    return "/".join(Path(name).parts[-2:]) if str(name).startswith("/") else str(name)
 
 
 def scene_page(line, scene, messages, dimensions, ids):
