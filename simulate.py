@@ -35,20 +35,10 @@ from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT, Scene, load_scenes, load_stage
 from generate import SamplingParams
 from llm import CONCURRENCY, Reply, default_actor, open_model
-from protocol import (
-    PROTOCOLS,
-    Call,
-    Protocol,
-    SceneFailed,
-    clean_reply,
-    next_speakers_chat,
-    parse_next_speaker,
-    play,
-)
+from protocol import PROTOCOLS, Call, Protocol, SceneFailed, clean_reply, next_speakers_chat, parse_next_speaker, play
 
-TRANSCRIPTS, SETTINGS, REPLIES, FAILURES, SCRIPT = (
-    "transcripts.jsonl", "settings.json", "replies.jsonl", "failures.jsonl", "script.md"
-)  # fmt: skip
+TRANSCRIPTS, SETTINGS, REPLIES, FAILURES = "transcripts.jsonl", "settings.json", "replies.jsonl", "failures.jsonl"
+SCRIPT = "script.md"
 SIDE_BY_SIDE = 32  # scenes
 EVERY = 10  # seconds between two lines of progress where stderr is no terminal
 TRANSCRIPT_KEYS = ("book", "i_p", "i_c", "scene", "settings", "messages", "stats")
@@ -57,7 +47,7 @@ TRANSCRIPT_KEYS = ("book", "i_p", "i_c", "scene", "settings", "messages", "stats
 # ---- many scenes --------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Live:
     """A scene on stage: its coroutine, the call it waits for, what has been said, when it began."""
 
@@ -90,18 +80,12 @@ class Journal:
             cli.append_line(self.path, good)
 
 
-def perform(
-    scenes,
-    models,
-    protocol,
-    on_message=lambda *_: None,
-    on_end=lambda *_: None,
-    on_failure=lambda *_: None,
-    on_reply=lambda *_: None,
-    on_piece=None,
-    journal=None,
-    side_by_side=SIDE_BY_SIDE,
-):
+def _nothing(*_):
+    pass
+
+
+def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_failure=_nothing, on_reply=_nothing,
+            on_piece=None, journal=None, side_by_side=SIDE_BY_SIDE):  # fmt: skip
     """Plays scenes, so many side by side: as one leaves, the next enters.
 
     All calls that wait for the same local model go to it in one batch; a scene that waits for an endpoint goes on as soon as
@@ -200,16 +184,11 @@ def evaluate_next_speaker(scenes, model, protocol, on_batch=lambda *_: None):
                 others = [name for name in names[:i] if name != names[i - 1]]
                 counts["last_other"] += bool(others) and others[-1] == names[i]
                 counts["uniform"] += 1 / (len(cast) - 1)
-        constrained = protocol.next_speaker_mode == "choices"
-        params = [
-            SamplingParams(
-                protocol.temperature,
-                max_tokens=protocol.next_speaker_tokens,
-                seed=protocol.seed,
-                choices=[name for name in cast if name != names[i - 1]] if constrained else None,
-            )
-            for _, cast, names in batch
-        ]
+        params = []
+        for _, cast, names in batch:
+            choices = [name for name in cast if name != names[i - 1]] if protocol.next_speaker_mode == "choices" else None
+            shared = dict(max_tokens=protocol.next_speaker_tokens, seed=protocol.seed)
+            params.append(SamplingParams(protocol.temperature, choices=choices, **shared))
         replies = model.chat([next_speakers_chat(scene, scene.dialogues[:i]) for scene, _, _ in batch], params) if batch else []
         for (_, cast, names), reply in zip(batch, replies, strict=True):
             named = parse_next_speaker(reply.text, cast)
@@ -272,11 +251,13 @@ def find_scenes(spec, limit=None, which="0"):
 
 
 def open_roles(args, roles=("actor", "environment", "next_speaker")):
-    """{role: model} of the command line, one model for roles with the same spec."""
-    specs = {role: str(getattr(args, role) or args.actor or args.default) for role in roles}
+    """{role: model} of the command line, one model for roles with the same endpoint or directory."""
     options = dict(answers=cli.OUT / "answers", concurrency=args.concurrency, per_minute=args.requests_per_minute)
-    open_once = functools.cache(lambda spec: open_model(spec, **options))
-    models = {role: open_once(spec) for role, spec in specs.items()}
+    opened, models = {}, {}
+    for role in roles:
+        spec = str(getattr(args, role) or args.actor or args.default)
+        same = os.path.realpath(spec) if os.path.isdir(spec) else spec
+        models[role] = opened.setdefault(same, opened.get(same) or open_model(spec, **options))
     if args.next_speaker_mode == "choices" and not models["next_speaker"].local:
         raise UsageError("--next-speaker-mode choices needs the probabilities of a local model; name one with --next-speaker")
     return models
@@ -528,7 +509,7 @@ def run(scenes, models, protocol, settings, out, done, args):
             )
             raise type(error)(f"{why}{kept}") from None
     order = {(scene.book, scene.i_p, scene.i_c): i for i, scene in enumerate(scenes)}
-    done.sort(key=lambda line: order[line["book"], line["i_p"], line["i_c"]])
+    done.sort(key=lambda line: order.get((line["book"], line["i_p"], line["i_c"]), len(order)))
     cli.write_lines(out / TRANSCRIPTS, done)
     (out / REPLIES).unlink(missing_ok=True)
     if args.script:
