@@ -19,6 +19,7 @@ from data import prompts
 from data.chats import perspective, system_prompt
 from data.scenes import load_stage
 from engine import Engine, SamplingParams
+from fast_linear import fast_bf16
 from tokenizer import CHAT_FORMATS, load_tokenizer
 
 
@@ -144,7 +145,7 @@ def main():
     add("--top-k", type=int, default=0)
     add("--stop", nargs="*", default=[], help="strings that end the text")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
-    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU or a CPU that multiplies it, else float32")
     add("--seed", type=int)
     args = parser.parse_args()
     if args.chat == (args.prompt is not None):
@@ -155,7 +156,8 @@ def main():
         args.temperature, args.top_p, args.top_k, args.max_tokens, tuple(filter(None, args.stop)), args.seed
     )
     found = find_character(args.character, args.scene) if args.character else None
-    engine = load_engine(args.model or default_actor(), args.dtype, args.chat_format)
+    dtype = args.dtype or ("bfloat16" if fast_bf16() else None)
+    engine = load_engine(args.model or default_actor(), dtype, args.chat_format)
     if found:
         meet(engine, params, args.stats, *found)
     elif args.chat:
