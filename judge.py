@@ -238,7 +238,7 @@ def judge_all(wanted, model, rubric, keep, seed=0, repeats=1, temperature=0.0, g
                 for call in todo
             ]
             for call, reply in zip(todo, model.chat(asked, params) if todo else (), strict=True):
-                tries[call] += 1
+                tries[call] += reply.error is None  # what never was answered is asked as if for the first time
                 try:
                     found[call] = parse_flaws(reply.text, call[1], rubric["severity"])
                 except (ValueError, RecursionError) as error:

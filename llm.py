@@ -88,6 +88,7 @@ class Local:
         replies = [None] * len(asked)
         for i, (ids, _) in enumerate(asked):
             needed = len(ids) + max(len(self.encode(choice)) for choice in params[i].choices or [""])
+            needed += 64 if params[i].json_schema is not None else 0  # a schema's shortest text has to fit as well
             if needed > takes:
                 replies[i] = Reply(
                     "", "error", len(ids), error=f"a prompt of {needed:,} tokens, and {self.name} takes {takes:,}"

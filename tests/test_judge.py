@@ -787,6 +787,27 @@ def test_the_bundled_actor_as_judge(stage, monkeypatch):
     assert flaws > 0
 
 
+def test_a_scene_too_long_for_a_local_judge_is_its_own_error(stage, tiny_actor, monkeypatch):
+    """Far over the context, and with a few tokens left, too few for a verdict: that scene has an error, the other a verdict."""
+    model, short_scene, whole = llm.open_model(tiny_actor), stage["ward-c/1"], judge.SamplingParams
+    monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 40}))
+    limit = model.engine.config.max_position_embeddings
+
+    def scene_of(tokens):
+        said = acted(short_scene)
+        for step in (500, 50, 1):
+            while len(model.prompt(judge_messages(short_scene, said, "Anthropomorphism"))[0]) < tokens - step:
+                said[0]["content"] += " a" * step
+        return short_scene, said, {}
+
+    wanted, found = {"long": scene_of(limit + 500), "full": scene_of(limit - 5), "short": scene_of(0)}, {}
+    judge.judge_all(wanted, model, judge.load_rubric(), lambda key, dimensions: found.update({key: dimensions}))
+    errors = {
+        key: [name for name in DIMENSIONS if "tokens" in dimensions[name].get("error", "")] for key, dimensions in found.items()
+    }
+    assert errors["long"] == list(DIMENSIONS) and "Anthropomorphism" in errors["full"] and errors["short"] == []
+
+
 @pytest.mark.slow
 def test_the_bundled_actor_as_judge_of_twenty_scenes(script, stage, plays):
     """On the command line: eighty verdicts, none of them invalid."""
@@ -833,6 +854,11 @@ def test_one_bad_scene_never_stops_the_rest(script, plays, monkeypatch):
     assert code == 0 and len(server.requests) == 12 and "3 verdict(s)" in err and "Anthropomorphism" in out
     for line in read_lines(plays / "verdicts.jsonl"):
         assert "too long" in line["dimensions"][bad]["error"] and line["dimensions"]["Anthropomorphism"]["score"] > 0
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert "verdict(s)" not in script("judge", plays, "--judge", "openai:j")[2]
+    again = [request.body for request in server.requests if dimension_of(request.body["messages"]) == bad]
+    assert [(body["temperature"], body["seed"]) for body in again] == [(0, 0)] * 3  # as if for the first time
 
 
 def test_repeats_and_their_spread(script, plays, monkeypatch):
