@@ -1,128 +1,54 @@
 """Says how true a performance was: BLEU and ROUGE-L against the original, and the flaws a judge finds.
 
     python judge.py out/plays/DIR                                    BLEU and ROUGE-L
-    python judge.py out/plays/DIR --judge openai:gpt-4o              and the four dimensions, judged
+    python judge.py out/plays/DIR --judge openai:gpt-4o --html r.html     the four dimensions, judged, and a report to show
+    python judge.py out/plays/DIR --versus out/plays/OTHER           who played the same scenes better, and how sure that is
+    python judge.py --table out/plays/*                              a leaderboard, and where its ranking turns
     python judge.py gpt-4o.simulation.json --scenes test.json        what the CoSER release acted
     python judge.py --rescore gpt-4o.evaluation.json                 scores from recorded verdicts, recomputed
+    python judge.py --calibrate --judge DIR                          can this judge be trusted? against recorded verdicts
 
 Penalty scoring (coser paper, section 4.3): for each dimension the judge lists flaws with a severity of 1 to 5, and the score is
 100 - 5 * (sum of severities - 0.3 * turns), not below 0. It is computed here, from the flaws, never by the judge. A reply that
-is no valid verdict is asked for again; one that stays invalid is left out of the means, and counted.
+is no valid verdict is asked for again; one that stays invalid is left out of the means, and counted. Answers of an endpoint are
+kept in `answers` beside the verdicts, so that none is paid for twice.
 """
 
 import hashlib
+import itertools
 import json
-import statistics
+import math
+import re
+import time
+from collections import Counter
 from pathlib import Path
 
 import cli
+import report
 from cli import UsageError
 from data import prompts
 from data.chats import NEXT_SPEAKER, remove_thoughts
 from data.scenes import ENVIRONMENT, Scene, load_scenes, straighten
 from generate import SamplingParams
 from llm import open_model
-from simulate import TRANSCRIPT_KEYS, TRANSCRIPTS
+from metrics import LENGTH_WEIGHT, bleu, rouge_l, score_flaws, weigh  # noqa: F401 (score_flaws: judge.score_flaws is a contract)
+from simulate import EVERY, TRANSCRIPT_KEYS, TRANSCRIPTS
 
 VERDICTS, VERDICT_KEYS = (
     "verdicts.jsonl",
     ("book", "i_p", "i_c", "judge", "seed", "performance", "turns", "dimensions", "score"),
 )
 TRIES = 3  # for a valid verdict
-SEVERITIES = range(1, 6)
-
-
-# ---- scores -------------------------------------------------------------------------------------------------------------
-
-
-def score_flaws(flaws, turns, weight=0.3, cap=None):
-    """100 - 5 * (sum of severities - weight * turns), not below 0, and not above cap where one is given.
-
-    flaws: dicts with an integer `severity`; turns: simulated messages that are not the Environment's; weight: severity points
-    forgiven a message, since longer scenes show more flaws. The paper has no cap; the release of 2025 caps at 100.
-    """
-    score = max(0.0, 100 - 5 * (sum(flaw["severity"] for flaw in flaws) - weight * turns))
-    return score if cap is None else min(score, cap)
-
-
-def bleu(reference, candidate):
-    """Sentence BLEU-4 (Papineni et al. 2002) of two texts, lower-cased, one reference, no smoothing: 0..1.
-
-    Tokens are nltk's, after an untrained sentence splitter, so no data is downloaded.
-    """
-    import warnings
-
-    from nltk.translate.bleu_score import sentence_bleu
-
-    with warnings.catch_warnings():  # no 4-gram in common is a score, not a mishap
-        warnings.simplefilter("ignore")
-        return float(sentence_bleu([_word_tokens(reference)], _word_tokens(candidate)))
-
-
-def _word_tokens(text):
-    from nltk.tokenize import NLTKWordTokenizer
-    from nltk.tokenize.punkt import PunktSentenceTokenizer
-
-    sentences = PunktSentenceTokenizer().tokenize(text.lower())
-    return [token for sentence in sentences for token in NLTKWordTokenizer().tokenize(sentence)]
-
-
-def rouge_l(reference, candidate, variant="lcs"):
-    """ROUGE-L (Lin 2004) of two texts, an F1 in 0..1.
-
-    "lcs": over the longest common subsequence of whitespace tokens, case kept (the published table). "release": as the release
-    records it, which is summary-level over sentences split at full stops, counting each distinct word once.
-    """
-    if variant == "lcs":
-        x, y = reference.split(), candidate.split()
-        return _f1(_lcs_table(x, y)[-1][-1], len(y), len(x))
-    if variant != "release":
-        raise ValueError(f"variant {variant!r} is neither 'lcs' nor 'release'")
-    reference, candidate = (
-        [" ".join(part.split()).split(" ") for part in text.split(".") if part] for text in (reference, candidate)
-    )
-    shared = {word for x in reference for y in candidate for word in _lcs_words(x, y)}
-    sizes = [len({word for sentence in text for word in sentence}) for text in (candidate, reference)]
-    return _f1(len(shared), *sizes, epsilon=1e-8)
-
-
-def _f1(shared, candidate, reference, epsilon=0.0):
-    if not shared:
-        return 0.0
-    precision, recall = shared / candidate, shared / reference
-    return 2 * precision * recall / (precision + recall + epsilon)
-
-
-def _lcs_table(x, y):
-    """table[i][j]: length of the longest common subsequence of x[:i] and y[:j]."""
-    table = [[0] * (len(y) + 1)]
-    for word in x:
-        above, row = table[-1], [0]
-        for j, other in enumerate(y):
-            row.append(above[j] + 1 if word == other else max(above[j + 1], row[j]))
-        table.append(row)
-    return table
-
-
-def _lcs_words(x, y):
-    """The words of one longest common subsequence, ties taken as the release takes them."""
-    table, i, j, words = _lcs_table(x, y), len(x), len(y), []
-    while i and j:
-        if x[i - 1] == y[j - 1]:
-            i, j = i - 1, j - 1
-            words.append(x[i])
-        elif table[i - 1][j] > table[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return words
+SIDE_BY_SIDE = 8  # scenes
+FIELDS = ("book", "plot_summary", "scenario", "character_profiles", "major_characters", "original_conversation", "fence")
+FIELDS += ("simulated_conversation", "dimension_name", "dimension_brief", "dimension_criteria", "additional_instructions")
 
 
 # ---- performances -------------------------------------------------------------------------------------------------------
 
 
 def read_performances(path, scenes_file=None):
-    """(scene, messages) of a directory of ours, a transcripts.jsonl, or a simulation file of the release.
+    """[(scene, messages, settings)] of a directory of ours, a transcripts.jsonl, or a simulation file of the release.
 
     messages: `{role, content}`; in the release's files most contents begin with the speaker's name.
     """
@@ -132,16 +58,19 @@ def read_performances(path, scenes_file=None):
         raise UsageError(f"{path}: no {TRANSCRIPTS} here; python simulate.py --scene NAME --out {path} makes one")
     try:
         if file.suffix == ".jsonl":
-            found = [(Scene(**line["scene"]), line["messages"]) for line in cli.read_lines(file, TRANSCRIPT_KEYS)]
+            lines = cli.read_lines(file, TRANSCRIPT_KEYS)
+            found = [(Scene(**line["scene"]), line["messages"], dict(line["settings"])) for line in lines]
         else:
             found = _release_performances(cli.read_json(file, list), file, scenes_file)
-        for scene, messages in found:
+        for scene, messages, _ in found:
             scripts(scene, messages)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{file}: not what simulate.py or the release writes ({type(error).__name__}: {error})") from None
     if not found:
         raise UsageError(f"{file}: no finished scene in it; python simulate.py ... --resume finishes one")
-    return found
+    return list(
+        {digest(scene.to_dict(), messages): (scene, messages, settings) for scene, messages, settings in found}.values()
+    )
 
 
 def _release_performances(data, file, scenes_file):
@@ -155,7 +84,7 @@ def _release_performances(data, file, scenes_file):
             raise UsageError(f"{scenes_file}: no scene {key[0]}, plot {key[1]}, conversation {key[2]}, which {file} plays")
         # where the speaker's name stands anywhere in a content, the release takes it to be named
         messages = [{**message, "named": f"{message['role']}:" in message["content"]} for message in case["simulation"]]
-        found.append((scenes[key], messages))
+        found.append((scenes[key], messages, {"actor": file.name.split(".simulation")[0], "protocol": "release"}))
     return found
 
 
@@ -164,110 +93,239 @@ def count_turns(messages):
     return sum(message["role"] not in (ENVIRONMENT, NEXT_SPEAKER) for message in messages)
 
 
-def script_line(name, text, named=False):
+def script_line(name, text, named=False, names=True):
     """`Name: text`, thoughts removed but for the Environment, whose text stays as it is. named: the text says who speaks."""
     shown = text if name == ENVIRONMENT else remove_thoughts(text)
+    if not names:
+        return shown.replace(f"{name}:", "", 1).strip() if named else shown
     return shown if named else f"{name}: {shown}"
 
 
-def scripts(scene, messages):
+def scripts(scene, messages, names=True):
     """(original, simulated) as one text each, a blank line between messages."""
-    original = [script_line(turn["character"], turn["message"]) for turn in scene.dialogues]
+    original = [script_line(turn["character"], turn["message"], names=names) for turn in scene.dialogues]
     spoken = [message for message in messages if message["role"] != NEXT_SPEAKER]
-    simulated = [script_line(m["role"], m["content"], m.get("named", False)) for m in spoken]
+    simulated = [script_line(m["role"], m["content"], m.get("named", False), names) for m in spoken]
     return "\n\n".join(original), "\n\n".join(simulated)
+
+
+def digest(*values):
+    """What tells a performance, or a rubric, from every other."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- what the judge is asked, and what it says ----------------------------------------------------------------------------
+
+
+def load_rubric(path=None):
+    """Ours, or that of a JSON file: `template` and, if wanted, `system`, with FIELDS in braces; `dimensions`, {name: {brief,
+    criteria}}; `severity`, its least and greatest value. Adds `name`, which tells it from every other rubric.
+    """
+    rubric = cli.read_json(path) if path else prompts.RUBRIC
+    texts = [rubric.get("system", ""), rubric.get("template")]
+    dimensions, bounds = rubric.get("dimensions"), rubric.get("severity")
+    if not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{path}: `template` (and `system`, where given) has to be a text")
+    unknown = [field for field in re.findall(r"\{([a-z_]+)\}", "\n".join(texts)) if field not in FIELDS]
+    if unknown or "{simulated_conversation}" not in texts[1]:
+        what = f"knows no field {{{unknown[0]}}}" if unknown else "lacks {simulated_conversation}"
+        raise UsageError(f"{path}: the template {what}; there are {', '.join(FIELDS)}")
+    good = isinstance(dimensions, dict) and dimensions and all(isinstance(d, dict) for d in dimensions.values())
+    if not good or not all(isinstance(d.get(key), str) for d in dimensions.values() for key in ("brief", "criteria")):
+        raise UsageError(f"{path}: `dimensions` has to hold, for each name, a `brief` and `criteria`")
+    if not isinstance(bounds, list) or [type(b) for b in bounds] != [int, int] or not 0 <= bounds[0] <= bounds[1]:
+        raise UsageError(f"{path}: `severity` has to be the least and the greatest, such as [1, 5]")
+    if "{fence}" not in texts[1]:
+        cli.note(f"{path}: without {{fence}} round the played scene, what characters say may pose as instructions")
+    return {**rubric, "name": f"{Path(path).stem if path else 'coser'}-{digest(rubric)[:8]}"}
+
+
+def judge_messages(scene, messages, dimension, rubric=prompts.RUBRIC, settings=None):
+    """What the judge is asked about one dimension. The fence depends on both texts, so no character can close it."""
+    original, simulated = scripts(scene, messages)
+    profiles = "\n\n".join(f"{name}: {text}" for name, text in scene.profiles.items() if name in scene.speaking_characters)
+    given = (settings or {}).get("continue_from")
+    fields = dict(
+        book=scene.book,
+        plot_summary=scene.plot_summary or "(not given)",
+        scenario=scene.scenario or "(not given)",
+        character_profiles=profiles or "(not given)",
+        major_characters=", ".join(scene.major_characters) or "(none)",
+        fence="=====" + digest(original, simulated),
+        original_conversation=original,
+        simulated_conversation=simulated,
+        dimension_name=dimension,
+        dimension_brief=rubric["dimensions"][dimension]["brief"],
+        dimension_criteria=rubric["dimensions"][dimension]["criteria"],
+        additional_instructions=prompts.CONTINUED.format(k=given) if given else "",
+    )
+    roles = {"system": rubric.get("system"), "user": rubric["template"]}
+    return [{"role": role, "content": prompts.fill(text, fields)} for role, text in roles.items() if text]
+
+
+def flaw_schema(rubric):
+    """JSON schema of a verdict, to which a local judge is held."""
+    low, high = rubric["severity"]
+    text = {"type": "string"}
+    flaw = {"instance": text, "type": text, "severity": {"type": "integer", "minimum": low, "maximum": high}}
+    item = {"type": "object", "properties": flaw, "required": list(flaw), "additionalProperties": False}
+    flaws = {"flaws": {"type": "array", "items": item, "maxItems": 10}}
+    return {"type": "object", "properties": flaws, "required": ["flaws"], "additionalProperties": False}
+
+
+def parse_flaws(text, dimension=None, severity=(1, 5)):
+    """The flaws of a judge's reply; ValueError says what is wrong with it. An invalid severity is never just left out.
+
+    What is mended: words and code fences around the JSON, commas before a closing bracket. The flaws may stand under the name
+    of the dimension.
+    """
+    first, last = text.find("{"), text.rfind("}")
+    if first < 0 or last < first:
+        raise ValueError("no JSON object in the reply")
+    mended = re.sub(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', lambda part: part[1] or "", text[first : last + 1], flags=re.DOTALL)
+    found = json.loads(mended, object_pairs_hook=_unique)
+    if "flaws" not in found and isinstance(found.get(dimension), dict):
+        found = found[dimension]
+    if not isinstance(found.get("flaws"), list):
+        raise ValueError("no list of flaws in the reply")
+    for flaw in found["flaws"]:
+        if not isinstance(flaw, dict) or not all(isinstance(flaw.get(key), str) for key in ("instance", "type")):
+            raise ValueError(f"not a flaw with instance, type and severity: {str(flaw)[:80]}")
+        value = flaw.get("severity")
+        if type(value) is not int or not severity[0] <= value <= severity[1]:
+            raise ValueError(f"severity {str(value)[:20]!r} is not a whole number from {severity[0]} to {severity[1]}")
+    return [{key: _whole(flaw[key]) for key in ("instance", "type", "severity")} for flaw in found["flaws"]]
+
+
+def _unique(pairs):
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in an object of the reply")
+    return dict(pairs)
+
+
+def _whole(value):
+    """Half of a surrogate pair is no character and cannot be written: it becomes a question mark."""
+    return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else value
 
 
 # ---- judging ------------------------------------------------------------------------------------------------------------
 
 
-def judge_messages(scene, messages, dimension):
-    """What the judge is asked about one dimension. The fence depends on both texts, so no character can close it."""
-    original, simulated = scripts(scene, messages)
-    brief, criteria = prompts.DIMENSIONS[dimension]
-    profiles = "\n\n".join(f"{name}: {text}" for name, text in scene.profiles.items() if name in scene.speaking_characters)
-    user = prompts.JUDGE_USER.format(
-        book=scene.book,
-        plot_summary=scene.plot_summary or "(not given)",
-        scenario=scene.scenario or "(not given)",
-        profiles=profiles or "(not given)",
-        major_characters=", ".join(scene.major_characters) or "(none)",
-        fence="=====" + hashlib.sha256(f"{original}\0{simulated}".encode()).hexdigest()[:12],
-        reference=original,
-        simulation=simulated,
-        dimension=dimension,
-        criteria=criteria,
-    )
-    system = prompts.JUDGE_SYSTEM.format(dimension=dimension, brief=brief)
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+def judge_all(wanted, model, rubric, keep, seed=0, repeats=1, temperature=0.0, group=8, before=()):
+    """Asks about every dimension of every performance, `repeats` times, a group of scenes at once; then keep(key, dimensions).
+
+    wanted: {key: (scene, messages, settings)}. before: {key: dimensions} of an earlier run: what was invalid then is asked with
+    other seeds now. dimensions: {name: {flaws, scores}}, scores one a repeat: 0 to be computed, or None where invalid, with an
+    `error` and the number of `tries` so far.
+    """
+    schema, keys = flaw_schema(rubric), list(wanted)
+    for start in range(0, len(keys), group):
+        found, tries, lost = {}, Counter(), set()
+        for call in itertools.product(keys[start : start + group], rubric["dimensions"], range(repeats)):
+            found[call] = "not asked"
+            old = before[call[0]].get(call[1], {}) if call[0] in before else {}
+            tries[call] = old.get("tries", 0) if old.get("scores", [])[call[2] : call[2] + 1] == [None] else 0
+        for _ in range(TRIES):
+            todo = [call for call, flaws in found.items() if isinstance(flaws, str) and call not in lost]
+            asked = [judge_messages(*wanted[key][:2], name, rubric, wanted[key][2]) for key, name, _ in todo]
+            params = [
+                SamplingParams(
+                    max(temperature, 1.0) if tries[call] else temperature,
+                    max_tokens=2048,
+                    seed=seed + 1000 * call[2] + tries[call],
+                    json_schema=schema,
+                )
+                for call in todo
+            ]
+            for call, reply in zip(todo, model.chat(asked, params) if todo else (), strict=True):
+                tries[call] += reply.error is None  # what never was answered is asked as if for the first time
+                try:
+                    found[call] = parse_flaws(reply.text, call[1], rubric["severity"])
+                except (ValueError, RecursionError) as error:
+                    found[call] = _whole(reply.error or str(error))
+                    lost |= {call} if reply.error else set()  # llm.py has tried what can be tried
+        for key in keys[start : start + group]:
+            dimensions = {}
+            for name in rubric["dimensions"]:
+                replies = [found[key, name, r] for r in range(repeats)]
+                flaws = [f | {"repeat": r} if r else f for r, fs in enumerate(replies) if isinstance(fs, list) for f in fs]
+                dimensions[name] = {"flaws": flaws, "scores": [0.0 if isinstance(fs, list) else None for fs in replies]}
+                if errors := [fs for fs in replies if isinstance(fs, str)]:
+                    dimensions[name] |= {"error": errors[0], "tries": max(tries[key, name, r] for r in range(repeats))}
+            keep(key, dimensions)
 
 
-def parse_flaws(text):
-    """The flaws of a judge's reply; ValueError says what is wrong with it. An invalid severity is never just left out."""
-    first, last = text.find("{"), text.rfind("}")
-    if first < 0 or last < first:
-        raise ValueError("no JSON object in the reply")
-    flaws = json.loads(text[first : last + 1]).get("flaws")
-    if not isinstance(flaws, list):
-        raise ValueError("no list of flaws in the reply")
-    for flaw in flaws:
-        if not isinstance(flaw, dict) or not all(isinstance(flaw.get(key), str) for key in ("instance", "type")):
-            raise ValueError(f"not a flaw with instance, type and severity: {str(flaw)[:80]}")
-        severity = flaw.get("severity")
-        if type(severity) is not int or severity not in SEVERITIES:
-            raise ValueError(f"severity {severity!r} is not a whole number from 1 to 5")
-    return [{key: flaw[key] for key in ("instance", "type", "severity")} for flaw in flaws]
+def verdict_line(key, performance, who, weight, dimensions):
+    """One line of verdicts.jsonl. Without a judge (dimensions is empty) only the metrics."""
+    scene, messages, settings = performance
+    texts, unnamed = scripts(scene, messages), scripts(scene, messages, names=False)
+    line = {"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, **who, "settings": settings}
+    line |= {"performance": key, "turns": count_turns(messages), "dimensions": dimensions}
+    scores = {"bleu": bleu(*texts), "bleu_without_names": bleu(*unnamed), "rouge_l": rouge_l(*texts)}
+    return weigh(line, weight) | scores | {"rouge_l_release": rouge_l(*texts, "release")}
 
 
-def judge_scene(scene, messages, model, seed):
-    """{dimension: {flaws, score}}; a dimension without a valid reply in TRIES has {error} instead."""
-    dimensions, turns = {}, count_turns(messages)
-    left = list(prompts.DIMENSIONS)
-    for attempt in range(TRIES):
-        params = SamplingParams(temperature=0.0 if attempt == 0 else 1.0, max_tokens=2048, seed=seed + attempt)
-        replies = model.chat([judge_messages(scene, messages, dimension) for dimension in left], params)
-        for dimension, reply in zip(list(left), replies, strict=True):
-            try:
-                flaws = parse_flaws(reply.text)
-                dimensions[dimension] = {"flaws": flaws, "score": score_flaws(flaws, turns)}
-                left.remove(dimension)
-            except (ValueError, RecursionError) as error:
-                dimensions[dimension] = {"error": str(error)}
-        if not left:
-            break
-    return {dimension: dimensions[dimension] for dimension in prompts.DIMENSIONS}
+def open_judge(args, directory):
+    """The model that --judge names, its answers kept in a directory; None without --judge."""
+    options = {"answers": directory / "answers", "concurrency": args.concurrency, "per_minute": args.requests_per_minute}
+    model = open_model(args.judge, **options) if args.judge else None
+    if model and model.local and args.repeats > 1 and not args.temperature:
+        cli.note("a local judge says the same again at temperature 0; add --temperature 1 for repeats that differ")
+    return model
 
 
-def judge_performance(scene, messages, model, seed):
-    """One line of verdicts.jsonl. Without a model only the metrics."""
-    original, simulated = scripts(scene, messages)
-    dimensions = judge_scene(scene, messages, model, seed) if model else {}
-    complete = dimensions and all("score" in verdict for verdict in dimensions.values())
-    return {
-        "book": scene.book,
-        "i_p": scene.i_p,
-        "i_c": scene.i_c,
-        "judge": model.name if model else None,
-        "seed": seed,
-        "performance": digest(scene, messages),
-        "turns": count_turns(messages),
-        "dimensions": dimensions,
-        "score": statistics.mean(verdict["score"] for verdict in dimensions.values()) if complete else None,
-        "bleu": bleu(original, simulated),
-        "rouge_l": rouge_l(original, simulated),
-        "rouge_l_release": rouge_l(original, simulated, "release"),
-    }
+def judge_run(performances, out, args, model):
+    """Verdict lines of performances, in order, and in the file `out`; what is there already is not done again."""
+    rubric = load_rubric(args.rubric)
+    wanted = {digest(scene.to_dict(), messages): (scene, messages, settings) for scene, messages, settings in performances}
+    recorded = {line["performance"]: line for line in (rescore(out)[0] if cli.read_lines(out, VERDICT_KEYS) else ())}
+    who = {"judge": model and model.name, "rubric": rubric["name"], "seed": args.seed, "temperature": args.temperature}
+    for line in recorded.values() if model else ():
+        differs = [f"{name} {line.get(name)}" for name, value in who.items() if line["judge"] and line.get(name) != value]
+        if differs:
+            raise UsageError(f"{out}: holds verdicts of {line['judge']}, {', '.join(differs)}; name another file with --out")
 
+    def complete(line):
+        scores = [verdict["scores"] for verdict in line["dimensions"].values()]
+        return not model or (scores and all(len(s) >= args.repeats and None not in s for s in scores))
 
-def digest(scene, messages):
-    """What tells a performance from every other."""
-    return hashlib.sha256(json.dumps([scene.key, messages], sort_keys=True).encode()).hexdigest()[:16]
+    done = {key for key in wanted if key in recorded and complete(recorded[key])}
+    before = {key: line["dimensions"] for key, line in recorded.items()}
+    cli.make_dir(out.parent)
+    cli.write_lines(out, [line for key, line in recorded.items() if key in done or key not in wanted])
+    with cli.progress() as bar:
+        task, told = bar.add_task("judging", total=len(wanted), completed=len(done)), time.monotonic()
+
+        def keep(key, dimensions=()):
+            nonlocal told
+            recorded[key] = verdict_line(key, wanted[key], who, args.length_weight, dict(dimensions))
+            cli.append_line(out, recorded[key])
+            done.add(key)
+            bar.update(task, completed=len(done))
+            if not cli.stderr.is_terminal and time.monotonic() - told > EVERY:
+                cli.note(f"{len(done)} of {len(wanted)} scenes judged")
+                told = time.monotonic()
+
+        try:
+            left = {key: performance for key, performance in wanted.items() if key not in done}
+            if model:
+                group = max(SIDE_BY_SIDE, args.concurrency)
+                judge_all(left, model, rubric, keep, args.seed, args.repeats, args.temperature, group, before)
+            for key in () if model else left:
+                keep(key)
+        except (KeyboardInterrupt, UsageError) as error:
+            why = str(error) + ". " if str(error) else ""
+            raise type(error)(f"{why}{len(done)} verdicts are in {out}; the same command goes on from there") from None
+    for key in wanted:
+        recorded[key] = weigh(recorded[key], args.length_weight)
+    cli.write_lines(out, [line for key, line in recorded.items() if key not in wanted] + [recorded[key] for key in wanted])
+    return [recorded[key] for key in wanted]
 
 
 # ---- recorded verdicts --------------------------------------------------------------------------------------------------
 
 
-def rescore(path):
+def rescore(path, weight=LENGTH_WEIGHT):
     """Recomputes every score of a recorded evaluation: the release's file, or a verdicts.jsonl of ours.
 
     Returns verdict lines whose scores are computed anew, and the number of recorded scores that came out the same (to 1e-9)
@@ -279,114 +337,144 @@ def rescore(path):
         if path.suffix == ".jsonl":
             lines = cli.read_lines(path, VERDICT_KEYS)
         else:
-            lines = [_recorded_case(key, case) for key, case in cli.read_json(path)["cases"].items()]
-        same = of = 0
-        for line in lines:
-            for verdict in line["dimensions"].values():
-                if "flaws" in verdict:
-                    flaws = [flaw for flaw in verdict["flaws"] if type(flaw.get("severity")) is int]
-                    score = score_flaws(flaws, line["turns"])
-                    same, of = same + (abs(score - verdict["score"]) <= 1e-9), of + 1
-                    verdict["score"] = score
-            scores = [verdict.get("score") for verdict in line["dimensions"].values()]
-            line["score"] = statistics.mean(scores) if scores and None not in scores else None
+            lines = [_recorded_case(key, case, path) for key, case in cli.read_json(path)["cases"].items()]
+        before = [verdict.get("score") for line in lines for verdict in line["dimensions"].values()]
+        lines = [weigh(line, weight) for line in lines]
+        after = [verdict["score"] for line in lines for verdict in line["dimensions"].values()]
+        pairs = [(old, new) for old, new in zip(before, after, strict=True) if new is not None]
+        same = sum(abs(old - new) <= 1e-9 for old, new in pairs)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path}: not a file of recorded verdicts ({type(error).__name__}: {error})") from None
     if not lines:
         raise UsageError(f"{path}: no recorded verdict in it")
-    return lines, same, of
+    return lines, same, len(pairs)
 
 
-def _recorded_case(key, case):
+def _recorded_case(key, case, path):
     book, i_p, i_c = key.rsplit("-", 2)
     dimensions = {name: dict(verdict) for name, verdict in case["critique"].items() if isinstance(verdict, dict)}
-    turns = count_turns(case["simulation"])
-    return {
-        "book": straighten(book),
-        "i_p": int(i_p),
-        "i_c": int(i_c),
-        "judge": "recorded",
-        "turns": turns,
-        "dimensions": dimensions,
+    for verdict in dimensions.values():
+        verdict["flaws"] = [flaw for flaw in verdict["flaws"] if type(flaw.get("severity")) is int]
+    line = {"book": straighten(book), "i_p": int(i_p), "i_c": int(i_c), "judge": "recorded", "rubric": "release"}
+    settings = {"actor": path.name.split(".evaluation")[0], "protocol": "release"}
+    return line | {"settings": settings, "turns": count_turns(case["simulation"]), "dimensions": dimensions}
+
+
+def read_verdicts(path, weight):
+    """Recorded verdict lines of a directory that was judged, or of a file of verdicts."""
+    file = Path(path) / VERDICTS if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UsageError(f"{path}: not judged yet; python judge.py {path} --judge MODEL does it")
+    return rescore(file, weight)[0]
+
+
+# ---- can a judge be trusted? --------------------------------------------------------------------------------------------
+
+
+def calibrate(args):
+    """Runs a judge over the release's recorded simulations, and over two controls, and compares with the recorded verdicts.
+
+    Controls: the original conversation as if it had been played, and its messages in another order.
+    """
+    folder = Path(args.calibrate)
+    files = [f for f in sorted(folder.glob("*.simulation.json")) if f.with_name(evaluation_of(f)).is_file()]
+    if not files:
+        raise UsageError(f"{folder}: no MODEL.simulation.json with its MODEL.evaluation.json here")
+    scenes_file = args.scenes or folder.parent / "test" / "id.json"
+    runs = {file.name.removesuffix(".simulation.json"): read_performances(file, scenes_file) for file in files}
+    chosen = {scene.key: scene for scene, *_ in next(iter(runs.values()))[: args.limit]}
+    runs = {name: [p for p in run if p[0].key in chosen] for name, run in runs.items()}
+    controls = {"original": report.as_played, "shuffled": report.shuffled}
+    runs |= {name: [(scene, make(scene), {"actor": name}) for scene in chosen.values()] for name, make in controls.items()}
+    out = Path(args.out) if args.out else cli.OUT / "calibration" / re.sub(r"[^A-Za-z0-9.]+", "-", args.judge).strip("-")
+    model = open_judge(args, out)
+    judged = {name: judge_run(run, out / f"{name}.jsonl", args, model) for name, run in runs.items()}
+    recorded = {
+        f.name.removesuffix(".simulation.json"): rescore(f.with_name(evaluation_of(f)), args.length_weight)[0] for f in files
     }
+    cli.note(f"verdicts are in {out}")
+    return report.compare_judges(judged, recorded) | {"judge": model.name, "rubric": load_rubric(args.rubric)["name"]}
 
 
-# ---- summary ------------------------------------------------------------------------------------------------------------
+def evaluation_of(file):
+    return file.name.replace(".simulation.json", ".evaluation.json")
 
 
-def summarise(lines, judge):
-    """The means over scenes as a table on stdout."""
-    rows = []
-    for dimension in prompts.DIMENSIONS:
-        scores = [v["score"] for line in lines if "score" in (v := line["dimensions"].get(dimension, {}))]
-        if scores:
-            rows.append((dimension, scores, ".2f"))
-    scores = [line["score"] for line in lines if line["score"] is not None]
-    if scores:
-        rows.append(("Average", scores, ".2f"))
-    for name, label in (("bleu", "BLEU"), ("rouge_l", "ROUGE-L"), ("rouge_l_release", "ROUGE-L (release)")):
-        if name in lines[0]:
-            rows.append((label, [100 * line[name] for line in lines], ".2f"))
-    cli.stdout.print(f"{len(lines)} scene(s), judge: {judge or 'none'}", style="bold", markup=False)
-    for label, values, form in rows:
-        style = "bold" if label == "Average" else None
-        cli.stdout.print(f"{label:24}{statistics.mean(values):>9{form}}   over {len(values)}", style=style, markup=False)
-    failed = sum("error" in v for line in lines for v in line["dimensions"].values())
-    if failed:
-        cli.note(f"{failed} verdict(s) never became valid in {TRIES} tries and are in no mean; judge again to retry them")
+# ---- command line -------------------------------------------------------------------------------------------------------
 
 
 def parse_args():
     parser = cli.Parser(__doc__, "python judge.py out/plays/the-last-ferry-1.1")
     add = parser.add_argument
     add("performances", nargs="?", metavar="DIR", help="directory of simulate.py, or a simulation file of the release")
-    add("--judge", help="checkpoint directory or openai:MODEL; without one there are no flaw scores")
-    add("--scenes", help="test file with the originals, for a simulation file of the release")
+    add("--judge", help="checkpoint directory or openai:MODEL; without one there are no new flaw scores")
+    add("--html", metavar="FILE", help="a report to open in a browser: scores, and every flaw beside the lines it quotes")
+    add("--versus", metavar="DIR", help="compare with this judged directory, scene by scene")
+    add("--table", nargs="+", metavar="DIR", help="leaderboard of judged directories, beside the published results")
     add("--rescore", metavar="FILE", help="recompute the scores of recorded verdicts")
-    add("--out", help=f"file for the verdicts (default: {VERDICTS} beside the transcripts)")
+    default = cli.ROOT.parent / "shared" / "data" / "coser" / "gca"
+    add("--calibrate", nargs="?", const=default, metavar="DIR", help="compare --judge with the verdicts recorded in DIR")
+    add("--scenes", help="test file with the originals, for simulation files of the release")
+    add("--rubric", metavar="FILE", help="JSON with template, system, dimensions {name: {brief, criteria}}, severity [1, 5]")
+    add("--length-weight", type=float, default=LENGTH_WEIGHT, help="severity points forgiven a message (default: 0.3)")
+    add("--repeats", type=int, default=1, help="judge so many times, with other seeds (default: 1)")
+    add("--temperature", type=float, default=0.0, help="of the judge's first try (default: 0)")
+    add("--concurrency", type=int, default=8, help="requests to an endpoint at once (default: 8)")
+    add("--requests-per-minute", type=float, metavar="N", help="requests to an endpoint a minute (default: any number)")
+    add("--limit", type=int, metavar="N", help="only the first N scenes")
+    add("--out", help=f"file for the verdicts (default: {VERDICTS} beside the transcripts); of --calibrate, a directory")
+    add("--json", action="store_true", help="the summary as JSON")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    if bool(args.performances) == bool(args.rescore):
-        raise UsageError("give a directory of performances, or --rescore FILE")
+    if sum(map(bool, (args.performances, args.rescore, args.table, args.calibrate))) != 1:
+        raise UsageError("give a directory of performances, or one of --rescore FILE, --table DIR..., --calibrate")
+    if (args.html or args.versus) and not args.performances:
+        raise UsageError("--html and --versus go with a directory of performances")
+    if args.calibrate and not args.judge:
+        raise UsageError("--calibrate: which judge? name it with --judge")
+    if min(args.repeats, args.concurrency, 1 if args.limit is None else args.limit) < 1 or (args.requests_per_minute or 1) <= 0:
+        raise UsageError("--repeats, --concurrency and --limit are at least 1, --requests-per-minute is more than 0")
+    if not (0 <= args.temperature < math.inf and 0 <= args.length_weight < math.inf):
+        raise UsageError("--temperature and --length-weight are at least 0")
     return args
 
 
 def main():
     args = parse_args()
     if args.rescore:
-        lines, same, of = rescore(args.rescore)
-        summarise(lines, lines[0]["judge"])
-        cli.stdout.print(f"{same} of {of} recorded dimension scores recomputed exactly (to 1e-9)", markup=False)
-        return
-    performances = read_performances(args.performances, args.scenes)
-    path = Path(args.performances)
-    out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else cli.OUT / "verdicts" / f"{path.stem}.jsonl"
-    recorded = {line["performance"]: line for line in cli.read_lines(out, VERDICT_KEYS)}
-    for line in recorded.values():
-        if line["judge"] and (line["judge"], line["seed"]) != (args.judge, args.seed):
-            raise UsageError(f"{out}: holds verdicts of {line['judge']}, seed {line['seed']}; name another file with --out")
-    wanted = [digest(*performance) for performance in performances]
-    done = {key for key in wanted if key in recorded and args.judge and recorded[key]["score"] is not None}
-    model = open_model(args.judge) if args.judge else None
-    cli.make_dir(out.parent)
-    with cli.progress() as bar:
-        task = bar.add_task("judging", total=len(performances), completed=len(done))
-        try:
-            for key, (scene, messages) in zip(wanted, performances, strict=True):
-                if key in done:
-                    continue
-                recorded[key] = judge_performance(scene, messages, model, args.seed)
-                cli.write_lines(out, recorded.values())  # whole: it may take the place of an incomplete line
-                done.add(key)
-                bar.update(task, completed=len(done))
-        except (KeyboardInterrupt, UsageError) as error:
-            why = str(error) + ". " if str(error) else ""
-            raise type(error)(f"{why}{len(done)} verdicts are in {out}; the same command goes on from there") from None
-    lines = [recorded[key] for key in wanted]
-    summarise(lines, args.judge)
-    cli.note(f"verdicts are in {out}")
-    if not args.judge:
-        cli.note("flaw scores need a judge: add --judge openai:MODEL or --judge DIR")
+        lines, same, of = rescore(args.rescore, args.length_weight)
+        summary = report.summarise(lines) | {
+            "recomputed": f"{same} of {of} recorded dimension scores recomputed exactly (to 1e-9)"
+        }
+    elif args.table:
+        summary = report.leaderboard({path: read_verdicts(path, args.length_weight) for path in args.table})
+    elif args.calibrate:
+        summary = calibrate(args)
+    else:
+        path = Path(args.performances)
+        performances = read_performances(path, args.scenes)[: args.limit]
+        out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else cli.OUT / "verdicts" / f"{path.stem}.jsonl"
+        theirs = read_verdicts(args.versus, args.length_weight) if args.versus else None
+        model = open_judge(args, out.parent)
+        if model and theirs:  # before anything is asked
+            report.same_judge([{"judge": model.name, "rubric": load_rubric(args.rubric)["name"]}], theirs)
+        if args.html:
+            cli.make_dir(Path(args.html).parent)
+        lines = judge_run(performances, out, args, model)
+        summary = report.summarise(lines)
+        if theirs:
+            summary["versus"] = {"name": args.versus, "rows": report.compare(lines, theirs)}
+        if args.html:
+            with cli.write_whole(args.html) as file:
+                file.write(report.html(lines, performances, summary))
+            cli.note(f"the report is in {args.html}")
+        cli.note(f"verdicts are in {out}")
+        if summary["invalid"]:
+            cli.note(f"{summary['invalid']} verdict(s) never became valid and are in no mean; judge again to retry them")
+        if not any(line["judge"] for line in lines):
+            cli.note("flaw scores need a judge: add --judge openai:MODEL or --judge DIR")
+    for line in [json.dumps(summary)] if args.json else report.text(summary):
+        cli.stdout.print(cli.plain(line), markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,110 +1,233 @@
 """The one seam between a script and a language model: a local engine, or an OpenAI-compatible endpoint.
 
-    model = open_model("out/stage/final")            # a checkpoint directory
-    model = open_model("openai:gpt-4o")              # OPENAI_API_KEY, OPENAI_BASE_URL
-    replies = model.chat([messages, ...], params)    # list of conversations -> list of Reply, in order
+    model = open_model("out/stage/final")                        # a checkpoint directory
+    model = open_model("openai:gpt-4o")                          # OPENAI_API_KEY, OPENAI_BASE_URL
+    model = open_model("openai:llama@http://127.0.0.1:8000/v1")  # OPENAI_API_KEY_127_0_0_1, else OPENAI_API_KEY
+    replies = model.chat([messages, ...], params)                # list of conversations -> list of Reply, in order
 
-Endpoints are asked over HTTP with time-outs, a bounded number of tries and growing pauses between them (a Retry-After is
-honoured); what more tries cannot mend (400, 401, 403, 404) ends at once. Keys are sent to the endpoint and shown nowhere.
+Endpoints are asked over HTTP, so many requests at once and a minute, with a bounded number of tries, growing pauses with jitter
+between them (a Retry-After is honoured) and a deadline for each request. What fails for one prompt (400, the context, the
+deadline) is a Reply with an `error`; what no request can survive (401, 403, 404) is a UsageError. Keys go to the endpoint and
+nowhere else. Answers can be kept on disk, each under the hash of what was asked.
 """
 
+import email.utils
+import functools
+import hashlib
+import json
 import os
 import random
 import re
 import threading
+import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import httpx
 
 import cli
+from checkpoint import MANIFEST, find_model
 from cli import UsageError
 from generate import load_engine
 
 TRIES = 5
-TIMEOUT = httpx.Timeout(120, connect=10)  # seconds for an answer, and for a connection
+TIMEOUT, CONNECT = 120, 10  # seconds without a word of an answer, and for a connection
+DEADLINE = 600  # seconds for a request, its tries and pauses included
 LONGEST_PAUSE = 60  # seconds
 CONCURRENCY = 8  # requests to an endpoint at once
 BUNDLED_ACTOR = cli.ROOT / "data" / "stage" / "actor"
+WRITING = threading.Lock()
 
 
 @dataclass
 class Reply:
-    """An answer; token counts as the engine or the endpoint gives them (0 where it does not)."""
+    """An answer; token counts as the engine or the endpoint gives them (0 where it does not).
+
+    ids: its tokens as sampled, by a local model. probabilities: {choice: p} where choices were given. error: why there is none
+    (text is empty then). own_tokens: how many of the prompt's tokens stand as this model sampled them in earlier replies.
+    """
 
     text: str
     finish_reason: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    ids: list | None = None
+    probabilities: dict | None = None
+    error: str | None = None
+    own_tokens: int = 0
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------------
 
 
 class Local:
-    """A checkpoint on this machine."""
+    """A checkpoint on this machine. `identity` says which model computes what: files, device and dtype."""
+
+    local = True
 
     def __init__(self, directory):
         self.name, self.engine = str(directory), load_engine(directory)
+        self.tokenizer = self.engine.tokenizer
+        self.identity = f"{fingerprint(find_model(directory))} {self.engine.device.type} {self.engine.kv.dtype}"
+        self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)  # a chat's turns are rendered at each of its calls
+        self.as_sampled = functools.lru_cache(2**15)(self._as_sampled)
 
-    def chat(self, conversations, params, openings=None):
+    def chat(self, conversations, params, openings=None, on_piece=None):
         """conversations: lists of messages; params: one SamplingParams for all, or one each. Returns a list of Reply.
 
         openings: the text each reply is to begin with; it is not part of the Reply. An endpoint cannot be made to, and is not.
+        A message may carry `sampled`, the ids that a Reply had, with the `opening` it was asked for: see `_as_sampled`.
+        on_piece: called with the text of a single conversation's reply piece by piece, as it comes.
         """
-        prompts = [self.engine.tokenizer.render(messages, add_generation_prompt=True)[0] for messages in conversations]
-        if openings:
-            prompts = [prompt + self.engine.tokenizer.encode(text) for prompt, text in zip(prompts, openings, strict=True)]
-        done = self.engine.generate(prompts, params)
-        return [Reply(c.text, c.finish_reason, c.prompt_tokens, len(c.ids), c.cached_tokens) for c in done]
+        openings = openings or [""] * len(conversations)
+        params = params if isinstance(params, list) else [params] * len(conversations)
+        asked = [self.prompt(messages, opening) for messages, opening in zip(conversations, openings, strict=True)]
+        takes = min(self.engine.config.max_position_embeddings, self.engine.blocks.num_pages * self.engine.blocks.page_size) - 1
+        replies = [None] * len(asked)
+        for i, (ids, _) in enumerate(asked):
+            needed = len(ids) + max(len(self.encode(choice)) for choice in params[i].choices or [""])
+            needed += 64 if params[i].json_schema is not None else 0  # a schema's shortest text has to fit as well
+            if needed > takes:
+                replies[i] = Reply(
+                    "", "error", len(ids), error=f"a prompt of {needed:,} tokens, and {self.name} takes {takes:,}"
+                )
+        left = [i for i, reply in enumerate(replies) if reply is None]
+        if on_piece and len(left) == 1:
+            done = [drain(self.engine.stream(asked[left[0]][0], params[left[0]]), on_piece)]
+        else:
+            done = self.engine.generate([asked[i][0] for i in left], [params[i] for i in left])
+        for i, c in zip(left, done, strict=True):
+            counts = (c.prompt_tokens, len(c.ids), c.cached_tokens)
+            replies[i] = Reply(c.text, c.finish_reason, *counts, c.ids, c.probabilities, own_tokens=asked[i][1])
+        return replies
+
+    def prompt(self, messages, opening=""):
+        """(ids of the conversation up to a reply that begins with opening, how many of them this model has sampled)."""
+        rendered, own = [], 0
+        for message in messages:
+            if message.get("sampled"):
+                ids, kept = self.as_sampled(message["content"], message["opening"], tuple(message["sampled"]))
+                own += kept
+            else:
+                ids = self.encode(message["content"])
+            rendered.append({**message, "ids": ids})
+        return self.tokenizer.render(rendered, add_generation_prompt=True)[0] + self.encode(opening), own
+
+    def _as_sampled(self, content, opening, sampled):
+        """(ids of an own turn, how many of them were sampled): the opening, then as many of the sampled tokens as say what the
+        content says, then the rest of the content, encoded. White space after the opening stays as it was sampled."""
+        spoken = content.removeprefix(opening).lstrip()
+        for n in range(len(sampled), 0, -1):
+            text = self.tokenizer.decode(sampled[:n]).lstrip()
+            if text and spoken.startswith(text):
+                return [*self.encode(opening), *sampled[:n], *self.encode(spoken[len(text) :])], n
+        return self.encode(content), 0
+
+
+def drain(stream, on_piece):
+    """Calls on_piece with all a generator yields; returns what it returns."""
+    while True:
+        try:
+            on_piece(next(stream))
+        except StopIteration as end:
+            return end.value
+
+
+def fingerprint(directory):
+    """sha256 of a checkpoint: of its manifest, which has the hash of each file, or else of the files themselves; of a file of
+    more than 64 MiB its size, its first MiB and 64 KiB at 255 places, since hashing 140 GB takes minutes."""
+    directory, digest = Path(directory), hashlib.sha256()
+    files = [directory / MANIFEST]
+    if not files[0].is_file():
+        files = sorted(f for f in directory.iterdir() if f.suffix in (".json", ".safetensors", ".model"))
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with open(file, "rb") as stream:
+            if size <= 2**26:
+                digest.update(stream.read())
+            else:
+                for i in range(256):
+                    stream.seek(i * (size // 256))
+                    digest.update(stream.read(2**16 if i else 2**20))
+    return "sha256:" + digest.hexdigest()[:16]
+
+
+# ---- endpoints ----------------------------------------------------------------------------------------------------------
 
 
 class Endpoint:
-    """A model behind an OpenAI-compatible `/chat/completions`."""
+    """A model behind an OpenAI-compatible `/chat/completions`.
 
-    def __init__(self, model, url=None, key=None, pause=1.0):
-        self.name, self.model, self.pause = f"openai:{model}", model, pause
+    pause: seconds before a second try. answers: a directory to keep answers in. concurrency, per_minute: how many requests at
+    once, and how many a minute (None: any number); they hold for this model at this address.
+    """
+
+    local = False
+
+    def __init__(self, model, url=None, key=None, pause=1.0, answers=None, concurrency=CONCURRENCY, per_minute=None):
+        self.name, self.model, self.pause, self.answers = f"openai:{model}", model, pause, answers
         self.url = (url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
-        self.key = (key or os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not self.key:
-            raise UsageError(f"{self.name}: set OPENAI_API_KEY (to anything, for a server that asks for none)")
         try:
-            valid = httpx.URL(self.url).scheme in ("http", "https") and httpx.URL(self.url).host
+            address = httpx.URL(self.url)
+            valid = address.scheme in ("http", "https") and address.host
         except httpx.InvalidURL:
             valid = False
         if not valid:
-            raise UsageError(f"OPENAI_BASE_URL {self.url}: not an http(s) address")
+            raise UsageError(
+                f"{self.name} at {self.url}: not an http(s) address; look at OPENAI_BASE_URL or what follows the @"
+            )
+        if address.userinfo or address.query or address.fragment:
+            raise UsageError(
+                f"{self.name} at {address.host}: the address may have no user, query or fragment; keys go elsewhere"
+            )
+        variable = "OPENAI_API_KEY_" + re.sub(r"\W", "_", address.host).upper()
+        self.key = (key or os.environ.get(variable) or os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not self.key:
+            raise UsageError(f"{self.name}: set OPENAI_API_KEY or {variable} (to anything, for a server that asks for none)")
         if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
             raise UsageError("OPENAI_API_KEY: holds characters that no key has; was it pasted whole?")
-        self.stopped = threading.Event()
-        self.client = httpx.Client(timeout=TIMEOUT, headers={"Authorization": f"Bearer {self.key}"})
+        self.identity = f"{self.model} at {self.url}"
+        self.slots, self.concurrency = threading.Semaphore(concurrency), concurrency
+        self.interval, self.free_at, self.lock = 60 / per_minute if per_minute else 0, 0.0, threading.Lock()
+        self.down = False  # a request has just failed in all its tries: until one is answered, each gets a single one
+        self.client = httpx.Client(headers={"Authorization": f"Bearer {self.key}"}, limits=httpx.Limits(max_connections=None))
 
     def chat(self, conversations, params, openings=None):
         """As `Local.chat`; what a reply is to begin with is not passed on, since the interface has no place for it."""
         params = params if isinstance(params, list) else [params] * len(conversations)
-        self.stopped.clear()  # a call before this one may have ended early
-        todo, replies, errors = iter(range(len(conversations))), [None] * len(conversations), []
+        stopped, todo = threading.Event(), iter(range(len(conversations)))
+        replies, errors = [None] * len(conversations), []
 
         def work():
-            while not self.stopped.is_set() and (i := next(todo, None)) is not None:
+            while not stopped.is_set() and (i := next(todo, None)) is not None:
                 try:
-                    replies[i] = self.ask(conversations[i], params[i])
-                except Exception as error:  # for good: the others need not go on trying
+                    with self.slots:
+                        replies[i] = self.ask(conversations[i], params[i], stopped)
+                except BaseException as error:  # for good: the others need not go on trying
                     errors.append(error)
-                    self.stopped.set()
+                    stopped.set()
 
         # daemons, so that Ctrl-C need not wait for an answer that may take minutes
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(CONCURRENCY, len(conversations)))]
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self.concurrency, len(conversations)))]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            for thread in threads:
+                thread.join()
+        finally:
+            stopped.set()
         if errors:
             raise errors[0]
         return replies
 
-    def ask(self, messages, params):
+    def ask(self, messages, params, stopped):
+        """The Reply to one conversation, from the answers on disk or from the endpoint."""
         body = {
             "model": self.model,
-            "messages": messages,
+            "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
             "temperature": params.temperature,
             "top_p": params.top_p,
             "max_tokens": params.max_tokens,
@@ -113,10 +236,31 @@ class Endpoint:
             body["stop"] = list(params.stop)
         if params.seed is not None:
             body["seed"] = params.seed
-        for attempt in range(TRIES):
+        file = None
+        if self.answers and (params.temperature == 0 or params.seed is not None):
+            asked = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
+            file = Path(self.answers) / asked[:2] / f"{asked}.json"
+            try:
+                return Reply(**json.loads(file.read_bytes()))
+            except (OSError, ValueError, TypeError):  # not there, or no such answer
+                pass
+        reply = self.fetch(body, stopped)
+        if file and reply.error is None:
+            with WRITING:
+                cli.make_dir(file.parent)
+                with cli.write_whole(file) as out:
+                    json.dump(asdict(reply), out)
+        return reply
+
+    def fetch(self, body, stopped):
+        """The Reply to a request, after as many tries as it takes and may take."""
+        begun, tries, trouble = None, 1 if self.down else TRIES, ""
+        for attempt in range(tries):
+            self.wait_for_a_turn(stopped)
+            begun = begun or time.monotonic()
             pause = self.pause * 2**attempt * random.uniform(0.75, 1.25)
             try:
-                response = self.client.post(f"{self.url}/chat/completions", json=body)
+                response, later = self.post(body, begun + DEADLINE)
             except (httpx.RequestError, zlib.error) as error:  # no connection, no time left, an answer in pieces
                 trouble = f"{type(error).__name__}: {error}"
             else:
@@ -124,15 +268,40 @@ class Endpoint:
                 if response.status_code == 200:
                     reply = self.read(response)
                     if reply:
+                        self.down = False
                         return reply
                     trouble = "an answer that is no chat completion"
-                elif response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
+                elif response.status_code in (401, 403, 404):
                     raise UsageError(f"{self.name} at {self.url} refused: {trouble}")
-                asked = response.headers.get("Retry-After", "")
-                pause = float(asked) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", asked) else pause
-            if attempt == TRIES - 1 or self.stopped.wait(min(pause, LONGEST_PAUSE)):
+                elif response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
+                    return Reply("", "error", error=f"{self.name} at {self.url} refused: {trouble}")
+                asked = retry_after(later)
+                pause = pause if asked is None else asked
+            left = begun + DEADLINE - time.monotonic()
+            pause = min(pause, LONGEST_PAUSE)
+            if attempt == tries - 1 or pause >= left or stopped.wait(pause):
                 break
-        raise UsageError(f"{self.name} at {self.url} did not answer in {TRIES} tries; the last: {trouble}")
+        self.down = True
+        after = f"in {tries} tries" if attempt == tries - 1 else f"within {DEADLINE:g} s"
+        return Reply("", "error", error=f"{self.name} at {self.url} did not answer {after}; the last: {trouble}")
+
+    def post(self, body, deadline):
+        """(response, its Retry-After), given up at the deadline (of time.monotonic) however slowly the answer trickles in."""
+        timeout = httpx.Timeout(max(0.01, min(TIMEOUT, deadline - time.monotonic())), connect=CONNECT)
+        with self.client.stream("POST", f"{self.url}/chat/completions", json=body, timeout=timeout) as response:
+            content = b""
+            for chunk in response.iter_bytes():
+                content += chunk
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer came too slowly")
+        return httpx.Response(response.status_code, content=content), response.headers.get("Retry-After", "")
+
+    def wait_for_a_turn(self, stopped):
+        """Keeps to so many requests a minute."""
+        if self.interval:
+            with self.lock:
+                at = self.free_at = max(time.monotonic(), self.free_at + self.interval)
+            stopped.wait(max(0.0, at - time.monotonic()))
 
     def said(self, response):
         """The server's own words, short, without the key."""
@@ -156,6 +325,20 @@ class Endpoint:
             return None
 
 
+def retry_after(text):
+    """Seconds from now that a Retry-After asks for, in seconds or as a date; None where it is neither, or the date is past."""
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        return float(text)
+    try:
+        seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        return seconds if seconds > 0 else None
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+# ---- by name ------------------------------------------------------------------------------------------------------------
+
+
 def default_actor():
     """The last trained stage actor if there is one, else the bundled one."""
     trained = cli.OUT / "stage" / "final"
@@ -166,11 +349,15 @@ def default_actor():
     raise UsageError("no stage actor has been trained yet; run `torchrun train.py` first, or name a model")
 
 
-def open_model(spec):
-    """`openai:MODEL` or a checkpoint directory -> a model with `name` and `chat`."""
+def open_model(spec, **options):
+    """`openai:MODEL`, `openai:MODEL@URL` or a checkpoint directory -> a model with `name`, `local`, `identity` and `chat`.
+
+    options: those of Endpoint (answers, concurrency, per_minute); a checkpoint has no use for them.
+    """
     spec = str(spec)
     if spec.startswith("openai:"):
-        if not spec.removeprefix("openai:"):
-            raise UsageError("openai: what model? write openai:MODEL")
-        return Endpoint(spec.removeprefix("openai:"))
+        model, _, url = spec.removeprefix("openai:").partition("@http")
+        if not model or re.search(r"@[\w.-]+:\d+|@\w+://", model):
+            raise UsageError(f"{spec}: write openai:MODEL or openai:MODEL@URL, with a URL that begins with http:// or https://")
+        return Endpoint(model, f"http{url}" if url else None, **options)
     return Local(spec)

@@ -8,26 +8,12 @@ setup(
     description="CoSER in pure PyTorch: train an actor, put it on stage, judge it",
     license="MIT",
     python_requires=">=3.11",
-    py_modules=[
-        "checkpoint",
-        "cli",
-        "constrain",
-        "engine",
-        "fast_linear",
-        "costs",
-        "generate",
-        "judge",
-        "llm",
-        "loss",
-        "model",
-        "resume",
-        "runlog",
-        "simulate",
-        "tokenizer",
-        "train",
-    ],
+    py_modules=(
+        "checkpoint cli constrain costs engine fast_linear generate judge llm "
+        "loss metrics model protocol report resume runlog simulate tokenizer train"
+    ).split(),
     packages=["data", "kernels"],
-    package_data={"data": ["stage/*", "stage/actor/*"]},
+    package_data={"data": ["published_results.json", "report.html", "stage/*", "stage/actor/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -36,6 +22,7 @@ setup(
         "safetensors",
         "numpy",
         "httpx",  # endpoints
+        "jinja2",  # the report
         "matplotlib",  # loss.png
         "nltk",  # BLEU
         "rich",  # the terminal

@@ -3,303 +3,401 @@
     python simulate.py --list                                            the bundled scenes
     python simulate.py --scene the-last-ferry/1                          watch one, played by the stage actor
     python simulate.py --scene test.json:all --actor DIR --out DIR       a whole test file, all scenes side by side
+    python simulate.py --next-speaker-eval test.json --next-speaker DIR  how often it names who really speaks next
 
-Given-circumstance acting (coser paper, section 4.3): each agent has a chat of its own, in which it reads the others without
-their thoughts. A round is one turn of the current speaker, then the next-speaker model names who follows. `transcripts.jsonl`
-gets a scene as soon as it is finished; `--resume` plays only what is missing.
+The rules are in protocol.py. `--out DIR` gets `settings.json`, all that decides the result; `transcripts.jsonl`, a scene as
+soon as it is finished, in the order of the file at the end; `failures.jsonl` with scenes that could not be finished, if any;
+and until then `replies.jsonl`, every reply as it comes, so that `--resume` asks for none of them again and ends with what an
+uninterrupted run would have written, byte for byte but for the seconds.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
+import html
 import itertools
 import json
-import random
+import os
+import queue
 import re
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import cli
 from cli import UsageError
-from data import prompts
-from data.chats import END_CHAT, NEXT_SPEAKER, next_speaker_perspective, perspective, system_prompt
-from data.scenes import ENVIRONMENT, load_scenes, load_stage
+from data.chats import NEXT_SPEAKER
+from data.scenes import ENVIRONMENT, Scene, load_scenes, load_stage
 from generate import SamplingParams
-from llm import default_actor, open_model
+from llm import CONCURRENCY, Reply, default_actor, open_model
+from protocol import PROTOCOLS, Call, Protocol, SceneFailed, clean_reply, next_speakers_chat, parse_next_speaker, play
 
-TRANSCRIPTS, SETTINGS = "transcripts.jsonl", "settings.json"
+TRANSCRIPTS, SETTINGS, REPLIES, FAILURES = "transcripts.jsonl", "settings.json", "replies.jsonl", "failures.jsonl"
+SCRIPT = "script.md"
 SIDE_BY_SIDE = 32  # scenes
+EVERY = 10  # seconds between two lines of progress where stderr is no terminal
 TRANSCRIPT_KEYS = ("book", "i_p", "i_c", "scene", "settings", "messages", "stats")
-
-
-@dataclass
-class Protocol:
-    """The rules of a performance (paper, section 4.3 and the release's settings)."""
-
-    max_rounds: int = 20
-    end_from_round: int = 5  # an <END CHAT> before this round index does not count
-    max_tokens: int = 512  # of an actor's turn
-    next_speaker_tokens: int = 32
-    temperature: float = 0.0
-    retry_temperature: float = 1.0  # when the first try came out empty
-    thoughts: bool = True
-    continue_from: int = 0  # so many messages are the original ones
-    seed: int = 0
-
-
-@dataclass
-class Call:
-    """What a scene waits for: one reply of the model in a role (`actor`, `environment` or `next_speaker`)."""
-
-    role: str
-    messages: list
-    params: SamplingParams
-    opening: str = ""  # what the reply begins with: in training, a turn begins with its speaker's name
-
-
-# ---- one scene ----------------------------------------------------------------------------------------------------------
-
-
-def play(scene, protocol):
-    """The performance of a scene as a coroutine: yields a Call, is sent the Reply, returns `(messages, stats)`.
-
-    messages: `{role, content}` in order, next-speaker decisions included as role NSP. Anything said is added through
-    `yield` of a message dict, so that whoever drives the scene can show it at once.
-    """
-    cast = scene.speaking_characters + [ENVIRONMENT] * (ENVIRONMENT not in scene.speaking_characters)
-    dialogue, messages = [], []
-    stats = {"prefilled": 0, "decoded": 0, "cached": 0, "empty": 0, "fallbacks": 0, "original": 0}
-
-    def add(role, content):
-        messages.append({"role": role, "content": content})
-        if role != NEXT_SPEAKER:
-            dialogue.append({"character": role, "message": content})
-        return messages[-1]
-
-    def ask(role, chat, max_tokens, temperature, occasion):
-        digest = hashlib.sha256(f"{protocol.seed}|{scene.key}|{occasion}|{role}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "big")
-        opening = "" if role == "next_speaker" else f"{speaker}:"
-        reply = yield Call(role, chat, SamplingParams(temperature, max_tokens=max_tokens, seed=seed), opening)
-        stats["prefilled"] += reply.prompt_tokens - reply.cached_tokens
-        stats["cached"] += reply.cached_tokens
-        stats["decoded"] += reply.completion_tokens
-        return reply.text
-
-    speaker = scene.speaking_characters[0]
-    for index in range(protocol.max_rounds):
-        if index < protocol.continue_from and index < len(scene.dialogues):
-            turn = scene.dialogues[index]
-            speaker = turn["character"]
-            stats["original"] += 1
-            yield add(speaker, turn["message"])
-            if index + 1 < min(protocol.continue_from, len(scene.dialogues)):  # the next line is given as well
-                add(NEXT_SPEAKER, scene.dialogues[index + 1]["character"])
-                continue
-        else:
-            role = "environment" if speaker == ENVIRONMENT else "actor"
-            options = {**prompts.AT_PLAY, "thoughts": protocol.thoughts}
-            system = {"role": "system", "content": system_prompt(scene, speaker, options, concise=True)}
-            chat = [system, *perspective(dialogue, speaker, protocol.thoughts)]
-            content = ""
-            for attempt, temperature in enumerate((protocol.temperature, protocol.retry_temperature)):
-                text = yield from ask(role, chat, protocol.max_tokens, temperature, f"{index}.{attempt}")
-                content = clean_reply(text, speaker, cast)
-                if content:
-                    break
-            if content:
-                yield add(speaker, content)
-            else:
-                stats["empty"] += 1
-        if index == protocol.max_rounds - 1:
-            break
-        named = None
-        if dialogue and dialogue[-1]["character"] == speaker:  # one who said nothing is passed over without a question
-            system = {"role": "system", "content": prompts.next_speaker(scene)}
-            chat = [system, *next_speaker_perspective(dialogue)]
-            text = yield from ask("next_speaker", chat, protocol.next_speaker_tokens, protocol.temperature, f"{index}")
-            named = parse_next_speaker(text, cast)
-        if named == END_CHAT and index >= protocol.end_from_round:
-            add(NEXT_SPEAKER, END_CHAT)
-            break
-        if named not in cast or named == speaker:
-            stats["fallbacks"] += 1
-            last = dialogue[-1]["character"] if dialogue else speaker  # another one, if the speaker had nothing to say
-            named = fall_back(scene, cast, {speaker, last}, f"{protocol.seed}|{scene.key}|{index}")
-            if named is None:
-                break
-        add(NEXT_SPEAKER, named)
-        speaker = named
-    return messages, stats
-
-
-def fall_back(scene, cast, without, seed):
-    """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and the Environment, else
-    of the cast; nobody (None) where all of them are in `without`."""
-    candidates = [name for name in [*scene.major_characters, ENVIRONMENT] if name not in without]
-    candidates = candidates or [name for name in cast if name not in without]
-    return random.Random(seed).choice(candidates) if candidates else None
-
-
-def parse_next_speaker(text, cast):
-    """A name of the cast, END_CHAT, or None, out of whatever the model wrapped around it."""
-    if "END CHAT" in text.upper():
-        return END_CHAT
-    names = "|".join(re.escape(name) for name in sorted(cast, key=len, reverse=True))  # the longest of two that fit
-    found = re.search(rf"(?<!\w)({names})(?!\w)", text, re.IGNORECASE)
-    return next((name for name in cast if found and name.casefold() == found[1].casefold()), None)
-
-
-def clean_reply(text, character, cast):
-    """What an actor's reply adds to the play: its own part without its name, and without what it repeats."""
-    names = "|".join(re.escape(name) for name in sorted({*cast, character}, key=len, reverse=True))
-    parts = re.split(rf"^[ \t]*[*#]*({names})[*]*[ \t]*:[*]*[ \t]*", text, flags=re.MULTILINE)
-    own = parts[:1] + [part for name, part in zip(parts[1::2], parts[2::2], strict=True) if name == character]
-    return cut_repetition("\n".join(part.strip() for part in own if part.strip()))
-
-
-def cut_repetition(text):
-    """Cuts what a model stuck in a loop says: long runs of letters, phrases said five times over, passages said again.
-
-    A run of 100 letters or more keeps 20; of a sequence of 5 to 30 words five times in a row the first is kept; at the second
-    occurrence of 15 words the rest goes.
-    """
-    text = re.sub(r"[A-Za-z]{100,}", lambda run: run[0][:20], text)
-    spans = [match.span() for match in re.finditer(r"\S+", text)]
-    words = [text[first:last] for first, last in spans]
-    for start in range(len(words)):
-        for size in range(5, 31):
-            phrase = words[start : start + size]
-            if len(phrase) == size and words[start : start + 5 * size] == phrase * 5:
-                end = start + 5 * size
-                while words[end : end + size] == phrase:
-                    end += size
-                return cut_repetition(text[: spans[start + size - 1][1]] + text[spans[end - 1][1] :])
-    seen = set()
-    for start in range(len(words) - 14):
-        passage = tuple(words[start : start + 15])
-        if passage in seen:
-            return text[: spans[start][0]].rstrip()
-        seen.add(passage)
-    return text
 
 
 # ---- many scenes --------------------------------------------------------------------------------------------------------
 
 
-def perform(scenes, models, protocol, on_message=lambda *_: None, on_end=lambda *_: None):
-    """Plays scenes side by side, SIDE_BY_SIDE at a time: all calls that wait for the same model go to it in one batch.
+@dataclass(eq=False)
+class Live:
+    """A scene on stage: its coroutine, the call it waits for, what has been said, when it began."""
 
-    models: {role: model}. on_message(scene, message) at each thing said; on_end(scene, messages, stats, seconds) once for each.
+    scene: Scene
+    coroutine: object
+    said: list
+    begun: float
+    call: Call | None = None
+
+
+class Journal:
+    """The replies of a run as they came, so that none is asked for again. path None: nothing is kept."""
+
+    def __init__(self, path=None):
+        self.path = path
+        lines = cli.read_lines(path, ()) if path else []
+        self.replies = {key: reply for line in lines for key, reply in line.items()}
+        if lines:
+            cli.write_lines(path, lines)  # without the torn line a kill may have left
+
+    def take(self, scene, call):
+        """The Reply to a call of a scene, None where there was none."""
+        reply = self.replies.pop(f"{scene.key}|{call.occasion}", None)
+        return Reply(**reply) if reply else None
+
+    def keep(self, answered):
+        """Puts the replies to [(Live, Reply)] on the disk, those of a batch all or none."""
+        good = {f"{live.scene.key}|{live.call.occasion}": asdict(reply) for live, reply in answered if reply.error is None}
+        if self.path and good:
+            cli.append_line(self.path, good)
+
+
+def _nothing(*_):
+    pass
+
+
+def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_failure=_nothing, on_reply=_nothing,
+            on_piece=None, journal=None, side_by_side=SIDE_BY_SIDE):  # fmt: skip
+    """Plays scenes, so many side by side: as one leaves, the next enters.
+
+    All calls that wait for the same local model go to it in one batch; a scene that waits for an endpoint goes on as soon as
+    its own answer is there. models: {role: model}. on_message(scene, message) at each thing said; on_end(scene, messages,
+    stats, seconds) or on_failure(scene, messages so far, error) once for each; on_reply(reply) at each reply of a model;
+    on_piece(call, text) for the pieces of a turn while it is spoken, where a single scene waits for a local model.
     """
-    scenes, live = iter(scenes), []
-    waiting = []  # the Reply each live scene is to be sent next
-    calls = {}
+    journal = journal or Journal()
+    scenes, live, arrived = iter(scenes), [], queue.Queue()
+    ready, waiting, out = [], [], 0  # (Live, what to send it); Live with a call to ask; calls at endpoints
+
+    def advance(it, sent):
+        """Lets a scene go on until it waits for a reply that is not in the journal, or has ended."""
+        try:
+            while True:
+                asked = it.coroutine.send(sent)
+                sent = None
+                if isinstance(asked, Call):
+                    it.call = asked
+                    reply = journal.take(it.scene, asked)
+                    if reply is None:
+                        return waiting.append(it)
+                    sent = reply, True
+                else:
+                    it.said.append(asked)
+                    on_message(it.scene, asked)
+        except StopIteration as end:
+            on_end(it.scene, *end.value, time.perf_counter() - it.begun)
+        except SceneFailed as error:
+            on_failure(it.scene, it.said, str(error))
+        live.remove(it)
+
+    def answered(pairs):
+        journal.keep(pairs)
+        for it, reply in pairs:
+            on_reply(reply)
+            ready.append((it, (reply, False)))
+
+    def fetch(it, model):
+        try:
+            arrived.put((it, model.chat([it.call.messages], [it.call.params], [it.call.opening])[0]))
+        except BaseException as error:
+            arrived.put((it, error))
+
     while True:
-        for scene in itertools.islice(scenes, SIDE_BY_SIDE - len(live)):  # as one leaves, the next enters
-            live.append((scene, play(scene, protocol), time.perf_counter()))
-            waiting.append(None)
+        while ready or len(live) < side_by_side:
+            if not ready:
+                if (scene := next(scenes, None)) is None:
+                    break
+                live.append(Live(scene, play(scene, protocol), [], time.perf_counter()))
+                ready.append((live[-1], None))
+            advance(*ready.pop(0))
         if not live:
-            break
-        for i, (scene, coroutine, begun) in enumerate(live):
-            try:
-                asked = coroutine.send(waiting[i])
-                while not isinstance(asked, Call):
-                    on_message(scene, asked)
-                    asked = coroutine.send(None)
-                calls[i] = asked
-            except StopIteration as end:
-                on_end(scene, *end.value, time.perf_counter() - begun)
-                live[i] = None
-        waiting = [None] * len(live)
+            return
+        asked, waiting = waiting, []
         for model in {id(model): model for model in models.values()}.values():
-            mine = [i for i in calls if models[calls[i].role] is model]
-            if mine:
-                asked = [calls[i] for i in mine]
-                replies = model.chat([c.messages for c in asked], [c.params for c in asked], [c.opening for c in asked])
-                for i, reply in zip(mine, replies, strict=True):
-                    waiting[i] = reply
-        waiting = [reply for reply, scene in zip(waiting, live, strict=True) if scene]
-        live, calls = [scene for scene in live if scene], {}
+            mine = [it for it in asked if models[it.call.role] is model]
+            if not model.local:
+                for it in mine:  # a daemon, so that Ctrl-C need not wait for it
+                    threading.Thread(target=fetch, args=(it, model), daemon=True).start()
+                out += len(mine)
+            elif mine:
+                calls = [it.call for it in mine]
+                more = {}
+                if on_piece and len(live) == 1 and calls[0].role != "next_speaker":
+                    more["on_piece"] = functools.partial(on_piece, calls[0])
+                replies = model.chat([c.messages for c in calls], [c.params for c in calls], [c.opening for c in calls], **more)
+                answered(list(zip(mine, replies, strict=True)))
+        while out and (not ready or not arrived.empty()):  # at least one answer, and all that are there
+            it, reply = arrived.get()
+            out -= 1
+            if isinstance(reply, BaseException):
+                raise reply
+            answered([(it, reply)])
 
 
-def find_scenes(spec):
-    """Scenes by the name of a bundled one, or FILE, FILE:INDEX, FILE:all."""
+# ---- who speaks next, against the books ---------------------------------------------------------------------------------
+
+
+def evaluate_next_speaker(scenes, model, protocol, on_batch=lambda *_: None):
+    """How often a model names the real next speaker, teacher-forced: for every message but the first it reads the real ones
+    before it. Returns {correct, answered, failed, total, last_other, uniform}: counts, and for `uniform` an expected one.
+
+    Baselines: the last other speaker (the last to speak before the current one who is not the current one; at the second
+    message there is none, which counts as wrong), and uniform over the cast without the current speaker. A message by the
+    one who has just spoken is left out, since by the protocol nobody follows himself.
+    """
+    counts = dict.fromkeys(("correct", "answered", "failed", "total", "last_other", "uniform"), 0)
+    for i in range(1, max(len(scene.dialogues) for scene in scenes)):
+        batch = []
+        for scene in scenes:
+            names = [turn["character"] for turn in scene.dialogues[: i + 1]]
+            if len(names) > i and names[i] != names[i - 1]:
+                cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
+                batch.append((scene, cast, names))
+                others = [name for name in names[:i] if name != names[i - 1]]
+                counts["last_other"] += bool(others) and others[-1] == names[i]
+                counts["uniform"] += 1 / (len(cast) - 1)
+        params = []
+        for _, cast, names in batch:
+            choices = [name for name in cast if name != names[i - 1]] if protocol.next_speaker_mode == "choices" else None
+            shared = dict(max_tokens=protocol.next_speaker_tokens, seed=protocol.seed)
+            params.append(SamplingParams(protocol.temperature, choices=choices, **shared))
+        replies = model.chat([next_speakers_chat(scene, scene.dialogues[:i]) for scene, _, _ in batch], params) if batch else []
+        for (_, cast, names), reply in zip(batch, replies, strict=True):
+            named = parse_next_speaker(reply.text, cast)
+            counts["total"] += 1
+            counts["failed"] += reply.error is not None
+            counts["answered"] += named in cast and named != names[i - 1]
+            counts["correct"] += named == names[i]
+        on_batch(i, counts)
+    return counts
+
+
+def main_next_speaker_eval(args):
+    scenes = find_scenes(args.next_speaker_eval, args.limit, "all")
+    model = open_roles(args, ["next_speaker"])["next_speaker"]
+    protocol = Protocol(
+        next_speaker_mode=args.next_speaker_mode, temperature=args.temperature, seed=args.seed, **PROTOCOLS[args.protocol]
+    )
+    longest = max(len(scene.dialogues) for scene in scenes) - 1
+    with cli.progress() as bar:
+        task = bar.add_task("message by message", total=longest)
+        counts = evaluate_next_speaker(scenes, model, protocol, lambda i, _: bar.update(task, completed=i))
+    total = counts["total"]
+    if not total:
+        raise UsageError(f"{args.next_speaker_eval}: no second message in it, so nobody to name")
+    shares = {name: round(100 * counts[name] / total, 2) for name in ("correct", "last_other", "uniform", "answered")}
+    cli.note(
+        f"{model.name}: {shares['correct']}% of {total:,} next speakers of {len(scenes)} scenes; the last other speaker: "
+        f"{shares['last_other']}%; uniform over the cast: {shares['uniform']}%"
+    )
+    print(
+        json.dumps(
+            {"model": model.identity, "mode": args.next_speaker_mode, "scenes": len(scenes), **counts, "percent": shares}
+        )
+    )
+
+
+# ---- what to play, and where it goes ------------------------------------------------------------------------------------
+
+
+def find_scenes(spec, limit=None, which="0"):
+    """Scenes by the name of a bundled one, or FILE, FILE:INDEX, FILE:FIRST-LAST (both included), FILE:all; the first `limit`
+    of them. which: what of a FILE is meant where nothing is said and no limit given."""
     stage = load_stage()
     if spec in stage:
         return [stage[spec]]
-    file, _, which = spec.rpartition(":") if re.search(r":(all|-?\d+)$", spec) else (spec, "", "0")
+    file, which = spec, "all" if limit else which
+    if re.search(r":(all|-?\d+|\d+-\d+)$", spec):
+        file, _, which = spec.rpartition(":")
     if not Path(file).exists():
         raise UsageError(f"--scene {spec}: neither a file nor a bundled scene; bundled are {', '.join(stage)}")
     scenes = load_scenes(file)
-    if which == "all":
-        return scenes
-    if not 0 <= int(which) < len(scenes):
-        raise UsageError(f"--scene {spec}: {file} has scenes 0 to {len(scenes) - 1}")
-    return [scenes[int(which)]]
+    if which != "all":
+        first, last = which.split("-") if re.fullmatch(r"\d+-\d+", which) else (which, which)
+        if not 0 <= int(first) <= int(last) < len(scenes):
+            raise UsageError(f"--scene {spec}: {file} has scenes 0 to {len(scenes) - 1}")
+        scenes = scenes[int(first) : int(last) + 1]
+    if len({scene.key for scene in scenes}) < len(scenes):
+        raise UsageError(f"--scene {spec}: two scenes with the same book, plot and conversation number; play them one by one")
+    return scenes[:limit]
 
 
-def free_directory(spec):
-    """Makes a directory under out/plays that no run has used yet, named after the scene."""
-    name = spec if spec in load_stage() else Path(spec).name
-    base = cli.OUT / "plays" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    for number in range(1, 10_000):
-        directory = base.with_name(f"{base.name}.{number}")
-        try:
-            directory.mkdir(parents=True)
-            return directory
-        except FileExistsError:
-            continue
-    raise UsageError(f"{base.parent}: full; choose --out")
+def open_roles(args, roles=("actor", "environment", "next_speaker")):
+    """{role: model} of the command line, one model for roles with the same endpoint or directory."""
+    options = dict(answers=cli.OUT / "answers", concurrency=args.concurrency, per_minute=args.requests_per_minute)
+    opened, models = {}, {}
+    for role in roles:
+        spec = str(getattr(args, role) or args.actor or args.default)
+        same = os.path.realpath(spec) if os.path.isdir(spec) else spec
+        models[role] = opened.setdefault(same, opened.get(same) or open_model(spec, **options))
+    if args.next_speaker_mode == "choices" and not models["next_speaker"].local:
+        raise UsageError("--next-speaker-mode choices needs the probabilities of a local model; name one with --next-speaker")
+    return models
+
+
+def output_directory(args, settings):
+    """The directory of this run: `--out`, or a new one under out/plays, named after what is played and the settings."""
+    if args.out:
+        return cli.make_dir(args.out)
+    name = args.scene if args.scene in load_stage() else Path(args.scene).name
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    for number in itertools.count(1):
+        directory = cli.OUT / "plays" / f"{name}.{digest}.{number}"
+        if not directory.exists():
+            return cli.make_dir(directory)
+
+
+@contextlib.contextmanager
+def held(directory):
+    """Keeps a second run out of a directory for as long as this one is in it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UsageError(f"{directory}: another run is writing there; wait for it or choose another --out") from None
+    finally:
+        os.close(descriptor)
+
+
+# ---- to watch, to read --------------------------------------------------------------------------------------------------
 
 
 class Stage:
-    """The terminal as a stage: a colour for each character, thoughts dim, actions in italics."""
+    """The terminal as a stage: a colour for each character, thoughts dim (or not shown), actions in italics."""
 
     COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 
-    def __init__(self, scene):
+    def __init__(self, scene, thoughts=True):
+        self.cast, self.thoughts = [*scene.speaking_characters, ENVIRONMENT], thoughts
         actors = [name for name in scene.speaking_characters if name != ENVIRONMENT]
         self.styles = {name: f"bold {self.COLOURS[i % len(self.COLOURS)]}" for i, name in enumerate(actors)}
-        cli.stdout.rule(Text(cli.plain(scene.book)), style="dim") if cli.stdout.is_terminal else self._line(scene.book)
-        self._line(scene.scenario + "\n", "italic")
+        self.occasion, self.said, self.shown, self.painter = None, "", "", None
+        cli.stdout.rule(Text(cli.plain(scene.book)), style="dim") if cli.stdout.is_terminal else cli.put(scene.book + "\n")
+        cli.put(scene.scenario + "\n\n", "italic")
+
+    def hear(self, call, piece):
+        """A piece of a turn that is being spoken: what will surely stay of it is shown, so no line that may be another's."""
+        if call.occasion != self.occasion:
+            self.occasion, self.said = call.occasion, ""
+        self.said += piece
+        *lines, line = self.said.split("\n")
+        start = line.strip("*# \t")
+        name = next((n for n in self.cast if n.startswith(start) or (start.startswith(n) and ":" not in start)), None)
+        beginning = name is not None and len(start) < len(name) + 3
+        self.put(call.agent, clean_reply("\n".join(lines) if beginning else self.said, call.agent, self.cast))
 
     def show(self, message):
-        name = message["role"]
-        if name == ENVIRONMENT:
-            self._line(message["content"] + "\n", "dim italic")
-        elif name != NEXT_SPEAKER:
-            spans = cli.Painter().spans(message["content"])
-            cli.stdout.print(Text.assemble((cli.plain(name), self.styles.get(name, "bold")), "  ", *spans, "\n"))
+        """A turn as it is played."""
+        if message["role"] != NEXT_SPEAKER:
+            self.put(message["role"], message["content"])
+            cli.put("\n\n")
+            self.shown = ""
 
-    def _line(self, text, style=None):
-        cli.stdout.print(cli.plain(text), style=style, markup=False)
+    def put(self, name, text):
+        """Shows how a turn goes on; nothing where the end of it has been cut since."""
+        if not text.startswith(self.shown) or len(text) == len(self.shown):
+            return
+        if not self.shown:
+            self.painter = cli.Painter()
+            cli.put(f"{name}: ", self.styles.get(name, "dim"))
+        for part, style in self.painter.spans(text[len(self.shown) :]):
+            if self.thoughts or style != cli.THOUGHT:
+                cli.put(part, "dim italic" if name == ENVIRONMENT else style)
+        self.shown = text
+
+
+def markdown(line):
+    """A played scene as Markdown, in which nothing that was said is markup or HTML."""
+
+    def plain(text):
+        return re.sub(r"([\\`*_\[\]#|~])", r"\\\1", html.escape(cli.plain(" ".join(text.split())), quote=False))
+
+    scene = line["scene"]
+    parts = [f"## {plain(scene['book'])}", f"*{plain(scene['scenario'])}*" if scene["scenario"].strip() else ""]
+    for message in line["messages"]:
+        if message["role"] == ENVIRONMENT:
+            parts.append(f"> {plain(message['content'])}")
+        elif message["role"] != NEXT_SPEAKER:
+            spans = itertools.groupby(cli.Painter().spans(message["content"]), lambda span: span[1])
+            text = [("".join(part for part, _ in group), style) for style, group in spans]
+            text = [f"*{plain(part)}*" if style and part.strip() else plain(part) for part, style in text]
+            parts.append(f"**{plain(message['role'])}:** {' '.join(filter(None, text))}")
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+# ---- command line -------------------------------------------------------------------------------------------------------
 
 
 def parse_args():
     parser = cli.Parser(__doc__, "python simulate.py --scene the-last-ferry/1 --max-rounds 6")
     add = parser.add_argument
-    add("--scene", help="a bundled scene (see --list), or FILE, FILE:INDEX, FILE:all of a book or test file")
+    add("--scene", help="a bundled scene (see --list), or FILE, FILE:INDEX, FILE:FIRST-LAST, FILE:all of a book or test file")
     add("--list", action="store_true", help="the bundled scenes")
-    add("--actor", help="checkpoint directory or openai:MODEL (default: the last trained stage actor, else the bundled one)")
-    add("--environment", help="who narrates the world (default: the actor)")
-    add("--next-speaker", help="who names the next speaker (default: the actor)")
-    add("--out", help="directory for transcripts.jsonl (default: a new one under out/plays)")
-    add("--resume", action="store_true", help="with --out: play only the scenes that are not there yet")
+    add("--next-speaker-eval", metavar="FILE", help="how often the next-speaker model is right on these scenes (as --scene)")
+    add("--limit", type=int, metavar="N", help="only the first N scenes of them")
+    add("--actor", metavar="M", help="checkpoint directory, openai:MODEL or openai:MODEL@URL (default: a stage actor)")
+    add("--environment", metavar="M", help="who narrates the world (default: the actor)")
+    add("--next-speaker", metavar="M", help="who names the next speaker (default: the actor)")
+    add("--next-speaker-mode", choices=["text", "choices"], default="text", help="choices: one of the cast by its probability")
+    add("--protocol", choices=PROTOCOLS, default="paper", help="release: as the code released with the paper plays")
+    add("--out", metavar="DIR", help="directory for the transcripts (default: one under out/plays, named after the settings)")
+    add("--resume", action="store_true", help="with --out: go on with an interrupted run of the same settings")
+    add("--script", action="store_true", help=f"write {SCRIPT} as well, the scenes to be read")
     add("--max-rounds", type=int, default=20)
     add("--continue-from", type=int, default=0, metavar="K", help="the first K messages are the original ones")
     add("--without-thoughts", action="store_true", help="actors are asked for none, and do not see their own")
+    add("--thoughts", choices=["show", "hide"], default="show", help="on the screen; the transcript has them in any case")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     add("--seed", type=int, default=0)
+    add("--side-by-side", type=int, default=SIDE_BY_SIDE, metavar="N", help="scenes on stage at once (default: %(default)s)")
+    add(
+        "--concurrency",
+        type=int,
+        default=CONCURRENCY,
+        metavar="N",
+        help="requests to an endpoint at once (default: %(default)s)",
+    )
+    add("--requests-per-minute", type=float, metavar="N", help="to an endpoint, at most")
     args = parser.parse_args()
-    if bool(args.scene) == args.list:
+    if bool(args.scene) + args.list + bool(args.next_speaker_eval) != 1:
         raise UsageError("give --scene NAME or FILE, or --list to see the bundled ones")
-    if args.max_rounds < 1 or args.continue_from < 0 or args.temperature < 0:
+    if args.max_rounds < 1 or args.continue_from < 0 or not args.temperature >= 0:
         raise UsageError("--max-rounds is at least 1, --continue-from and --temperature at least 0")
     if args.resume and not args.out:
         raise UsageError("--resume goes with --out: which run should go on?")
+    for name in ("limit", "side_by_side", "concurrency", "requests_per_minute"):
+        if (value := getattr(args, name)) is not None and not value > 0:
+            raise UsageError(f"--{name.replace('_', '-')} is more than 0, not {value}")
     return args
 
 
@@ -310,65 +408,118 @@ def main():
             held_out = "" if scene.tag == "train" else "  (held out)"
             cli.stdout.print(f"{name:28} {scene.book}: {scene.topic}{held_out}", markup=False)
         return
-    scenes = find_scenes(args.scene)
-    actor = args.actor or default_actor()
-    specs = {"actor": actor, "environment": args.environment or actor, "next_speaker": args.next_speaker or actor}
+    args.default = None
+    if not args.actor and not (args.next_speaker_eval and args.next_speaker):
+        args.default = default_actor()
+    if args.next_speaker_eval:
+        return main_next_speaker_eval(args)
+    scenes = find_scenes(args.scene, args.limit)
+    models = open_roles(args)
     protocol = Protocol(
+        **PROTOCOLS[args.protocol],
         max_rounds=args.max_rounds,
+        next_speaker_mode=args.next_speaker_mode,
         temperature=args.temperature,
         thoughts=not args.without_thoughts,
         continue_from=args.continue_from,
         seed=args.seed,
     )
-    settings = {**{role: str(spec) for role, spec in specs.items()}, **asdict(protocol)}
-    out = Path(args.out) if args.out else free_directory(args.scene)
+    SamplingParams(args.temperature, seed=args.seed)  # one that cannot be is told before anything is written
+    settings = {role: model.name for role, model in models.items()}
+    settings |= {f"{role}_identity": model.identity for role, model in models.items()}
+    contents = json.dumps([scene.to_dict() for scene in scenes], sort_keys=True)
+    settings |= {"scenes": hashlib.sha256(contents.encode()).hexdigest()[:16], "protocol": args.protocol, **asdict(protocol)}
+    with held(out := output_directory(args, settings)):
+        done = begin(out, settings, args.resume)
+        run(scenes, models, protocol, settings, out, done, args)
+
+
+def begin(out, settings, resume):
+    """The lines of the run that this directory holds; UsageError where it is none that can go on."""
     done = cli.read_lines(out / TRANSCRIPTS, TRANSCRIPT_KEYS)
-    if done and not args.resume:
-        raise UsageError(f"{out}: holds transcripts already; add --resume to go on with them, or choose another --out")
-    if done and done[0]["settings"] != settings:
-        changed = [name for name in settings if done[0]["settings"].get(name) != settings[name]]
-        raise UsageError(f"{out}: was played with other settings ({', '.join(changed)}); choose another --out")
-    played = {(line["book"], line["i_p"], line["i_c"]) for line in done}
-    left = [scene for scene in scenes if (scene.book, scene.i_p, scene.i_c) not in played]
-    open_once = functools.cache(open_model)
-    models = {role: open_once(spec) for role, spec in specs.items()}
-    cli.make_dir(out)
+    begun = (out / SETTINGS).exists()
+    if (done or begun) and not resume:
+        raise UsageError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
+    if done or begun:
+        old = cli.read_json(out / SETTINGS) if begun else done[0]["settings"]
+        if changed := sorted(name for name in {*settings, *old} if settings.get(name) != old.get(name)):
+            raise UsageError(f"{out}: was played with other settings ({', '.join(changed)}); choose another --out")
     with cli.write_whole(out / SETTINGS) as file:
         json.dump(settings, file, indent=1)
     cli.write_lines(out / TRANSCRIPTS, done)  # without the torn line a kill may have left
+    (out / FAILURES).unlink(missing_ok=True)
+    return done
 
-    alone = Stage(left[0]) if len(scenes) == 1 and left else None
-    turns = 0
-    with cli.progress() as bar:
+
+def run(scenes, models, protocol, settings, out, done, args):
+    """Plays what is missing, and puts the transcripts in order."""
+    played = {(line["book"], line["i_p"], line["i_c"]) for line in done}
+    left = [scene for scene in scenes if (scene.book, scene.i_p, scene.i_c) not in played]
+    alone = Stage(left[0], args.thoughts == "show") if len(scenes) == 1 and left else None
+    failures, turns, decoded, begun, told = [], 0, 0, time.monotonic(), time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with cli.progress(*columns) as bar:
         task = bar.add_task(f"playing {len(scenes)} scenes", total=len(scenes), completed=len(done), visible=not alone)
+
+        def update():
+            nonlocal told
+            speed = decoded / max(1e-9, time.monotonic() - begun)
+            what = f"playing, {turns} turns, {speed:,.0f} tokens/s"
+            bar.update(task, description=what, completed=len(done) + len(failures))
+            if not alone and not cli.stderr.is_terminal and time.monotonic() - told > EVERY:
+                told = time.monotonic()
+                cli.note(f"{what}, {len(done)} of {len(scenes)} scenes")
 
         def on_message(scene, message):
             nonlocal turns
             turns += 1
             if alone:
                 alone.show(message)
-            else:
-                bar.update(task, description=f"playing, {turns} turns")
+            update()
+
+        def on_reply(reply):
+            nonlocal decoded
+            decoded += reply.completion_tokens
+
+        def line_of(scene, messages, stats):
+            line = {"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, "scene": scene.to_dict(), "settings": settings}
+            return line | {"messages": messages, "stats": stats}
 
         def on_end(scene, messages, stats, seconds):
-            line = {"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, "scene": scene.to_dict(), "settings": settings}
-            line |= {"messages": messages, "stats": {**stats, "seconds": round(seconds, 3)}}
-            cli.append_line(out / TRANSCRIPTS, line)
-            done.append(line)
-            bar.update(task, completed=len(done))
+            done.append(line_of(scene, messages, {**stats, "seconds": round(seconds, 3)}))
+            cli.append_line(out / TRANSCRIPTS, done[-1])
+            update()
 
+        def on_failure(scene, messages, error):
+            failures.append(line_of(scene, messages, {}) | {"error": error})
+            cli.append_line(out / FAILURES, failures[-1])
+            update()
+
+        hooks = dict(on_message=on_message, on_end=on_end, on_failure=on_failure, on_reply=on_reply)
         try:
-            perform(left, models, protocol, on_message, on_end)
+            journal = Journal(out / REPLIES)
+            hear = alone.hear if alone else None
+            perform(left, models, protocol, **hooks, on_piece=hear, journal=journal, side_by_side=args.side_by_side)
+            if failures:
+                raise UsageError(f"{len(failures)} scene(s) could not be finished; the first: {failures[0]['error']}")
         except (KeyboardInterrupt, UsageError) as error:
             why = str(error) + ". " if str(error) else ""
             kept = (
                 f"{len(done)} of {len(scenes)} scenes are in {out}; the same command with --out {out} --resume plays the rest"
             )
             raise type(error)(f"{why}{kept}") from None
-    totals = {name: sum(line["stats"][name] for line in done) for name in ("prefilled", "cached", "decoded", "seconds")}
+    order = {(scene.book, scene.i_p, scene.i_c): i for i, scene in enumerate(scenes)}
+    done.sort(key=lambda line: order.get((line["book"], line["i_p"], line["i_c"]), len(order)))
+    cli.write_lines(out / TRANSCRIPTS, done)
+    (out / REPLIES).unlink(missing_ok=True)
+    if args.script:
+        with cli.write_whole(out / SCRIPT) as file:
+            file.write("\n".join(markdown(line) for line in done))
+    total = {name: sum(line["stats"][name] for line in done) for name in ("prefilled", "least", "decoded")}
+    least = f" ({total['prefilled'] / total['least']:.3f} of the least possible)" if total["least"] else ""
     cli.note(
-        f"{len(done)} scene(s) in {out / TRANSCRIPTS}: {totals['decoded']:,} tokens spoken, {totals['prefilled']:,} read, "
-        f"{totals['cached']:,} remembered. Next: python judge.py {out}"
+        f"{len(done)} scene(s) in {out / TRANSCRIPTS}: {total['decoded']:,} tokens spoken, {total['prefilled']:,} read{least}. "
+        f"Next: python judge.py {out}"
     )
 
 

@@ -60,10 +60,15 @@ class Special:
 
 @dataclass
 class Text:
-    """A segment of text, encoded by itself."""
+    """A segment of text, encoded by itself; or these ids, where a model sampled it."""
 
     text: str
     loss: bool = False
+    ids: list | None = None
+
+
+def _content(message):
+    return Text(message["content"], message["role"] == "assistant", message.get("ids"))
 
 
 def llama3_format(messages, generate):
@@ -71,7 +76,7 @@ def llama3_format(messages, generate):
     for message in [*messages, *([{"role": "assistant"}] if generate else [])]:
         yield from (Special("<|start_header_id|>"), Text(message["role"]), Special("<|end_header_id|>"), Text("\n\n"))
         if "content" in message:
-            yield Text(message["content"], message["role"] == "assistant")
+            yield _content(message)
             yield Special("<|eot_id|>", message["role"] == "assistant")
 
 
@@ -79,7 +84,7 @@ def chatml_format(messages, generate):
     """Qwen 2: no beginning of text; the line end after a turn's end mark is not the speaker's."""
     for message in messages:
         own = message["role"] == "assistant"
-        yield from (Special("<|im_start|>"), Text(message["role"] + "\n"), Text(message["content"], own))
+        yield from (Special("<|im_start|>"), Text(message["role"] + "\n"), _content(message))
         yield from (Special("<|im_end|>", own), Text("\n"))
     if generate:
         yield from (Special("<|im_start|>"), Text("assistant\n"))
@@ -89,7 +94,7 @@ def stage_format(messages, generate):
     yield Special("<s>")
     for message in messages:
         own = message["role"] == "assistant"
-        yield from (Special(f"<|{message['role']}|>"), Text(message["content"], own), Special("<|end|>", own))
+        yield from (Special(f"<|{message['role']}|>"), _content(message), Special("<|end|>", own))
     if generate:
         yield Special("<|assistant|>")
 
@@ -101,7 +106,7 @@ def mistral_format(messages, generate, marker=Text):
         if message["role"] == "user":
             yield from (marker("[INST]"), Text(message["content"]), marker("[/INST]"))
         elif message["role"] == "assistant":
-            yield from (Text(message["content"], True), Special("</s>", True))
+            yield from (_content(message), Special("</s>", True))
 
 
 def mistral_v3_format(messages, generate):
@@ -119,7 +124,7 @@ def vicuna_format(messages, generate):
         elif message["role"] == "user":
             yield from (Text("USER:"), Text(message["content"]))
         else:
-            yield from (Text("ASSISTANT:"), Text(message["content"], True), Special("</s>", True))
+            yield from (Text("ASSISTANT:"), _content(message), Special("</s>", True))
     if generate:
         yield Text("ASSISTANT:")
 
@@ -219,13 +224,20 @@ class Tokenizer:
         self.names = {i: name for name, i in specials.items()}
 
     def render(self, messages, add_generation_prompt=False):
-        """(ids, mask) of a conversation; mask[i] is True where ids[i] is under loss: assistants' text and end of turn."""
+        """(ids, mask) of a conversation; mask[i] is True where ids[i] is under loss: assistants' text and end of turn.
+
+        A message may carry `ids`, its content as a model sampled it: they stand as they are, so that a chat that goes on begins
+        with the very tokens that are cached.
+        """
         for message in messages:
             if message["role"] not in ("system", "user", "assistant"):
                 raise ValueError(f"role {message['role']!r} is not system, user or assistant")
         ids, mask = [], []
         for segment in self.format.segments(messages, add_generation_prompt):
-            new = [self.specials[segment.name]] if isinstance(segment, Special) else self.encode(segment.text)
+            if isinstance(segment, Special):
+                new = [self.specials[segment.name]]
+            else:
+                new = self.encode(segment.text) if segment.ids is None else segment.ids
             ids += new
             mask += [segment.loss] * len(new)
         return ids, mask

@@ -1,10 +1,17 @@
 """The judge: recorded scores and metrics come out as recorded, verdicts are read strictly, what is judged stays fenced in."""
 
+import hashlib
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
+import shutil
+import signal
 import statistics
+import sys
+import time
 import warnings
 from copy import deepcopy
 from functools import cache
@@ -16,9 +23,10 @@ from rouge import Rouge
 from test_llm import KEY, Script, Server
 
 import judge
+import llm
 from data.prompts import DIMENSIONS
 from data.scenes import load_scenes, straighten
-from judge import bleu, judge_messages, judge_scene, read_performances, rouge_l, score_flaws, scripts
+from judge import bleu, judge_messages, read_performances, rouge_l, score_flaws, scripts
 
 MODELS = ["gpt-4o", "coser-8b", "llama-3.1-8b-instruct"]
 FLAW = {"instance": 'She says "never".', "type": "Language", "severity": 3}
@@ -33,7 +41,7 @@ def gca(shared):
 def performed(gca, shared):
     """{case: (original, simulated)} of GPT-4o's hundred simulations, as the judge reads the release's file."""
     found = read_performances(gca / "gpt-4o.simulation.json", shared / "coser" / "test" / "id.json")
-    return {scene.key: scripts(scene, messages) for scene, messages in found}
+    return {scene.key: scripts(scene, messages) for scene, messages, _ in found}
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +86,19 @@ def read_lines(file):
 
 def dimension_of(messages):
     """Which of the four this is about."""
-    [dimension] = [dimension for dimension in DIMENSIONS if dimension in messages[0]["content"]]
+    [dimension] = [
+        dimension for dimension in DIMENSIONS if f"every flaw of the played scene in {dimension}" in messages[-1]["content"]
+    ]
     return dimension
+
+
+def judge_one(scene, messages, model, rubric=None, **options):
+    """The dimensions of one performance, judged by a model object."""
+    found = {}
+    wanted, rubric = {"key": (scene, messages, {})}, rubric or judge.load_rubric()
+    judge.judge_all(wanted, model, rubric, lambda key, d: found.update({key: d}), **options)
+    turns = sum(message["role"] not in ("Environment", "NSP") for message in messages)
+    return judge.weigh({"turns": turns, "dimensions": found["key"]})["dimensions"]
 
 
 def verdict(*severities):
@@ -112,7 +131,7 @@ def test_rescoring_a_recorded_evaluation(script, gca, model):
     for dimension in (*DIMENSIONS, "Average"):
         [row] = [line for line in out.splitlines() if line.startswith(dimension)]
         expected = means["avg" if dimension == "Average" else dimension]
-        assert abs(float(row.removeprefix(dimension).split()[0]) - expected) < 0.0051 and "over 100" in row
+        assert abs(float(row.removeprefix(dimension).split()[0]) - expected) < 0.0051 and row.endswith(" 100")
 
 
 @pytest.mark.parametrize(
@@ -146,7 +165,7 @@ def test_recorded_bleu(performed, recorded):
     ours = {case: bleu(performed[case][0], record["simulation_str"]) for case, record in recorded.items()}
     theirs = {case: record["bleu"] for case, record in recorded.items()}
     assert len(ours) == 100
-    assert abs(statistics.mean(ours.values()) - statistics.mean(theirs.values())) < 0.001
+    assert statistics.mean(abs(ours[case] - theirs[case]) for case in ours) < 0.001
     assert max(abs(ours[case] - theirs[case]) for case in ours) < 0.02
 
 
@@ -183,9 +202,9 @@ def random_pairs(seed, n):
 
 
 def test_release_rouge_is_the_packages():
-    """Equal to the `rouge` package on 200 random pairs."""
+    """Equal to the `rouge` package on 1,000 random pairs."""
     package, seen = Rouge(metrics=["rouge-l"]), set()
-    for reference, candidate in random_pairs("release", 200):
+    for reference, candidate in random_pairs("release", 1000):
         expected = package.get_scores(candidate, reference)[0]["rouge-l"]["f"]
         assert abs(rouge_l(reference, candidate, "release") - expected) < 1e-6
         seen.add(round(expected, 3))
@@ -193,8 +212,8 @@ def test_release_rouge_is_the_packages():
 
 
 def test_lcs_rouge_is_a_plain_f1():
-    """Equal on 200 random pairs to twice the longest common subsequence over the number of words of both, case kept."""
-    for reference, candidate in random_pairs("lcs", 200):
+    """Equal on 1,000 random pairs to twice the longest common subsequence over the number of words of both, case kept."""
+    for reference, candidate in random_pairs("lcs", 1000):
         x, y = reference.split(), candidate.split()
 
         @cache
@@ -204,6 +223,27 @@ def test_lcs_rouge_is_a_plain_f1():
             return 1 + longest(i + 1, j + 1) if x[i] == y[j] else max(longest(i + 1, j), longest(i, j + 1))
 
         assert rouge_l(reference, candidate) == pytest.approx(2 * longest(0, 0) / (len(x) + len(y)), abs=1e-12)
+
+
+def test_rouge_takes_texts_of_any_length():
+    """Twenty thousand words, also as one sentence, and none at all: no recursion, no table that fills the memory."""
+    rng = random.Random(1)
+    x, y = (" ".join(rng.choice(["tea", "Ferry", "night", "key"]) for _ in range(20_000)) for _ in range(2))
+    for variant in ("lcs", "release"):
+        assert rouge_l(x, x, variant) == pytest.approx(1, abs=1e-6) and 0.5 < rouge_l(x, y, variant) <= 1
+        assert rouge_l("", x, variant) == rouge_l(x, "", variant) == rouge_l("...", " \n", variant) == 0
+
+
+def test_bleu_without_the_speakers_names(gca, shared):
+    """Over GPT-4o's hundred simulations the names are worth more than half of it."""
+    found = read_performances(gca / "gpt-4o.simulation.json", shared / "coser" / "test" / "id.json")
+    named, unnamed = (statistics.mean(bleu(*scripts(s, m, names)) for s, m, _ in found) for names in (True, False))
+    assert round(100 * named, 1) == 5.6 and round(100 * unnamed, 1) == 1.7
+    scene, messages, _ = found[0]
+    for text, speakers in zip(scripts(scene, messages, False), ([t["character"] for t in scene.dialogues], None), strict=True):
+        assert not any(
+            line.startswith(f"{name}:") for name in speakers or scene.speaking_characters for line in text.split("\n")
+        )
 
 
 def test_bleu_is_nltks():
@@ -250,6 +290,8 @@ VALID = [
     (f"Here is what I found:\n\n{verdict(4)}\n\nThat is all.", [4]),
     (json.dumps({"thinking": "hm", "flaws": [{**FLAW, "note": "x"}]}, indent=2), [3]),
     (json.dumps({"flaws": [{**FLAW, "instance": "a } b { c \u2014 \u6f22"}]}), [3]),
+    (json.dumps({"flaws": [{**FLAW, "instance": "half a pair \ud83d, a list [1, ] and {2, }"}]}), [3]),
+    ('{"flaws": [{"instance": "a", "type": "b", "severity": 2,},\n ], }', [2]),
 ]
 
 INVALID = [
@@ -264,6 +306,9 @@ INVALID = [
     '{"flaws": 3}',
     '{"flaws": "none"}',
     '{"Flaws": []}',
+    '{"Character Fidelity": {"flaws": []}}',
+    '{"flaws": [], "flaws": []}',
+    verdict(5).replace("}]", ', "severity": 1}]'),
     '{"flaws": [3]}',
     '{"flaws": [null]}',
     '{"flaws": [{"severity": 3}]}',
@@ -289,7 +334,7 @@ def test_a_verdict_is_read_out_of_what_stands_around_it(stage, reply, severities
     """Bare, fenced or with words around it: asked for once, and scored from its flaws alone."""
     scene = stage["ward-c/1"]
     model = Script(lambda *_: reply)
-    dimensions = judge_scene(scene, acted(scene), model, 0)
+    dimensions = judge_one(scene, acted(scene), model)
     assert list(dimensions) == list(DIMENSIONS) and len(model.asked) == 4
     turns = sum(m["role"] not in ("Environment", "NSP") for m in acted(scene))
     for found in dimensions.values():
@@ -303,7 +348,7 @@ def test_an_invalid_verdict_is_asked_for_again(stage, reply):
     """Only the dimension it was about, hotter and with another seed; what then is valid counts as if said at once."""
     scene = stage["ward-c/1"]
     model = Script(lambda m, p: reply if p.temperature == 0 and dimension_of(m) == "Anthropomorphism" else verdict(2))
-    dimensions = judge_scene(scene, acted(scene), model, 5)
+    dimensions = judge_one(scene, acted(scene), model, seed=5)
     assert [dimension_of(messages) for messages, _ in model.asked] == [*DIMENSIONS, "Anthropomorphism"]
     assert model.asked[-1][0] == model.asked[1][0]
     assert model.asked[-1][1].temperature == 1 and model.asked[-1][1].seed != model.asked[1][1].seed
@@ -312,13 +357,155 @@ def test_an_invalid_verdict_is_asked_for_again(stage, reply):
 
 @pytest.mark.parametrize("reply", INVALID, ids=short)
 def test_what_stays_invalid_is_never_a_score(stage, reply):
-    """After a bounded number of tries the dimension has an error instead of a score, and the scene has none."""
+    """After a bounded number of tries the dimension has an error and no score, and the scene has none."""
     scene = stage["ward-c/1"]
     model = Script(lambda m, _: reply if dimension_of(m) == "Anthropomorphism" else verdict(2))
-    line = judge.judge_performance(scene, acted(scene), model, 0)
-    assert len(model.asked) == 3 + judge.TRIES <= 8 and line["score"] is None
-    assert line["dimensions"]["Anthropomorphism"].keys() == {"error"} and line["dimensions"]["Anthropomorphism"]["error"]
-    assert all("score" in line["dimensions"][dimension] for dimension in DIMENSIONS if dimension != "Anthropomorphism")
+    dimensions = judge_one(scene, acted(scene), model)
+    assert len(model.asked) == 3 + judge.TRIES <= 8
+    assert judge.weigh({"turns": 3, "dimensions": deepcopy(dimensions)})["score"] is None
+    invalid = dimensions.pop("Anthropomorphism")
+    assert invalid["error"] and invalid["score"] is None and invalid["scores"] == [None]
+    assert all(found["score"] > 0 and "error" not in found for found in dimensions.values())
+
+
+def mutated(rng, text):
+    """A reply with some of its characters gone, doubled, swapped, cut off or replaced by what breaks a parser."""
+    odd = [
+        "{",
+        "}",
+        "[",
+        "]",
+        '"',
+        ",",
+        ":",
+        "\\",
+        "\\ud83d",
+        "\ud83d",
+        "\0",
+        "\n",
+        "```",
+        "null",
+        "-1",
+        "6",
+        "1e9",
+        "NaN",
+        "\u6f22",
+    ]
+    for _ in range(rng.randrange(1, 3)):
+        i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+        text = rng.choice(
+            [text[:i] + text[i + 1 :], text[:i] + rng.choice(odd) + text[i:], text[:j], text[:i] + text[i:j] * 2 + text[j:]]
+            + [text[:i] + text[j:] if j - i < 9 else text, text[:i] + rng.choice(odd) + text[i + 1 :], text[i:]]
+        )
+    return text
+
+
+def test_two_thousand_mutated_replies(stage):
+    """None crashes; each ends as a list of whole flaws, the ones that JSON itself finds where it does, or as an error."""
+    scene, replies, valid = stage["ward-c/1"], [], 0
+    for seed in range(2000):
+        rng = random.Random(seed)
+        base = verdict(*[rng.randrange(1, 6) for _ in range(rng.randrange(4))])
+        replies.append(
+            mutated(rng, rng.choice([base, f"```json\n{base}\n```", json.dumps({"Anthropomorphism": json.loads(base)})]))
+        )
+    pending = iter(replies)
+    for _ in range(2000 // 4):
+        four = [next(pending) for _ in DIMENSIONS]
+        say = dict(zip(DIMENSIONS, four, strict=True))
+        dimensions = judge_one(scene, acted(scene), Script(lambda m, p, say=say: say[dimension_of(m)]))
+        json.dumps(dimensions, ensure_ascii=False).encode()  # can be written
+        for dimension, reply in say.items():
+            found = dimensions[dimension]
+            assert (found["score"] is None) == ("error" in found) == (found["scores"] == [None])
+            assert all(
+                f.keys() == FLAW.keys() and type(f["severity"]) is int and 1 <= f["severity"] <= 5 for f in found["flaws"]
+            )
+            valid += found["score"] is not None
+            try:
+                severities = [flaw["severity"] for flaw in json.loads(reply)["flaws"]]
+            except (ValueError, LookupError, TypeError):
+                continue
+            if found["score"] is not None:
+                assert severities == [flaw["severity"] for flaw in found["flaws"]]
+    assert 300 < valid < 1700
+
+
+# ---- rubrics ------------------------------------------------------------------------------------------------------------
+
+RUBRIC = {
+    "system": "Read {book} with {major_characters} in mind: {dimension_name}, {dimension_brief}\n{additional_instructions}\n"
+    "{plot_summary} {scenario} {character_profiles} {original_conversation}\n{dimension_criteria}\n"
+    'Answer\n{\n  "{dimension_name}": {"flaws": [{"instance": <...>, "severity": <0 to 3>}]}\n}',
+    "template": "{simulated_conversation}",
+    "dimensions": {
+        "Wit": {"brief": "is it funny", "criteria": "- a joke falls flat {scenario}"},
+        "Pace": {"brief": "", "criteria": ""},
+    },
+    "severity": [0, 3],
+}
+
+
+def test_another_rubric(script, stage, plays, tmp_path, monkeypatch):
+    """Its prompts reach the judge filled in one pass, other braces as they are; nested flaws and its own bound are read."""
+    (tmp_path / "wit.json").write_text(json.dumps(RUBRIC))
+    scene = stage["ward-c/1"]
+    scene_with_braces = deepcopy(scene)
+    scene_with_braces.scenario += " {simulated_conversation} {0} {}"
+    system, user = judge_messages(scene_with_braces, acted(scene), "Wit", judge.load_rubric(tmp_path / "wit.json"))
+    original, simulated = scripts(scene, acted(scene))
+    assert user == {"role": "user", "content": simulated}
+    assert system["content"].startswith(
+        f"Read {scene.book} with {', '.join(scene.major_characters)} in mind: Wit, is it funny\n\n"
+    )
+    assert f"{scene_with_braces.scenario} " in system["content"] and original in system["content"]
+    assert system["content"].endswith(
+        '- a joke falls flat {scenario}\nAnswer\n{\n  "Wit": {"flaws": [{"instance": <...>, "severity": <0 to 3>}]}\n}'
+    )
+
+    def answer(body, _):
+        name = "Wit" if ": Wit," in body["messages"][0]["content"] else "Pace"
+        return json.dumps({name: {"flaws": [{**FLAW, "severity": 3 * (name == "Wit")}]}})
+
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        code, out, err = script("judge", plays, "--judge", "openai:j", "--rubric", tmp_path / "wit.json")
+        assert code == 0 and len(server.requests) == 6 and "Wit" in out and "may pose as instructions" in err
+        for line in read_lines(plays / "verdicts.jsonl"):
+            turns = line["turns"]
+            assert line["dimensions"]["Wit"]["score"] == pytest.approx(100 - 5 * (3 - 0.3 * turns))
+            assert line["dimensions"]["Pace"]["score"] == pytest.approx(100 + 1.5 * turns)
+            assert line["rubric"].startswith("wit-")
+        assert "wit-" in usage_error(script("judge", plays, "--judge", "openai:j"))  # another rubric is another run
+        assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"template": None}, "template"),
+        ({"template": "{simulation}"}, "{simulation}"),
+        ({"template": "{scenario}"}, "simulated_conversation"),
+        ({"system": 3}, "system"),
+        ({"dimensions": {}}, "dimensions"),
+        ({"dimensions": []}, "dimensions"),
+        ({"dimensions": {"Wit": {"brief": "x"}}}, "criteria"),
+        ({"dimensions": {"Wit": None}}, "dimensions"),
+        ({"severity": 5}, "severity"),
+        ({"severity": [5, 1]}, "severity"),
+        ({"severity": [-1, 5]}, "severity"),
+        ({"severity": [1, 5.0]}, "severity"),
+        ({"severity": [True, 5]}, "severity"),
+    ],
+    ids=str,
+)
+def test_a_rubric_that_is_none_is_one_line(script, plays, tmp_path, monkeypatch, change, says):
+    """With the file's name and what is wrong; nothing is asked."""
+    (tmp_path / "wit.json").write_text(json.dumps({**RUBRIC, **change}))
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        line = usage_error(script("judge", plays, "--judge", "openai:j", "--rubric", tmp_path / "wit.json"))
+    assert "wit.json" in line and says in line and not server.requests
 
 
 # ---- what the judge is shown --------------------------------------------------------------------------------------------
@@ -436,7 +623,7 @@ def test_verdicts_of_a_judge(script, stage, plays, monkeypatch):
 
 
 def test_judging_again_asks_nothing_again(script, plays, monkeypatch):
-    """The same command asks no more; a torn last line is judged anew, alone; verdicts of another judge are left alone."""
+    """The same command asks no more, a torn last line is made again from the replies, another judge is sent elsewhere."""
     file = plays / "verdicts.jsonl"
     with Server(judge_answer) as server:
         server.use(monkeypatch)
@@ -444,28 +631,103 @@ def test_judging_again_asks_nothing_again(script, plays, monkeypatch):
         code, out, _ = script(*command)
         content = file.read_bytes()
         assert code == 0 and script(*command)[:2] == (0, out) and len(server.requests) == 12 and file.read_bytes() == content
+        assert script("judge", plays)[:2] == (0, out) and file.read_bytes() == content  # shown again without naming the judge
         file.write_bytes(content[:-30])
-        assert script(*command)[:2] == (0, out) and len(server.requests) == 16 and file.read_bytes() == content
-        for other in (["--judge", "openai:k"], []):
-            line = usage_error(script("judge", plays, *other))
-            assert "openai:j" in line and str(file) in line
-        assert len(server.requests) == 16 and file.read_bytes() == content
+        assert script(*command)[:2] == (0, out) and len(server.requests) == 12 and file.read_bytes() == content
+        line = usage_error(script("judge", plays, "--judge", "openai:k"))
+        assert "openai:j" in line and str(file) in line
+        assert len(server.requests) == 12 and file.read_bytes() == content
         assert script("judge", plays, "--judge", "openai:k", "--out", plays / "k.jsonl")[0] == 0
-        assert len(server.requests) == 28 and {line["judge"] for line in read_lines(plays / "k.jsonl")} == {"openai:k"}
+        assert len(server.requests) == 24 and {line["judge"] for line in read_lines(plays / "k.jsonl")} == {"openai:k"}
 
 
 def test_a_judge_that_dies_midway(script, plays, monkeypatch):
-    """What is judged is kept, the line says how to go on, and going on asks only for the rest."""
+    """What was answered is kept, the line says how to go on, and going on asks only for the rest."""
     dead = True
     with Server(lambda body, n: (401, {}, {}) if dead and n >= 5 else judge_answer(body, n)) as server:
         server.use(monkeypatch)
         line = usage_error(script("judge", plays, "--judge", "openai:j"))
-        assert "1 verdict" in line and str(plays) in line and "401" in line
-        [kept] = read_lines(plays / "verdicts.jsonl")
+        assert "verdicts are in" in line and str(plays) in line and "401" in line
+        assert len(answers(plays)) == 5
         dead, asked = False, len(server.requests)
-        assert script("judge", plays, "--judge", "openai:j")[0] == 0 and len(server.requests) == asked + 8
-    lines = read_lines(plays / "verdicts.jsonl")
-    assert len(lines) == 3 and lines[0] == kept
+        assert script("judge", plays, "--judge", "openai:j")[0] == 0 and len(server.requests) == asked + 7
+    assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [False] * 3
+
+
+def answers(directory):
+    """Names of the answers kept on disk: hashes of what was asked."""
+    return {file.stem for file in directory.glob("answers/*/*.json")}
+
+
+def hashes(server):
+    """The same of what a server was asked."""
+    asked = [json.dumps([server.url, request.body], sort_keys=True) for request in server.requests]
+    return [hashlib.sha256(text.encode()).hexdigest() for text in asked]
+
+
+@pytest.fixture
+def seven(stage, tmp_path):
+    """Seven played scenes: 28 calls."""
+    directory = tmp_path / "seven"
+    directory.mkdir()
+    write_plays(directory, [(scene, acted(scene)) for scene in list(stage.values())[:7]])
+    return directory
+
+
+def run_judge(directory):
+    """The command line in a process of its own, forked from this one."""
+    import cli
+
+    sys.argv = ["judge.py", str(directory), "--judge", "openai:j"]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    cli.run(judge.main)
+
+
+def test_a_kill_loses_only_what_is_in_flight(script, seven, monkeypatch):
+    """SIGKILL at each of the first 25 requests: no answer on disk is asked for again, the verdicts are the same."""
+    fork, file = multiprocessing.get_context("fork"), seven / "verdicts.jsonl"
+    state = {"process": None, "at": None}
+
+    def answer(body, number):
+        if number == state["at"]:
+            os.kill(state["process"].pid, signal.SIGKILL)
+            return None
+        return judge_answer(body, number)
+
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", seven, "--judge", "openai:j")[0] == 0 and len(server.requests) == 28
+        whole = file.read_bytes()
+    for at in range(25):
+        file.unlink(missing_ok=True)
+        shutil.rmtree(seven / "answers")
+        with Server(answer) as server:
+            server.use(monkeypatch)
+            state["at"], state["process"] = at, fork.Process(target=run_judge, args=[seven])
+            state["process"].start()
+            state["process"].join(60)
+            assert state["process"].exitcode == -signal.SIGKILL
+            time.sleep(0.1)  # what the dead process had sent may still come in
+            before, state["at"], known = len(server.requests), None, answers(seven)
+            assert len(known) >= at - llm.CONCURRENCY
+            assert script("judge", seven, "--judge", "openai:j")[0] == 0
+            again = hashes(server)[before:]
+            assert len(again) == len(set(again)) == 28 - len(known) and not known & set(again)
+        assert file.read_bytes() == whole, at
+
+
+def test_a_torn_file_is_gone_on_with(script, seven, monkeypatch):
+    """Cut at any byte, as a loss of power leaves it, the file is made whole again, and nothing is asked twice."""
+    file = seven / "verdicts.jsonl"
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", seven, "--judge", "openai:j")[0] == 0
+        whole = file.read_bytes()
+        for seed in range(25):
+            file.write_bytes(whole[: random.Random(seed).randrange(1, len(whole))])
+            assert script("judge", seven, "--judge", "openai:j")[0] == 0
+            assert file.read_bytes() == whole and len(server.requests) == 28
 
 
 def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
@@ -485,14 +747,12 @@ def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
         server.use(monkeypatch)
         code, out, err = script("judge", plays, "--judge", "openai:j")
         assert code == 0 and re.search(r"\b1 verdict", err)
-        rows = {
-            line.rsplit(" over ", 1)[0].rsplit(None, 1)[0].strip(): line.rsplit(None, 1)[1] for line in out.splitlines()[1:]
-        }
+        rows = {re.split(r"\s{2,}", line)[0]: line.rsplit(None, 1)[1] for line in out.splitlines()[2:]}
         assert (rows["Storyline Quality"], rows["Anthropomorphism"], rows["Average"]) == ("2", "3", "2")
         assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [False, True, False]
         bad, asked = False, len(server.requests)
         code, out, err = script("judge", plays, "--judge", "openai:j")
-        assert code == 0 and len(server.requests) - asked == 4 and "verdict(s) never" not in err
+        assert code == 0 and len(server.requests) - asked == 1 and "verdict(s) never" not in err
         assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [False] * 3
 
 
@@ -506,12 +766,139 @@ def test_without_a_judge_there_are_metrics_alone(script, plays):
 
 
 def test_a_checkpoint_as_judge(script, stage, plays, tiny_actor, monkeypatch):
-    """A model that talks nonsense gets no valid verdict, and the run says so and ends well."""
+    """A model that talks nonsense, cut short after forty tokens: whatever comes of it, the run ends well and counts it."""
     write_plays(plays, [(stage["ward-c/1"], acted(stage["ward-c/1"]))])
     stop_early = judge.SamplingParams
-    monkeypatch.setattr(judge, "SamplingParams", lambda **options: stop_early(**{**options, "max_tokens": 8}))
+    monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 40}))
     code, out, err = script("judge", plays, "--judge", tiny_actor)
-    assert code == 0 and "4 verdict" in err and "Average" not in out and "BLEU" in out
+    [line] = read_lines(plays / "verdicts.jsonl")
+    assert code == 0 and "BLEU" in out and ("error" in str(line["dimensions"])) == ("verdict(s) never" in err)
+
+
+def test_the_bundled_actor_as_judge(stage, monkeypatch):
+    """Four million parameters and no sense, but held to the schema: each verdict parses, also drawn hot and cut short."""
+    model, scene, whole = llm.open_model(llm.BUNDLED_ACTOR), stage["ward-c/1"], judge.SamplingParams
+    monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 120}))
+    flaws = 0
+    for seed in range(3):
+        dimensions = judge_one(scene, acted(scene), model, temperature=2.0, seed=seed)
+        assert list(dimensions) == list(DIMENSIONS) and not any("error" in found for found in dimensions.values())
+        flaws += sum(len(found["flaws"]) for found in dimensions.values())
+    assert flaws > 0
+
+
+def test_a_scene_too_long_for_a_local_judge_is_its_own_error(stage, tiny_actor, monkeypatch):
+    """Far over the context, and with a few tokens left, too few for a verdict: that scene has an error, the other a verdict."""
+    model, short_scene, whole = llm.open_model(tiny_actor), stage["ward-c/1"], judge.SamplingParams
+    monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 40}))
+    limit = model.engine.config.max_position_embeddings
+
+    def scene_of(tokens):
+        said = acted(short_scene)
+        for step in (500, 50, 1):
+            while len(model.prompt(judge_messages(short_scene, said, "Anthropomorphism"))[0]) < tokens - step:
+                said[0]["content"] += " a" * step
+        return short_scene, said, {}
+
+    wanted, found = {"long": scene_of(limit + 500), "full": scene_of(limit - 5), "short": scene_of(0)}, {}
+    judge.judge_all(wanted, model, judge.load_rubric(), lambda key, dimensions: found.update({key: dimensions}))
+    errors = {
+        key: [name for name in DIMENSIONS if "tokens" in dimensions[name].get("error", "")] for key, dimensions in found.items()
+    }
+    assert errors["long"] == list(DIMENSIONS) and "Anthropomorphism" in errors["full"] and errors["short"] == []
+
+
+@pytest.mark.slow
+def test_the_bundled_actor_as_judge_of_twenty_scenes(script, stage, plays):
+    """On the command line: eighty verdicts, none of them invalid."""
+    write_plays(plays, [(scene, acted(scene)) for scene in list(stage.values())[:20]])
+    code, out, err = script("judge", plays, "--judge", llm.BUNDLED_ACTOR, "--json")
+    summary = json.loads(out)
+    assert code == 0 and (summary["scenes"], summary["verdicts"], summary["invalid"]) == (20, 80, 0)
+
+
+def test_no_file_holds_the_key(script, plays, tmp_path, monkeypatch):
+    """A server that repeats the key in its errors: neither verdicts nor answers nor reports nor messages have it."""
+
+    def answer(body, number):
+        if number % 5 == 4:
+            return 400, {"error": {"message": f"bad key {KEY}, Bearer {KEY}"}}, {"X-Key": KEY}
+        return judge_answer(body, number)
+
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        code, out, err = script("judge", plays, "--judge", "openai:j", "--html", tmp_path / "report.html")
+        assert code == 0 and len(server.requests) >= 12 and KEY in server.requests[0].headers["Authorization"]
+        other = script("judge", plays, "--judge", f"openai:j@{server.url}", "--out", tmp_path / "new" / "v.jsonl", "--json")
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) > 12 and KEY not in out + err + "".join(map(str, other))
+    assert [file for file in files if KEY.encode() in file.read_bytes()] == []
+    errors = [f["error"] for line in read_lines(plays / "verdicts.jsonl") for f in line["dimensions"].values() if "error" in f]
+    assert errors and all("400" in error and "***" in error for error in errors)
+
+
+def test_one_bad_scene_never_stops_the_rest(script, plays, monkeypatch):
+    """A prompt the endpoint refuses is an error of that dimension, asked once; the others are judged."""
+    bad = "Storyline Quality"
+
+    def answer(body, number):
+        return (
+            (400, {"error": {"message": "too long"}}, {})
+            if dimension_of(body["messages"]) == bad
+            else judge_answer(body, number)
+        )
+
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        code, out, err = script("judge", plays, "--judge", "openai:j")
+    assert code == 0 and len(server.requests) == 12 and "3 verdict(s)" in err and "Anthropomorphism" in out
+    for line in read_lines(plays / "verdicts.jsonl"):
+        assert "too long" in line["dimensions"][bad]["error"] and line["dimensions"]["Anthropomorphism"]["score"] > 0
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert "verdict(s)" not in script("judge", plays, "--judge", "openai:j")[2]
+    again = [request.body for request in server.requests if dimension_of(request.body["messages"]) == bad]
+    assert [(body["temperature"], body["seed"]) for body in again] == [(0, 0)] * 3  # as if for the first time
+
+
+def test_repeats_and_their_spread(script, plays, monkeypatch):
+    """Each repeat has a seed of its own; a scene's score is their mean; more repeats ask only for what is missing."""
+
+    def answer(body, _):
+        return verdict(*[1] * (1 + body["seed"] // 1000))  # one flaw more in each repeat
+
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", plays, "--judge", "openai:j")[0] == 0
+        code, out, _ = script("judge", plays, "--judge", "openai:j", "--repeats", 3, "--json")
+        assert code == 0 and len(server.requests) == 36 and {r.body["seed"] for r in server.requests} == {0, 1000, 2000}
+        summary = json.loads(out)
+        lines = read_lines(plays / "verdicts.jsonl")
+        for line in lines:
+            found = line["dimensions"]["Anthropomorphism"]
+            one = 100 - 5 * (1 - 0.3 * line["turns"])
+            assert found["scores"] == pytest.approx([one, one - 5, one - 10]) and line["score"] == pytest.approx(one - 5)
+            assert [flaw.get("repeat", 0) for flaw in found["flaws"]] == [0, 1, 1, 2, 2, 2]
+        means = summary["repeats"]["means"]
+        assert means[0] - means[1] == pytest.approx(5) and summary["repeats"]["deviation"] == pytest.approx(5)
+        assert "standard deviation 5.00" in script("judge", plays)[1]
+        assert "12 of 12" in script("judge", "--rescore", plays / "verdicts.jsonl")[1] and len(server.requests) == 36
+
+
+def test_the_length_weight_is_an_option(script, plays, monkeypatch):
+    """Another weight gives the same flaws another score, and asks nothing."""
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", plays, "--judge", "openai:j")[0] == 0
+        for weight in (0, 0.5):
+            assert (
+                f"length weight {float(weight)}" in script("judge", plays, "--judge", "openai:j", "--length-weight", weight)[1]
+            )
+            for line in read_lines(plays / "verdicts.jsonl"):
+                flaws = {name: len(name) // 6 for name in DIMENSIONS}
+                expected = statistics.mean(max(0, 100 - 5 * (n - weight * line["turns"])) for n in flaws.values())
+                assert line["score"] == pytest.approx(expected) and line["length_weight"] == weight
+        assert len(server.requests) == 12
 
 
 def test_two_scenes_with_the_same_words_keep_their_own_verdicts(script, stage, plays, monkeypatch):
@@ -693,7 +1080,7 @@ def test_every_recorded_simulation_finds_its_scene(gca, shared):
     scenes = {scene.key for scene in load_scenes(shared / "coser" / "test" / "id.json")}
     for model in MODELS:
         found = read_performances(gca / f"{model}.simulation.json", shared / "coser" / "test" / "id.json")
-        assert {scene.key for scene, _ in found} == scenes and len(found) == 100
+        assert {scene.key for scene, *_ in found} == scenes and len(found) == 100
 
 
 def test_verdicts_of_another_seed_are_another_run(script, plays, monkeypatch):

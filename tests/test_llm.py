@@ -1,5 +1,6 @@
 """The seam to models: an endpoint over real HTTP on 127.0.0.1, a checkpoint, and which actor plays when none is named."""
 
+import email.utils
 import http.server
 import json
 import random
@@ -8,7 +9,6 @@ import threading
 import time
 from types import SimpleNamespace
 
-import httpx
 import pytest
 import torch
 
@@ -86,7 +86,7 @@ class Script:
     `openings` are what its replies were to begin with, `batches` how many were asked for at a time.
     """
 
-    name = "script"
+    name, local, identity = "script", True, "script"
 
     def __init__(self, say):
         self.say, self.asked, self.openings, self.batches = say, [], [], []
@@ -115,7 +115,8 @@ def pauses(monkeypatch):
         def wait(self, seconds):
             slept.append(seconds)
 
-    monkeypatch.setattr(llm, "threading", SimpleNamespace(Event=Event, Thread=threading.Thread))
+    kept = {name: getattr(threading, name) for name in ("Thread", "Lock", "Semaphore")}
+    monkeypatch.setattr(llm, "threading", SimpleNamespace(Event=Event, **kept))
     return slept
 
 
@@ -126,11 +127,16 @@ def ask(server, conversations=(HELLO,), params=None, **options):
 
 
 def refusal(server, **options):
-    """The one line an Endpoint at the server ends with."""
-    with pytest.raises(UsageError) as error:
-        ask(server, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    """The one line an Endpoint at the server ends with, for all requests or for each one."""
+    try:
+        replies = ask(server, **options)
+    except UsageError as error:
+        line = str(error)
+    else:
+        assert all(reply.text == "" and reply.finish_reason == "error" for reply in replies)
+        line = replies[0].error
+    assert "\n" not in line
+    return line
 
 
 # ---- what is sent, and what comes back ----------------------------------------------------------------------------------
@@ -211,6 +217,14 @@ def test_retry_after_is_honoured(asked, pauses):
     assert pauses == [float(asked)]
 
 
+def test_retry_after_as_a_date_is_honoured(pauses):
+    """A Retry-After of twenty seconds from now, as a date of HTTP, is waited for to a second."""
+    date = email.utils.formatdate(time.time() + 20, usegmt=True)
+    with Server(lambda _, n: "at last" if n else (503, {}, {"Retry-After": date})) as server:
+        assert ask(server)[0].text == "at last"
+    assert len(pauses) == 1 and 18 <= pauses[0] <= 20.5
+
+
 @pytest.mark.parametrize("asked", ["Wed, 21 Oct 2015 07:28:00 GMT", "soon", "", "-5", "1.2.3", "\xb2", "nan"])
 def test_retry_after_of_another_form_leaves_the_usual_pause(asked, pauses):
     """A Retry-After that is no number of seconds changes nothing."""
@@ -235,8 +249,29 @@ def test_what_more_tries_cannot_mend_ends_at_once(status, pauses):
     assert all(part in line for part in ("openai:m", server.url, str(status), "no such model"))
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_no_request_survives_ends_all(status, pauses):
+    """A wrong key or model is an error of the run."""
+    with Server(lambda *_: (status, {}, {})) as server, pytest.raises(UsageError, match=str(status)):
+        ask(server)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_prompt_fails_alone(status, pauses):
+    """The others of the batch are answered; what was refused has an error and no text, and was asked once."""
+    conversations = [[{"role": "user", "content": f"question {i}"}] for i in range(5)]
+
+    def answer(body, _):
+        return (status, {"error": {"message": "too long"}}, {}) if "3" in body["messages"][0]["content"] else "yes"
+
+    with Server(answer) as server:
+        replies = ask(server, conversations)
+    assert len(server.requests) == 5 and [reply.text for reply in replies] == ["yes"] * 3 + ["", "yes"]
+    assert "too long" in replies[3].error and [reply.error for reply in replies if reply.text] == [None] * 4
+
+
 def test_a_refusal_leaves_the_rest_unasked():
-    """With one conversation refused, those not yet asked are not."""
+    """With one conversation refused for a reason that holds for all, those not yet asked are not."""
 
     def answer(*_):
         time.sleep(0.02)
@@ -257,12 +292,141 @@ def test_tries_are_bounded(pauses):
 
 def test_time_out_is_one_clear_line(monkeypatch, pauses):
     """A server that never answers is given up after as many tries."""
-    monkeypatch.setattr(llm, "TIMEOUT", httpx.Timeout(0.05))
+    monkeypatch.setattr(llm, "TIMEOUT", 0.05)
     over = threading.Event()
     with Server(lambda *_: over.wait(20) and None) as server:
         line = refusal(server)
         over.set()
     assert len(pauses) == 4 and "timed out" in line.lower() and server.url in line
+
+
+@pytest.mark.parametrize("way", ["retries", "trickle"])
+def test_there_is_a_deadline_for_everything(way, monkeypatch):
+    """Neither a server that fails again and again nor one that answers byte by byte holds a request for longer."""
+    monkeypatch.setattr(llm, "DEADLINE", 0.5)
+
+    def answer(*_):
+        return 503, {}, {"Retry-After": "0.2"}
+
+    with Server(answer) as server:
+        if way == "trickle":
+            server.RequestHandlerClass = Trickle
+        begun = time.monotonic()
+        line = refusal(server)
+    assert time.monotonic() - begun < 5 and "did not answer" in line
+    assert len(server.requests) < llm.TRIES or way == "trickle"
+
+
+class Trickle(http.server.BaseHTTPRequestHandler):
+    """An answer of a byte every 50 ms, for ten seconds."""
+
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(200):
+            self.wfile.write(b" ")
+            time.sleep(0.05)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_that_is_down_is_not_asked_five_times_by_everybody(pauses):
+    """After one request has failed in all its tries the others get one each; the first answer ends that."""
+    up = []
+    conversations = [HELLO] * 4
+    with Server(lambda *_: "yes" if up else (500, {}, {})) as server:
+        endpoint = Endpoint("m", server.url, KEY, pause=0.01, concurrency=1)
+        assert all(reply.error for reply in endpoint.chat(conversations, SamplingParams(0)))
+        assert len(server.requests) == 5 + 3
+        up.append(1)
+        assert [reply.text for reply in endpoint.chat(conversations, SamplingParams(0))] == ["yes"] * 4
+        up.clear()
+        assert endpoint.chat([HELLO], SamplingParams(0))[0].error and len(server.requests) == 8 + 4 + 5
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_so_many_requests_at_once_over_all_calls(concurrency):
+    """The limit holds for batches and for calls from several threads together."""
+    now, most, lock = [0], [0], threading.Lock()
+
+    def answer(*_):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.03)
+        with lock:
+            now[0] -= 1
+        return "yes"
+
+    with Server(answer) as server:
+        endpoint = Endpoint("m", server.url, KEY, concurrency=concurrency)
+        threads = [threading.Thread(target=endpoint.chat, args=([HELLO] * 2, SamplingParams(0))) for _ in range(6)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert len(server.requests) == 12 and most[0] == concurrency
+
+
+def test_so_many_requests_a_minute():
+    """At 1,200 a minute the requests begin 50 ms apart, tries that fail included."""
+    times = []
+
+    def answer(_, number):
+        times.append(time.monotonic())
+        return "yes" if number != 1 else (429, {}, {"Retry-After": "0"})
+
+    with Server(answer) as server:
+        replies = ask(server, [HELLO] * 5, per_minute=1200)
+    assert [reply.text for reply in replies] == ["yes"] * 5 and len(times) == 6
+    assert times[-1] - times[0] >= 5 * 0.05 - 0.02
+
+
+# ---- answers kept on disk -----------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_kept_and_not_asked_for_again(tmp_path):
+    """Under the hash of the request and its address: another text, seed, temperature, model or address is another request."""
+    with Server(lambda _, n: f"answer {n}") as server, Server(lambda *_: "other") as other:
+
+        def once(text="hello", params=None, model="m", url=server.url):
+            params = params or SamplingParams(0.5, seed=1)
+            endpoint = Endpoint(model, url, KEY, answers=tmp_path)
+            return endpoint.chat([[{"role": "user", "content": text}]], params)[0].text
+
+        first = once()
+        assert [once(), once()] == [first, first] and len(server.requests) == 1
+        others = [
+            once("hallo"),
+            once(params=SamplingParams(0.5, seed=2)),
+            once(params=SamplingParams(0.6, seed=1)),
+            once(params=SamplingParams(0.5, seed=1, max_tokens=9)),
+            once(model="n"),
+        ]
+        assert len({first, *others}) == 6 and once(url=other.url) == "other"
+        assert len({once(params=SamplingParams(0.5)) for _ in range(3)}) == 3  # without a seed nothing says they are the same
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) == 7 and not any(KEY in file.read_text() for file in files)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"text": "x"', b'{"text": "x", "unknown": 1, "finish_reason": "stop"}']
+)
+def test_a_kept_answer_that_is_none_is_asked_for_again(tmp_path, content):
+    """A file torn or of another kind counts as absent, and is put right."""
+    with Server(lambda *_: "yes") as server:
+        for _ in range(2):
+            assert ask(server, answers=tmp_path)[0].text == "yes"
+            (file,) = (file for file in tmp_path.rglob("*") if file.is_file())
+            whole = file.read_bytes()
+            file.write_bytes(content)
+        assert ask(server, answers=tmp_path)[0].text == "yes" and file.read_bytes() == whole
+    assert len(server.requests) == 3
+
+
+def test_no_failure_is_kept(tmp_path, pauses):
+    """A refusal today may be an answer tomorrow."""
+    with Server(lambda _, n: "yes" if n else (400, {}, {})) as server:
+        assert ask(server, answers=tmp_path)[0].error and not list(tmp_path.rglob("*.json"))
+        assert ask(server, answers=tmp_path)[0].text == "yes"
 
 
 def test_refused_connection_is_one_clear_line(pauses):
@@ -337,6 +501,34 @@ def test_missing_key_is_told(monkeypatch):
         set_()
         with pytest.raises(UsageError, match="OPENAI_API_KEY"):
             llm.open_model("openai:m")
+
+
+def test_a_model_has_an_address_and_a_key_of_its_own(monkeypatch):
+    """openai:MODEL@URL goes there whatever OPENAI_BASE_URL says, with OPENAI_API_KEY_<HOST> where that is set."""
+    with Server(lambda *_: "here") as here, Server(lambda *_: "there") as there:
+        there.use(monkeypatch)
+        for variable, key in ((None, KEY), ("OPENAI_API_KEY_127_0_0_1", "sk-another-one")):
+            if variable:
+                monkeypatch.setenv(variable, key)
+            model = llm.open_model(f"openai:@org/model@20250101@{here.url}")
+            assert model.chat([HELLO], SamplingParams(0))[0].text == "here"
+            request = here.requests[-1]
+            assert request.headers["Authorization"] == f"Bearer {key}" and request.body["model"] == "@org/model@20250101"
+            assert key not in model.name + model.identity and here.url in model.identity
+    assert not there.requests
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["openai:m@localhost:8000/v1", "openai:m@ftp://host/v1", "openai:@http://host/v1", "openai:m@http://", "openai:m@http://a:b@h",
+     "openai:m@https://host/v1?key=1"],
+)  # fmt: skip
+def test_an_address_that_would_mislead_is_told(spec, monkeypatch):
+    """No scheme, another scheme, no model, no host, a password or a query in it: one line, which shows no password."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(UsageError) as error:
+        llm.open_model(spec)
+    assert "a:b" not in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("spec", ["openai:", "nosuchdirectory", ""])

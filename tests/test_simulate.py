@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
@@ -20,9 +21,16 @@ import simulate
 from data import prompts
 from data.chats import END_CHAT, next_speaker_chat, perspective, scene_to_chats, system_prompt
 from data.scenes import Scene, load_scenes
-from simulate import Protocol, clean_reply, cut_repetition, perform
+from protocol import PROTOCOLS, Protocol, clean_reply, cut_repetition, parse_next_speaker
+from simulate import perform
 
 STATS = {"prefilled", "decoded", "cached", "seconds"}
+
+
+@pytest.fixture(autouse=True)
+def _out(monkeypatch, tmp_path):
+    """What goes under out/ unless told otherwise, kept answers too, goes to a folder of the test's own."""
+    monkeypatch.setattr(cli, "OUT", tmp_path / "out")
 
 
 @pytest.fixture
@@ -539,7 +547,7 @@ def three_scenes(stage, tmp_path):
 @pytest.mark.usefixtures("short_turns")
 def test_a_bundled_scene_with_a_checkpoint(script, stage, tiny_actor, tmp_path):
     """One line with all that judging needs; the same command again says the same; the screen shows who speaks."""
-    args = ["--scene", "the-last-ferry/1", "--actor", tiny_actor, "--max-rounds", 2]
+    args = ["--scene", "the-last-ferry/1", "--actor", tiny_actor, "--max-rounds", 3]
     code, out, err = script("simulate", *args, "--out", tmp_path / "a")
     assert code == 0 and "error" not in err and str(tmp_path / "a") in err
     [line] = read_lines(tmp_path / "a")
@@ -547,9 +555,9 @@ def test_a_bundled_scene_with_a_checkpoint(script, stage, tiny_actor, tmp_path):
     scene = stage["the-last-ferry/1"]
     assert (line["book"], line["i_p"], line["i_c"]) == (scene.book, scene.i_p, scene.i_c) and Scene(**line["scene"]) == scene
     assert (
-        line["settings"]["actor"] == str(tiny_actor) and line["settings"]["seed"] == 0 and line["settings"]["max_rounds"] == 2
+        line["settings"]["actor"] == str(tiny_actor) and line["settings"]["seed"] == 0 and line["settings"]["max_rounds"] == 3
     )
-    first, decision, second = line["messages"]
+    first, decision, second, *_ = line["messages"]
     assert (first["role"], decision["role"], second["role"]) == (scene.speaking_characters[0], "NSP", decision["content"])
     assert first["role"] in out and scene.scenario.split()[0] in out and first["content"].split()[0] in out
     assert not first["content"].startswith(first["role"])
@@ -668,6 +676,7 @@ def test_resume_plays_only_what_is_missing(script, three_scenes, tmp_path, monke
         last = content[:-1].rindex(b"\n") + 1
         end = {"half": (last + len(content)) // 2, "letter": content.rindex("\u6f22".encode()) + 1}[torn]
         file.write_bytes(content[:end])
+        shutil.rmtree(cli.OUT / "answers")  # or nothing at all would be asked again
         asked = len(server.requests)
         code, _, err = script("simulate", *args, "--resume")
         assert code == 0, err
@@ -823,4 +832,4 @@ def test_transcripts_that_are_none_are_one_line(script, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(("name", "answer"), [("\u0130nci", "inci"), ("Iago", "\u0131ago"), ("Stra\u00dfe", "STRASSE")])
 def test_names_of_other_alphabets_break_nothing(name, answer):
     """Letters whose upper and lower case do not pair up: the name is found or it is not, and the scene goes on."""
-    assert simulate.parse_next_speaker(answer, [name, "Ben"]) in (name, None)
+    assert parse_next_speaker(answer, [name, "Ben"]) in (name, None)

@@ -1,0 +1,314 @@
+"""The rules of a performance: who acts, what each agent has read, who is next, what of a reply is played.
+
+Given-circumstance acting (coser paper, section 4.3): each agent has a chat of its own, in which it reads the others without
+their thoughts. A round is one turn of the current speaker, then the next-speaker model names who follows. `play` is the
+performance of one scene as a coroutine that asks for replies and never asks a model itself; all in here is pure.
+
+Two presets. `paper` is the protocol as published; `release` differs in the five places where the code released with it does
+something else that changes results. Its other traps (a fallback that differs from run to run, results written only at the end,
+output paths that leave out settings, a failing server asked forever) change no rule of the play, and neither preset has them.
+"""
+
+import hashlib
+import itertools
+import json
+import random
+import re
+from dataclasses import dataclass, replace
+
+from data import prompts
+from data.chats import END_CHAT, NEXT_SPEAKER, next_speaker_perspective, perspective, system_prompt
+from data.scenes import ENVIRONMENT, straighten
+from generate import SamplingParams
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What decides how a scene is played; the last five fields are what `release` turns off.
+
+    The release's fallback draws from the same candidates as ours (major characters and Environment, else the cast, without
+    the current speaker), but in the order of a `set`, so another one in each run; here it is seeded in both.
+    """
+
+    max_rounds: int = 20
+    end_from_round: int = 5  # an <END CHAT> before this round index is an invalid name
+    max_tokens: int = 512  # of an actor's turn
+    next_speaker_tokens: int = 32
+    next_speaker_mode: str = "text"  # or "choices": one of the cast by its probability
+    temperature: float = 0.0
+    retry_temperature: float = 1.0  # when the first try came out empty
+    thoughts: bool = True
+    continue_from: int = 0  # so many messages are the original ones
+    seed: int = 0
+    motivations: bool = True  # off: actors are told none (the release looks for a key its test set does not have)
+    own_lines: bool = True  # original lines are said by those who said them; off: by whoever the play has come to
+    chosen_in_history: bool = True  # after an invalid name the next-speaker model reads who was chosen instead; off: it reads
+    # the invalid name, and its system prompt again as a user turn
+    silence_passes: bool = True  # one who says nothing is passed over, a failed reply ends the scene with an error; off: either
+    # is an empty message, which counts
+    names_in_any_form: bool = True  # a name is read out of what is wrapped around it; off: it is the answer up to a first colon
+
+
+OFF = ("motivations", "own_lines", "chosen_in_history", "silence_passes", "names_in_any_form")
+PROTOCOLS = {"paper": {}, "release": dict.fromkeys(OFF, False)}
+
+
+@dataclass
+class Call:
+    """What a scene waits for: one reply of the model in a role (`actor`, `environment` or `next_speaker`)."""
+
+    role: str
+    agent: str  # who speaks, or NSP
+    occasion: str  # unique within the scene: round, try, role
+    messages: list
+    params: SamplingParams
+    opening: str = ""  # what the reply begins with: in training, a turn begins with its speaker's name
+
+
+class SceneFailed(Exception):
+    """A reply that a scene cannot go on without did not come; the message says why."""
+
+
+def play(scene, protocol):
+    """The performance of a scene as a coroutine, which returns `(messages, stats)`.
+
+    It yields a Call, to be sent `(reply, replayed)`, and a message dict for all that is said, so that whoever drives the scene
+    can show it at once. messages: `{role, content}` in order, next-speaker decisions included as role NSP, with the model's
+    `answer` where it named no one who could be next, and `probabilities` where it chose. stats are token counts: `decoded`;
+    `prefilled`, which the model read for this scene's agents, and `cached`, which it did not need to (what it knew from another
+    agent's chat counts as read, what a resumed run reads again does not: so they do not depend on the company); `least`, which
+    it could not have done without: of each agent's chat at its last call, all tokens but those it had sampled itself.
+    """
+    scene = scene if protocol.motivations else replace(scene, motivations={})
+    cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
+    dialogue, messages, last = [], [], {}
+    stats = dict.fromkeys(("prefilled", "decoded", "cached", "least", "empty", "fallbacks", "original"), 0)
+    speaker = cast[0]
+    decision = {"name": speaker}  # how the turn to come was given to its speaker: a part of it, once it is in the dialogue
+
+    def say(content, sampled=None):
+        messages.append({"role": speaker, "content": content})
+        if content:
+            dialogue.append({"character": speaker, "message": content, "sampled": sampled, "decision": decision})
+        return messages[-1]
+
+    def ask(role, agent, chat, max_tokens, temperature, occasion, choices=None):
+        digest = hashlib.sha256(f"{protocol.seed}|{scene.key}|{occasion}|{role}".encode()).digest()
+        seed = int.from_bytes(digest[:4], "big")
+        params = SamplingParams(temperature, max_tokens=max_tokens, seed=seed, choices=choices)
+        opening = "" if role == "next_speaker" else f"{agent}:"
+        reply, replayed = yield Call(role, agent, f"{occasion}|{role}", chat, params, opening)
+        if reply.error is not None:
+            if protocol.silence_passes:
+                raise SceneFailed(reply.error)
+            return reply
+        cached = cached_tokens(reply, *last.get(agent, (None, False)), replayed)
+        last[agent] = reply, replayed
+        stats["prefilled"] += reply.prompt_tokens - cached
+        stats["cached"] += cached
+        stats["decoded"] += reply.completion_tokens
+        return reply
+
+    for index in range(protocol.max_rounds):
+        given = index < min(protocol.continue_from, len(scene.dialogues))
+        follows = scene.dialogues[index + 1]["character"] if given and index + 1 < len(scene.dialogues) else None
+        if given:
+            speaker = scene.dialogues[index]["character"] if protocol.own_lines else speaker
+            decision = {"name": speaker} if protocol.own_lines else decision
+            stats["original"] += 1
+            yield say(scene.dialogues[index]["message"])
+            if protocol.own_lines and follows and index + 1 < min(protocol.continue_from, protocol.max_rounds):
+                messages.append({"role": NEXT_SPEAKER, "content": follows})
+                continue
+        else:
+            role = "environment" if speaker == ENVIRONMENT else "actor"
+            chat = agents_chat(scene, speaker, dialogue, protocol.thoughts)
+            content = ""
+            for attempt, temperature in enumerate((protocol.temperature, protocol.retry_temperature)):
+                reply = yield from ask(role, speaker, chat, protocol.max_tokens, temperature, f"{index}.{attempt}")
+                content = clean_reply(reply.text, speaker, cast)
+                if content:
+                    break
+            stats["empty"] += not content
+            if content or not protocol.silence_passes:
+                yield say(content, reply.ids)
+        if index == protocol.max_rounds - 1:
+            break
+        text, reply = "", None
+        if given and not protocol.own_lines:
+            text = follows or END_CHAT
+        elif not protocol.silence_passes or (dialogue and dialogue[-1]["character"] == speaker):
+            # one who said nothing is passed over without a question
+            choices = None
+            if protocol.next_speaker_mode == "choices":
+                choices = [name for name in cast if name != speaker] + [END_CHAT] * (index >= protocol.end_from_round)
+            chat = next_speakers_chat(scene, dialogue)
+            reply = yield from ask(
+                "next_speaker", NEXT_SPEAKER, chat, protocol.next_speaker_tokens, protocol.temperature, f"{index}", choices
+            )
+            text = reply.text
+        named = parse_next_speaker(text, cast) if protocol.names_in_any_form else text.split(":")[0].strip()
+        message = {"role": NEXT_SPEAKER, "content": named}
+        if reply is not None and reply.probabilities is not None:
+            message["probabilities"] = reply.probabilities
+        sampled = reply.ids if reply is not None else None
+        if named == END_CHAT and index >= protocol.end_from_round:
+            messages.append(message)
+            break
+        if named in cast and named != speaker:
+            said = named if protocol.chosen_in_history else text.strip()
+            speaker, decision = named, {"name": said, "sampled": sampled}
+        else:
+            stats["fallbacks"] += 1
+            without = {speaker}
+            if protocol.silence_passes and dialogue:  # another one, if the speaker had nothing to say
+                without.add(dialogue[-1]["character"])
+            speaker = fall_back(scene, cast, without, f"{protocol.seed}|{scene.key}|{index}")
+            if speaker is None:
+                break
+            invalid = named or text.strip()
+            decision = (
+                {"name": speaker} if protocol.chosen_in_history else {"name": invalid, "sampled": sampled, "invalid": True}
+            )
+            message |= {"content": decision["name"], "answer": text}
+        messages.append(message)
+    stats["least"] = sum(reply.prompt_tokens - reply.own_tokens for reply, _ in last.values())
+    return messages, stats
+
+
+def cached_tokens(reply, before, was_replayed, replayed):
+    """How many of a reply's prompt tokens its agent had in the cache: as measured, but no more than its call before had left
+    there, and as much as that where the call before is from the record of an interrupted run."""
+    if reply.ids is None:  # an endpoint's own count
+        return reply.cached_tokens
+    left = 0
+    if before is not None:
+        kept = reply.own_tokens - before.own_tokens  # of what it sampled then
+        unread = kept == len(before.ids) and before.finish_reason == "length"  # the last token was never an input
+        left = min(before.prompt_tokens + kept - unread, reply.prompt_tokens - 1)
+    return left if was_replayed and not replayed else min(reply.cached_tokens, left)
+
+
+# ---- what an agent has read ---------------------------------------------------------------------------------------------
+
+
+def agents_chat(scene, character, dialogue, thoughts=True):
+    """The chat of an actor or the Environment: built as in training, own turns with the ids they were sampled as."""
+    options = {**prompts.AT_PLAY, "thoughts": thoughts}
+    chat = [{"role": "system", "content": system_prompt(scene, character, options, concise=True)}]
+    chat += perspective(dialogue, character, thoughts)
+    runs = [list(turns) for own, turns in itertools.groupby(dialogue, lambda turn: turn["character"] == character) if own]
+    for message, turns in zip([m for m in chat if m["role"] == "assistant"], runs, strict=True):
+        if turns[0].get("sampled"):
+            message |= {"opening": f"{character}:", "sampled": turns[0]["sampled"]}
+    return chat
+
+
+def next_speakers_chat(scene, dialogue):
+    """The chat of the next-speaker model: built as in training; its answers are those it gave, for turns with a `decision`."""
+    system = prompts.next_speaker(scene)
+    decisions = [turn.get("decision") or {"name": turn["character"]} for turn in dialogue]
+    chat = next_speaker_perspective(dialogue, [decision["name"] for decision in decisions])
+    for answer, shown, decision in zip(chat[1::2], chat[2::2], decisions, strict=True):
+        if decision.get("sampled"):
+            answer |= {"opening": "", "sampled": decision["sampled"]}
+        if decision.get("invalid"):
+            shown["content"] = f"{system}\n\n{shown['content']}"
+    return [{"role": "system", "content": system}, *chat]
+
+
+# ---- who is next --------------------------------------------------------------------------------------------------------
+
+
+def fall_back(scene, cast, without, seed):
+    """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and the Environment, else
+    of the cast; nobody (None) where all of them are in `without`."""
+    candidates = [name for name in [*scene.major_characters, ENVIRONMENT] if name not in without]
+    candidates = candidates or [name for name in cast if name not in without]
+    return random.Random(seed).choice(candidates) if candidates else None
+
+
+LABEL = r"\b(?:next|speaker|answer|name|character)\b[^\n.]{0,40}?(?:\bis\b|\bbe\b|[:=\u2013\u2014-])"
+OPINION = r"\b(?:think|choose|pick|say)\b(?: that)?(?: it(?:'s| is))?"
+STOPS = r"(?=\s*(?:$|\n|[^\w\s]|(?:because|since|as|is|should|will|would|next)\b))"  # behind a name that is the answer
+TITLES = frozenset(re.findall(r"\w+", "mr mrs ms miss sir dr lady lord madam master the and old young"))
+
+
+def parse_next_speaker(text, cast):
+    """A name of the cast, END_CHAT, or None, out of whatever a model wrapped around it.
+
+    In this order: the value in a JSON object; what follows `Next speaker:` or `I think`; what the answer, or its last line,
+    begins with, a reason after it aside; END_CHAT anywhere; the last whole name in it; in an answer of a few words, a part of a
+    name that only one of the cast has (`Darcy`, `Mr. Bennet`).
+    """
+    text = straighten(text).strip()
+    if value := _json_value(text):
+        text = value
+    names = "|".join(re.escape(straighten(name)) for name in sorted(cast, key=len, reverse=True))  # the longest that fits
+    one = rf"(?<!\w)({names}|end[ _-]?chat)(?!\w)"
+    begins = rf"[\W_]*{one}{STOPS}"
+    found = (
+        re.findall(rf"(?:{LABEL}|{OPINION})[\W_]*{one}", text, re.IGNORECASE)
+        or re.findall(rf"\A{begins}", text, re.IGNORECASE)
+        or re.findall(rf"\A{begins}", text.rsplit("\n", 1)[-1], re.IGNORECASE)
+        or re.findall(r"(?<!\w)(end[ _-]?chat)(?!\w)", text, re.IGNORECASE)
+        or re.findall(one, text, re.IGNORECASE)
+    )
+    if found:
+        known = {straighten(name).casefold(): name for name in reversed(cast)}
+        return known.get(found[-1].casefold(), END_CHAT if re.match("end", found[-1], re.IGNORECASE) else None)
+    words = re.findall(r"\w+", text.casefold())
+    if len(words) > 8:
+        return None
+    parts = {name: set(re.findall(r"\w+", name.casefold())) & set(words) for name in cast}
+    scores = sorted(((len(part), name) for name, part in parts.items() if part - TITLES), reverse=True)
+    return scores[0][1] if scores and (len(scores) == 1 or scores[0][0] > scores[1][0]) else None
+
+
+def _json_value(text):
+    """The string in a JSON object in the text that a key calls the next speaker, or the only one; None where there is none."""
+    found = re.search(r"\{.*\}", text, re.DOTALL)
+    try:
+        value = json.loads(found[0]) if found else None
+    except (ValueError, RecursionError):
+        return None
+    strings = {key: v for key, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
+    fitting = [v for key, v in strings.items() if re.search("next|speaker|name|character|answer", key, re.IGNORECASE)]
+    return (fitting or [*strings.values(), None])[0]
+
+
+# ---- what of a reply is played ------------------------------------------------------------------------------------------
+
+
+def clean_reply(text, character, cast):
+    """What an actor's reply adds to the play: its own part without its name, and without what it repeats."""
+    names = "|".join(re.escape(name) for name in sorted({*cast, character}, key=len, reverse=True))
+    parts = re.split(rf"^[ \t]*[*#]*({names})[*]*[ \t]*:[*]*[ \t]*", text, flags=re.MULTILINE)
+    own = parts[:1] + [part for name, part in zip(parts[1::2], parts[2::2], strict=True) if name == character]
+    return cut_repetition("\n".join(part.strip() for part in own if part.strip()))
+
+
+def cut_repetition(text):
+    """Cuts what a model stuck in a loop says: long runs of letters, phrases said five times over, passages said again.
+
+    A run of 100 letters or more keeps 20; of a sequence of 5 to 30 words five times in a row the first is kept; at the second
+    occurrence of 15 words the rest goes.
+    """
+    text = re.sub(r"[A-Za-z]{100,}", lambda run: run[0][:20], text)
+    spans = [match.span() for match in re.finditer(r"\S+", text)]
+    words = [text[first:last] for first, last in spans]
+    for start in range(len(words)):
+        for size in range(5, 31):
+            phrase = words[start : start + size]
+            if len(phrase) == size and words[start : start + 5 * size] == phrase * 5:
+                end = start + 5 * size
+                while words[end : end + size] == phrase:
+                    end += size
+                return cut_repetition(text[: spans[start + size - 1][1]] + text[spans[end - 1][1] :])
+    seen = set()
+    for start in range(len(words) - 14):
+        passage = tuple(words[start : start + 15])
+        if passage in seen:
+            return text[: spans[start][0]].rstrip()
+        seen.add(passage)
+    return text
