@@ -21,7 +21,7 @@ import simulate
 from data import prompts
 from data.chats import END_CHAT, next_speaker_chat, perspective, scene_to_chats, system_prompt
 from data.scenes import Scene, load_scenes
-from protocol import PROTOCOLS, Protocol, clean_reply, cut_repetition, parse_next_speaker
+from protocol import Protocol, clean_reply, cut_repetition, parse_next_speaker
 from simulate import perform
 
 STATS = {"prefilled", "decoded", "cached", "seconds"}
