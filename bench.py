@@ -227,7 +227,7 @@ class SimulationPeer:
         return replies
 
 
-def simulation(args, count=16, max_rounds=12):
+def simulation(args, count=16, max_rounds=8):
     """Seconds of so many scenes, greedily: all side by side, and one after the other with the same engine and with the peer,
     which is the schedule of the code released with the paper. Only runs that say the same, word for word, are compared."""
     from checkpoint import load_model
