@@ -227,18 +227,34 @@ class SimulationPeer:
         return replies
 
 
-def simulation(args, count=16, max_rounds=8):
+def simulation(args, count=16):
     """Seconds of so many scenes, greedily: all side by side, and one after the other with the same engine and with the peer,
     which is the schedule of the code released with the paper. Only runs that say the same, word for word, are compared."""
-    from checkpoint import load_model
+    import tempfile
+
+    from checkpoint import load_model, save_model
     from data.scenes import load_stage
     from engine import Engine
     from llm import BUNDLED_ACTOR, Local
     from protocol import Protocol
     from simulate import perform
+    from tokenizer import STAGE_TOKENIZER, load_tokenizer
 
-    scenes, directory = list(load_stage().values())[:count], args.model or BUNDLED_ACTOR
-    protocol = Protocol(max_rounds=max_rounds, retry_temperature=0.0)  # greedy in every try
+    scenes, directory, temporary = (
+        list(load_stage().values())[:count],
+        args.model or BUNDLED_ACTOR,
+        tempfile.TemporaryDirectory(),
+    )
+    if args.model == "135m":  # random weights, which end no turn; ids that no text has are never the likeliest
+        tokenizer, actor, directory = (
+            load_tokenizer(STAGE_TOKENIZER),
+            random_actor("cpu", torch.float32),
+            temporary.name + "/135m",
+        )
+        actor.model["embed_tokens"].weight.data[tokenizer.vocab_size :] = 0
+        save_model(actor, directory, tokenizer)
+    turn = 60 if args.model == "135m" else 512
+    protocol = Protocol(max_rounds=args.max_rounds, max_tokens=turn, retry_temperature=0.0)  # greedy in every try
     played = {}
 
     def side(name, make, side_by_side):
@@ -271,7 +287,7 @@ def simulation(args, count=16, max_rounds=8):
         totals = {key: sum(stats[key] for _, stats, _ in played[name].values()) for key in ("decoded", "prefilled", "least")}
         row = {"side": name, "seconds": took, "tokens/s": totals["decoded"] / took, **totals}
         rows.append(row | {"x": took / medians["ours, side by side"]})
-    report(f"simulate: {count} scenes, {max_rounds} rounds", rows, args.json)
+    report(f"simulate: {count} scenes, {args.max_rounds} rounds, {args.model or 'the stage actor'}", rows, args.json)
 
 
 BENCHMARKS = {"decode": decode, "prefill": prefill, "simulate": simulation}  # name: function of the arguments
@@ -282,7 +298,10 @@ def main():
     parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
     parser.add_argument("--peer", choices=["transformers"], help="measure it in the same run")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds, interleaved (default: 5)")
-    parser.add_argument("--model", metavar="DIR", help="simulate: the actor (default: the bundled stage actor)")
+    parser.add_argument(
+        "--model", metavar="DIR", help="simulate: the actor, or 135m for random weights (default: the stage actor)"
+    )
+    parser.add_argument("--max-rounds", type=int, default=20, help="simulate: rounds of a scene (default: 20)")
     parser.add_argument("--json", metavar="FILE", help="write the last line to a file as well")
     args = parser.parse_args()
     if args.rounds < 1:
