@@ -6,16 +6,32 @@ What is compared is interleaved, ours and the peer's in turn, and medians are ta
 stdout; its last line is the same as JSON, with the command that reproduces it.
 """
 
+import functools
 import json
+import multiprocessing
+import resource
 import statistics
 import sys
+import tempfile
 import time
+import types
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from rich.table import Table
 
+import checkpoint
 import cli
+import train
 from cli import UsageError
+from data.packing import IGNORE
+from data.scenes import STAGE
+from data.stream import Stream
+from model import PRESETS, ModelConfig
+from tokenizer import STAGE_TOKENIZER, load_tokenizer
+
+SHARED = cli.ROOT.parent / "shared" / "data"  # real books and tokenizers, where they are at hand
 
 
 def seconds(run, sync=lambda: None):
@@ -290,7 +306,121 @@ def simulation(args, count=16):
     report(f"simulate: {count} scenes, {args.max_rounds} rounds, {args.model or 'the stage actor'}", rows, args.json)
 
 
-BENCHMARKS = {"decode": decode, "prefill": prefill, "simulate": simulation}  # name: function of the arguments
+def training(args):
+    """One step of train.py on two packed rows of 4,096 against the peer: the documents padded to the longest, the same rows.
+
+    At 128k vocabulary the padded peer would need some 20 GB, and is left out.
+    """
+    books = SHARED / "coser" / "books" if (SHARED / "coser").is_dir() else STAGE
+    results, cases = [], {"4k vocabulary": STAGE_TOKENIZER, "128k vocabulary": SHARED / "tokenizers" / "llama3"}
+    train.start_ranks()
+    with tempfile.TemporaryDirectory() as made:
+        for case, path in cases.items():
+            if not path.exists():
+                continue
+            peers = ["padded", "packed"][case.startswith("128k") :] if args.peer else []
+            setting, losses = (str(books), str(path), str(Path(made) / case), peers), {}
+            sides, tokens = training_sides(*setting)
+            noted = {name: functools.partial(note_loss, losses, name, run) for name, run in sides.items()}
+            seconds = interleave(noted, args.rounds)
+            if max(losses.values()) - min(losses.values()) > 1e-4 * losses["ours"]:
+                raise AssertionError(f"the losses differ: {losses}")
+            for name, took in seconds.items():
+                with multiprocessing.get_context("spawn").Pool(1) as alone:  # a process that does nothing else
+                    peak = alone.apply(training_peak, (*setting, name))
+                results.append({"case": case, "side": name, "tok/s": tokens / took, "peak GiB": peak, "loss": losses[name]})
+                ours = next(row for row in results if row["case"] == case)
+                results[-1] |= {"ours / tok/s": ours["tok/s"] * took / tokens, "ours / peak": ours["peak GiB"] / peak}
+    report("train", results, args.json)
+
+
+def note_loss(losses, name, run):
+    losses[name] = run()
+
+
+def training_sides(books, tokenizer, directory, peers):
+    """({side: one training step that returns its loss}, tokens of a step), all sides from the same weights, in fp32."""
+    tokenizer = load_tokenizer(Path(tokenizer))
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS["stage"])
+    options = dict(micro_batch=1, clip=1.0, dtype="float32", recompute="none", compile=False, shard_ranks=None, lr=1e-6)
+    options = types.SimpleNamespace(**options, weight_decay=0.0)
+    device = torch.device("cpu")
+    model = train.shard_model(config, device, options)
+    checkpoint.fill(model, checkpoint.RandomWeights(model, 0))
+    rows = Stream([books], tokenizer, 4096).take(2)[:]
+    optimizer = train.make_optimizer(model, options)
+    sides = {"ours": lambda: train.train_step(model, optimizer, rows, options, device)["loss"]}
+    if peers:
+        checkpoint.save_model(model, directory)
+    if "padded" in peers:
+        documents = [part for row in rows for part in training_documents(row)]
+        batches = [training_batch(documents[i : i + 8]) for i in range(0, len(documents), 8)]
+        sides["peer, padded"] = training_peer(directory, batches)
+    if "packed" in peers:
+        batches = [training_batch([tuple(x[: row["used"]] for x in training_labels(row))]) for row in rows]
+        sides["peer, packed"] = training_peer(directory, batches)
+    return sides, sum(row["used"].item() for row in rows)
+
+
+def training_labels(row):
+    """(tokens, labels, positions) [T] of a row, labels as transformers has them: at the token itself, not at the one before."""
+    labels = F.pad(row["targets"][:-1], (1, 0), value=IGNORE)
+    return row["tokens"], labels, row["positions"]
+
+
+def training_documents(row):
+    """The same for each document of a row."""
+    parts = [part[: row["used"]] for part in training_labels(row)]
+    starts = (parts[2] == 0).nonzero().flatten().tolist()
+    return list(zip(*(part.tensor_split(starts[1:]) for part in parts), strict=True))
+
+
+def training_batch(documents):
+    """Documents as the arguments of a forward pass of the peer, padded to the longest; one alone has its positions instead."""
+    ids, labels, positions = (list(each) for each in zip(*documents, strict=True))
+    if len(ids) == 1:  # packed: from positions it makes the mask of the documents itself
+        return {"input_ids": ids[0][None], "labels": labels[0][None], "position_ids": positions[0][None]}
+    pad = torch.nn.utils.rnn.pad_sequence
+    mask = pad([torch.ones_like(each) for each in ids], batch_first=True)
+    return {"input_ids": pad(ids, True), "labels": pad(labels, True, IGNORE), "attention_mask": mask}
+
+
+def training_peer(directory, batches):
+    """A training step of transformers over batches."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    supervised = sum((batch["labels"] != IGNORE).sum() for batch in batches)
+
+    def step():
+        total = 0.0
+        for batch in batches:
+            loss = model(**batch, use_cache=False, num_items_in_batch=supervised).loss
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step
+
+
+def training_peak(books, tokenizer, directory, peers, name):
+    """Peak resident memory, GiB, of a process that makes two steps of one side."""
+    train.start_ranks()
+    sides, _ = training_sides(books, tokenizer, directory, [] if name == "ours" else [name.removeprefix("peer, ")])
+    sides[name](), sides[name]()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+BENCHMARKS = {
+    "decode": decode,
+    "prefill": prefill,
+    "train": training,
+    "simulate": simulation,
+}  # name: function of the arguments
 
 
 def main():

@@ -1,11 +1,11 @@
-"""Checkpoints: Hugging Face safetensors directories, and the state of a training run.
+"""Checkpoints: Hugging Face safetensors directories, read into a model or its shards, and written whole.
 
     model = load_model("DIR")                    # any directory of a supported family that transformers opens
     save_model(model, "DIR", tokenizer)          # one that transformers opens
 
 Weights come from safetensors alone. The same `fill` loads a model in one piece or the shards of an FSDP one: each rank
 reads only its own rows. Directories are written under a temporary name with a manifest of checksums, then renamed; `verify`
-checks a directory against its manifest, and no weight or training state is read from one that does not match it.
+checks a directory against its manifest, and no weight is read from one that does not match it.
 """
 
 import contextlib
@@ -18,10 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cli import UsageError, make_dir, read_json, write_whole
@@ -329,8 +327,9 @@ def whole_directory(directory):
     try:
         yield temporary
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
-        manifest = {str(file.relative_to(temporary)): _checksum(file) for file in files}
+        manifest = {str(file.relative_to(temporary)): checksum(file) for file in files}
         _write_json(temporary / MANIFEST, manifest)
+        sync_directory(temporary)
         old = directory.with_name(f".{directory.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
@@ -347,48 +346,35 @@ def whole_directory(directory):
         raise
 
 
-def verify(directory):
-    """UsageError if a directory with a manifest lacks one of its files or one was altered. Without a manifest, nothing."""
+def verify(directory, rank=0, world=1):
+    """UsageError if a directory with a manifest lacks one of its files or one was altered. Without a manifest, nothing.
+
+    Of several ranks each reads its share of the files.
+    """
     directory = Path(directory)
     if not (directory / MANIFEST).is_file():
         return
-    for name, checksum in read_json(directory / MANIFEST).items():
+    for name, expected in sorted(read_json(directory / MANIFEST).items())[rank::world]:
         file = directory / name
-        if not file.is_file() or _checksum(file) != checksum:
+        if not file.is_file() or checksum(file) != expected:
             raise UsageError(f"{file}: altered or truncated since it was saved; use another checkpoint")
 
 
-def _checksum(file):
+def checksum(file):
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sync_directory(directory):
+    """Puts the names in a directory on the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _write_json(path, value):
     with write_whole(path) as file:
         json.dump(value, file, indent=1)
-
-
-# ---- the state of a training run ----------------------------------------------------------------------------------------
-
-
-def save_state(directory, model, optimizer, progress):
-    """Parameters, optimiser and `progress` (a JSON dict) of a run, from all ranks, as one directory."""
-    writer = dist.get_rank() == 0
-    with whole_directory(directory) if writer else contextlib.nullcontext() as temporary:
-        dist.barrier()  # the temporary directory is there
-        target = Path(directory).with_name(f".{Path(directory).name}.tmp")
-        dcp.save({"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=target)
-        if writer:
-            _write_json(temporary / "progress.json", progress)
-    dist.barrier()  # and it has its name
-
-
-def load_state(directory, model, optimizer):
-    """Puts a saved state into a model and optimiser of the same shapes, on any number of ranks; returns its `progress`."""
-    if dist.get_rank() == 0:
-        verify(directory)
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=directory)
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    return read_json(Path(directory) / "progress.json")

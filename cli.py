@@ -100,7 +100,7 @@ def read_text(path):
     """The text of a file the user named, or a UsageError that says why not."""
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
@@ -118,8 +118,8 @@ def read_json(path, kind=dict):
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
-    except RecursionError:
-        raise UsageError(f"{path}: nested too deeply to be read") from None
+    except (RecursionError, ValueError) as error:  # too deep, or an integer of thousands of digits
+        raise UsageError(f"{path}: JSON that cannot be read ({error})") from None
     if not isinstance(value, kind):
         raise UsageError(f"{path}: holds a {type(value).__name__} where something else is expected")
     return value

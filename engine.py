@@ -238,12 +238,18 @@ class StepCache:
 
     def __init__(self, engine, batch, wanted):
         self.kv, self.device, self.window = engine.kv, engine.device, engine.config.sliding_window
-        self.size = engine.blocks.page_size
+        self.size, self.kernel = engine.blocks.page_size, engine.kernel
         places = [(p, s.block_table[p // self.size] * self.size + p % self.size) for s, n in batch for p in s.next(n)]
         self.positions, self.slots = torch.tensor(places, device=self.device).T.contiguous()
         self.positions = self.positions[None]  # [1, N]
-        self.everything = self.plan([(s, s.cached, s.cached + n) for s, n in batch])
-        self.last = self.plan([(s, *tokens) for (s, _), tokens in zip(batch, wanted, strict=True)], last=True)
+        every = [(s, s.cached, s.cached + n) for s, n in batch]
+        last = [(s, *tokens) for (s, _), tokens in zip(batch, wanted, strict=True)]
+        self.everything = self.plan(every)
+        self.last = (
+            self.everything
+            if last == every and all(end - begin == 1 for _, begin, end in every)
+            else self.plan(last, last=True)
+        )
 
     def plan(self, queries, last=False):
         """What to attend with: (single queries, rows of whole prompts, spans of several queries)."""
@@ -263,7 +269,7 @@ class StepCache:
         first = max(0, begin + 1 - window) if window else 0  # no query sees further back
         pages = sequence.block_table[first // size : -(-end // size)]
         seen = slice(first % size, first % size + end - first)
-        if self.device.type == "cpu" and in_one_piece(pages):
+        if not self.kernel and in_one_piece(pages):
             start = pages[0] * size + first % size
             views = self.kv.flatten(1, 2)[:, start : start + end - first].transpose(1, 2).unsqueeze(1).unbind()
         if end - begin > 1:
@@ -278,7 +284,7 @@ class StepCache:
         index = slice(None)
         if len(singles) < rows:
             index = torch.tensor([rows.start for _, rows, _, _ in singles], device=self.device)
-        if self.device.type == "cpu":
+        if not self.kernel:
             return index, [self.span(*single) for single in singles], None
         widest = max(len(sequence.block_table) for sequence, *_ in singles)
         table = [s.block_table + [0] * (widest - len(s.block_table)) for s, *_ in singles]
@@ -350,6 +356,7 @@ class Engine:
             self.kv = torch.zeros(shape, dtype=dtype, device=self.device)
         else:  # zeros of numpy's take no memory until they are touched
             self.kv = torch.from_numpy(np.zeros(self.blocks.num_pages * bytes_a_page, np.uint8)).view(dtype).view(shape)
+        self.kernel = self.device.type != "cpu"  # attends by block table; on a CPU, views of pages in one piece are faster
         self.vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size  # a model's may be padded
         self.stop_ids = set(tokenizer.stop_ids) if tokenizer else set()
         self.waiting, self.running = [], []
@@ -442,14 +449,13 @@ class Engine:
         limit = len(ids) if scored else min(room, len(ids) + params.max_tokens)
         sequence = Sequence(ids, params, len(prompt), limit, seed, scored, anchor=len(prompt), read=len(prompt))
         sequence.text = "" if self.tokenizer else None
+        sequence.finish_reason = "stop" if scored and not continuation else None
         if params.json_schema is not None:
             sequence.grammar = self.grammar(params.json_schema)
             sequence.state = sequence.grammar.start
             if cost(sequence.state) > limit - len(prompt):
-                needed = f"up to {cost(sequence.state)} tokens"
-                raise UsageError(
-                    f"the shortest JSON of this schema takes {needed}, but there is room for {limit - len(prompt)}"
-                )
+                needed, left = cost(sequence.state), limit - len(prompt)
+                raise UsageError(f"the shortest JSON of this schema takes up to {needed} tokens, but there is room for {left}")
         return sequence
 
     def grammar(self, schema):
@@ -495,7 +501,7 @@ class Engine:
         logits = self.run(batch, wanted)[: len(owners), : self.vocab_size]
         results = self.sample(logits, owners) if owners else []
         for sequence, n in batch:
-            decoding = n == 1 and sequence.cached >= sequence.prompt_tokens
+            decoding = n == 1 and sequence.cached >= sequence.prompt_tokens and not sequence.scored
             self.stats["prefilled"] += 0 if decoding else n
             sequence.cached += n
             self.remember(sequence)
@@ -573,7 +579,7 @@ class Engine:
             blocks.release([*pages, *([source] if common else [])])
             return False
         kept, copied = [*pages, *([source] if taken else [])], [source] if common and not taken else []
-        scattered = self.device.type == "cpu" and not sequence.scored and (copied or not in_one_piece(kept))
+        scattered = not self.kernel and not sequence.scored and (copied or not in_one_piece(kept))
         if scattered and blocks.num_pages - blocks.fresh >= self.pages(sequence.limit):
             kept, copied = [], [*kept, *copied]  # to gather it at each step would cost more
         table = list(kept)

@@ -18,6 +18,12 @@ from model import MLP, Attention, Transformer, rotate, select
 ROWS = 16  # what the layout is chosen for; for 1 it would be slow at more, for 16 it is as fast at 1
 
 
+def fast_bf16():
+    """Whether this processor multiplies bfloat16 itself: there a step of decoding takes two thirds of its time in float32."""
+    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(ask() for ask in asked if ask)
+
+
 class PackedLinear(nn.Module):
     """x [..., C] -> [..., sum of the sizes]: linear layers that share their input, as one."""
 

@@ -4,10 +4,11 @@
     python generate.py --chat --character "Hanne Brod"          meet a character of a bundled scene
     python generate.py --model DIR --chat
 
-`Engine.generate` takes token ids and gives completions. All sequences in flight share one forward pass a step: their new tokens
-lie one after the other in a single row, whole prompts beside single tokens, and `StepCache` knows which belong to whom. A
-sequence that ends leaves its keys and values behind, and a later prompt that begins the same way takes them over.
+The engine is in engine.py.
 """
+
+import dataclasses
+import time
 
 import torch
 
@@ -18,6 +19,7 @@ from data import prompts
 from data.chats import perspective, system_prompt
 from data.scenes import load_stage
 from engine import Engine, SamplingParams
+from fast_linear import fast_bf16
 from tokenizer import CHAT_FORMATS, load_tokenizer
 
 
@@ -36,12 +38,18 @@ def load_engine(spec, dtype=None, chat_format=None):
 # ---- command line -------------------------------------------------------------------------------------------------------
 
 
-def find_character(name, scene_name=None):
-    """(scene, name) of a bundled character, by full name or the beginning of any of its words, whatever the case."""
-    stage = load_stage()
-    if scene_name and scene_name not in stage:
-        raise UsageError(f"--scene {scene_name}: no such bundled scene; there are {', '.join(stage)}")
-    scenes = [stage[scene_name]] if scene_name else list(stage.values())
+HELP = """/help          this
+/system TEXT   a new system text from here on; without TEXT none
+/retry         another answer to the last line
+Ctrl-C         ends an answer, the chat goes on with what was said; an empty line ends the chat"""
+
+
+def find_character(name, spec=None):
+    """(scene, name) of a character of a bundled scene or a scene of a file, by full name or the beginning of any of its words,
+    whatever the case."""
+    from simulate import find_scenes
+
+    scenes = find_scenes(spec) if spec else list(load_stage().values())
     cast = {character: scene for scene in reversed(scenes) for character in scene.major_characters}
     for character in sorted(cast):
         words = [character, *character.split()]
@@ -50,41 +58,74 @@ def find_character(name, scene_name=None):
     raise UsageError(f"--character {name}: not in the cast; there are {', '.join(sorted(cast))}")
 
 
-def say(engine, messages, params, opening=""):
-    """Streams one reply to the terminal and returns its text; opening is what it has begun with."""
-    ids, _ = engine.tokenizer.render(messages, add_generation_prompt=True)
-    return show(engine.stream(ids + engine.tokenizer.encode(opening), params))
-
-
-def show(pieces):
-    """Prints pieces of text as they come, then a line end; returns the whole."""
-    painter, text = cli.Painter(), ""
-    for piece in pieces:
-        for part, style in painter.spans(piece):
-            cli.put(part, style)
-        text += piece
-    cli.put("\n")
+def show(pieces, stats=False):
+    """Prints pieces of text as they come, then a line end; returns the whole, or what there is of it at Ctrl-C."""
+    painter, text, begun, first = cli.Painter(), "", time.perf_counter(), None
+    try:
+        while True:
+            piece = next(pieces)
+            first = first or time.perf_counter()
+            for part, style in painter.spans(piece):
+                cli.put(part, style)
+            text += piece
+    except StopIteration as end:
+        cli.put("\n")
+        if stats:
+            done, now = end.value, time.perf_counter()
+            speed = f"{len(done.ids) / (now - begun):.1f} tokens/s, the first piece after {(first or now) - begun:.2f} s"
+            cli.note(f"({len(done.ids)} tokens, {speed}; {done.cached_tokens} of {done.prompt_tokens} prompt tokens cached)")
+    except KeyboardInterrupt:
+        pieces.close()
+        cli.put("\n")
     return text
 
 
-def chat(engine, params):
-    """Lines from stdin, replies to stdout; an empty line or end of input ends it."""
-    messages = []
+def converse(engine, params, messages_of, system=None, name="", stats=False):
+    """Lines from stdin, replies to stdout; an empty line or end of input ends it. messages_of: [[line, reply], ...] -> turns;
+    name: who answers, if that is part of each answer."""
+    said, retries = [], 0
     for line in cli.lines("you> "):
-        messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": say(engine, messages, params)})
+        command, _, rest = line.partition(" ")
+        if command == "/retry" and said:
+            line, retries = said.pop()[0], retries + 1
+        elif command == "/system":
+            system = rest.strip() or None
+            cli.note(f"system: {system or 'none'}")
+            continue
+        elif line.startswith("/"):
+            known = {"/help": HELP, "/retry": "nothing has been said yet"}
+            cli.note(known.get(command, f"{command}: no such command; /help lists them"))
+            continue
+        said.append([line, ""])
+        messages = [*([{"role": "system", "content": system}] if system else []), *messages_of(said)]
+        ids = engine.tokenizer.render(messages, add_generation_prompt=True)[0]
+        if name:
+            cli.put(f"{name}:", "bold")
+            ids += engine.tokenizer.encode(f"{name}:")
+        seed = params.seed if params.seed is None else params.seed + retries
+        said[-1][1] = show(engine.stream(ids, dataclasses.replace(params, seed=seed)), stats)
 
 
-def meet(engine, params, scene, character, visitor="Visitor"):
-    """A conversation with one character of a scene, who sees the visitor as anyone else on stage."""
-    system = {"role": "system", "content": system_prompt(scene, character, prompts.AT_PLAY, concise=True)}
+def chat(engine, params, stats):
+    """With the model as it is."""
+
+    def turns(said):
+        roles = ("user", "assistant")
+        return [{"role": role, "content": text} for pair in said for role, text in zip(roles, pair, strict=True)][:-1]
+
+    converse(engine, params, turns, stats=stats)
+
+
+def meet(engine, params, stats, scene, character, visitor="Visitor"):
+    """With one character of a scene, who hears the visitor as anyone else on stage."""
+
+    def turns(said):
+        dialogue = [(who, text) for line, reply in said for who, text in ((visitor, line), (character, reply.strip()))][:-1]
+        return perspective([{"character": who, "message": text} for who, text in dialogue], character)
+
     cli.note(f"{character}, from {scene.book}. {scene.scenario}\n")
-    dialogue = []
-    for line in cli.lines("you> "):
-        dialogue.append({"character": visitor, "message": line})
-        cli.put(f"{character}:", "bold")
-        text = say(engine, [system, *perspective(dialogue, character)], params, opening=f"{character}:")
-        dialogue.append({"character": character, "message": text.strip()})
+    system = system_prompt(scene, character, prompts.AT_PLAY, concise=True)
+    converse(engine, params, turns, system, character, stats)
 
 
 def main():
@@ -95,15 +136,16 @@ def main():
     add("--model", help="checkpoint directory or Hub id (default: the last trained stage actor, else the bundled one)")
     add("--prompt", help="a text to go on from; - reads it from stdin")
     add("--chat", action="store_true", help="talk with the model, a line at a time")
-    add("--character", help="with --chat: who of the bundled scenes to meet")
-    add("--scene", help="with --character: in which bundled scene")
+    add("--character", help="with --chat: whom to meet, of the bundled scenes or of --scene")
+    add("--scene", help="with --character: a bundled scene, or FILE, FILE:INDEX of a book or test file")
+    add("--stats", action="store_true", help="tokens a second and cached tokens, after each answer, on stderr")
     add("--max-tokens", type=int, default=200)
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
     add("--stop", nargs="*", default=[], help="strings that end the text")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
-    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU or a CPU that multiplies it, else float32")
     add("--seed", type=int)
     args = parser.parse_args()
     if args.chat == (args.prompt is not None):
@@ -114,17 +156,18 @@ def main():
         args.temperature, args.top_p, args.top_k, args.max_tokens, tuple(filter(None, args.stop)), args.seed
     )
     found = find_character(args.character, args.scene) if args.character else None
-    engine = load_engine(args.model or default_actor(), args.dtype, args.chat_format)
+    dtype = args.dtype or ("bfloat16" if fast_bf16() else None)
+    engine = load_engine(args.model or default_actor(), dtype, args.chat_format)
     if found:
-        meet(engine, params, *found)
+        meet(engine, params, args.stats, *found)
     elif args.chat:
-        chat(engine, params)
+        chat(engine, params, args.stats)
     else:
         text = "\n".join(cli.lines("", keep=True)) if args.prompt == "-" else args.prompt
         bos = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]
         pieces = engine.stream(bos + engine.tokenizer.encode(text), params, goes_on=True)
         cli.put(text)
-        show(pieces)
+        show(pieces, args.stats)
 
 
 if __name__ == "__main__":

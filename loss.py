@@ -35,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if training:
                 grad = logits.sub_(total).exp_()  # softmax
                 grad = grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0)).to(x.dtype)
-                torch.mm(grad, weight, out=grad_x[at : at + size])
+                grad_x[at : at + size] = grad @ weight
                 grad_weight.addmm_(grad.T, part)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(losses)

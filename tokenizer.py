@@ -248,6 +248,11 @@ class Tokenizer:
             raise UsageError(f"not UTF-8 text: character {error.start} is half of a surrogate pair") from None
         return self.encode_text(text)
 
+    def token_bytes(self, i):
+        """The bytes that a token adds to a text; none for special tokens and ids of no token. (A SentencePiece text may begin
+        with a space that was put in front.)"""
+        return self.tokens.get(i, b"")
+
     def decode(self, ids):
         """Text of the ids; specials appear by name, torn characters and ids of no token as U+FFFD."""
         text, plain = [], []
@@ -293,6 +298,13 @@ class SentencePieceTokenizer(Tokenizer):
                 else "mistral" if model_type in ("mistral", "mixtral")
                 else "vicuna"
             )  # fmt: skip
+        self.tokens = {}
+        for i in range(len(self.pieces)):
+            piece = self.pieces.id_to_piece(i)
+            if self.pieces.is_byte(i):
+                self.tokens[i] = bytes([int(piece[3:-1], 16)])
+            elif not (self.pieces.is_control(i) or self.pieces.is_unknown(i)):
+                self.tokens[i] = piece.replace(SPACE, " ").encode()
         super().__init__(len(self.pieces), specials, chat_format, path)
 
     def encode_text(self, text):

@@ -5,39 +5,49 @@
 
 The loss of a step is the sum over supervised tokens of all ranks and micro-batches, divided by their number, so it does not
 depend on how the batch is split. `--out DIR` holds `log.jsonl` (a line a step), `loss.png`, checkpoints `step-N/` and at the
-end `final/`, a Hugging Face directory. Ctrl-C saves and leaves; `--resume` goes on.
+end `final/`, a Hugging Face directory. Ctrl-C and SIGTERM save and leave; `--resume` goes on, bit for bit, on any number of
+ranks up to rounding. Under `torchrun --max-restarts N` a run whose rank died goes on by itself.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
-import shutil
 import signal
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
 import cli
+import costs
 from cli import UsageError
-from data.chats import scene_to_chats
-from data.packing import IGNORE, make_row, pack, split_long
-from data.scenes import STAGE, load_scenes
+from data.packing import CHANNELS, IGNORE, make_row
+from data.scenes import STAGE
+from data.stream import Stream, parse_mix
 from model import PRESETS, ModelConfig, Transformer
+from resume import agreed, find_checkpoints, last_good, load_state, save_state
+from runlog import Log
 from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
 
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # of torchrun --max-restarts
+
 # What a flag is when it is not given: for the stage actor (one row a rank), and as published for CoSER (paper, section 5).
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 STAGE_RECIPE = dict(seq_len=2048, batch_size=WORLD_SIZE, epochs=7.0, lr=2e-3, weight_decay=0.1)
 PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_decay=0.0)
+MAY_BE_0 = ("warmup", "weight_decay", "seed", "held_out_books")
+# what may change from one resume to the next, since it changes nothing of what is learnt
+FREE = ("resume", "out", "dry_run", "save_every", "keep", "eval_every", "tensorboard", "peak_tflops", "skip_nonfinite")
+FREE += ("micro_batch", "shard_ranks", "recompute", "compile", "eval_rows", "cache", "strict")
 
 
 def parse_args():
@@ -48,164 +58,103 @@ def parse_args():
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the tokenizer says")
     add("--data", nargs="+", default=[STAGE], help="books in the CoSER format (default: the bundled stories)")
     add("--out", default=cli.OUT / "stage", help="directory of the run (default: out/stage)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
-    add("--dry-run", action="store_true", help="print sizes, memory, tokens and steps; allocate nothing")
+    add("--resume", action="store_true", help="go on from the last good checkpoint in --out, if there is one")
+    add("--dry-run", nargs="?", type=int, const=WORLD_SIZE, metavar="RANKS", help="only print the plan, for so many ranks")
     add("--epochs", type=float)
     add("--max-steps", type=int, help="stop after this many steps, whatever --epochs says")
     add("--seq-len", type=int, help="tokens in a packed row")
-    add("--batch-size", type=int, help="rows in a step, over all ranks")
+    add("--batch-size", type=int, help="rows in a step, over all ranks; what a rank cannot take at once is accumulated")
     add("--micro-batch", type=int, default=1, help="rows in one forward pass of one rank (default: 1)")
     add("--lr", type=float, help="peak learning rate; linear warm-up, then a cosine down to a tenth")
     add("--warmup", type=float, default=0.03, help="share of the steps (default: 0.03)")
     add("--weight-decay", type=float, help="on matrices only")
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1.0)")
-    add("--dtype", choices=checkpoint.DTYPES, help="of the forward and backward pass (default: bfloat16 where it is native)")
+    add("--dtype", choices=["bfloat16", "float32"], help="of forward and backward pass (default: bfloat16 where it is native)")
+    add("--shard-ranks", type=int, help="ranks a model is spread over; groups of them hold copies (default: all)")
+    add("--recompute", choices=["none", "selective", "full"], help="in the backward pass: all but products, or whole blocks "
+        "(default: full; none for the stage actor)")  # fmt: skip
+    add("--compile", action="store_true", help="torch.compile each block")
     add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
-    add("--save-every", type=int, default=200, help="steps between checkpoints; the last two are kept (default: 200)")
+    add("--variants", choices=["draw", "all"], default="draw", help="chats of a character in a scene: one, drawn anew in each "
+        "epoch (the paper's), or the release's four (default: draw)")  # fmt: skip
+    add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help="general SFT data (ShareGPT or "
+        "`messages`) and its share of all tokens; half in the paper")  # fmt: skip
+    add("--held-out-books", type=float, default=0.0, metavar="SHARE", help="share of the books to hold out whole (default: 0)")
+    add("--strict", action="store_true", help="stop at the first thing that reading the data would repair or drop")
+    add("--cache", default=cli.OUT / "cache", help="directory of tokenised data; may be deleted at any time")
+    add("--skip-nonfinite", action="store_true", help="leave out a step whose loss or gradient is not finite, and count it")
+    add("--save-every", type=int, default=200, help="steps between checkpoints (default: 200)")
+    add("--keep", type=int, default=2, help="checkpoints kept, the newest (default: 2)")
     add("--eval-every", type=int, default=100, help="steps between evaluations on held-out scenes (default: 100)")
+    add("--eval-rows", type=int, default=64, help="held-out rows evaluated on, at most (default: 64)")
+    add("--tensorboard", action="store_true", help="write event files to --out as well")
+    add("--peak-tflops", type=float, help="of one device, for its utilisation (default: known for A100, H100 and H200)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     for name, value in (STAGE_RECIPE if args.model == "stage" else PAPER_RECIPE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.seq_len is not None and args.seq_len < 2:
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (value > 0 or name in MAY_BE_0):
+            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+    if args.seq_len < 2:
         raise UsageError(f"--seq-len must be above 1, not {args.seq_len}")
-    for name in ("epochs", "seq_len", "batch_size", "micro_batch", "lr", "clip", "save_every", "eval_every"):
-        if getattr(args, name) <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     args.dtype = args.dtype or ("bfloat16" if native_bfloat16() else "float32")
-    if args.max_steps is not None and args.max_steps <= 0:
-        raise UsageError(f"--max-steps must be above 0, not {args.max_steps}")
+    args.recompute = args.recompute or ("none" if args.model == "stage" else "full")
+    args.resume = args.resume or RESTARTS > 0
     return args
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------------
 
 
-class Rows:
-    """The endless stream of packed rows: those of epoch 0, then of epoch 1, each with its own draw of prompts and order."""
-
-    def __init__(self, scenes, tokenizer, args):
-        self.scenes, self.tokenizer, self.args = scenes, tokenizer, args
-        self.epoch, self.at, self.rows = 0, 0, self.epoch_rows(0)
-
-    def epoch_rows(self, epoch):
-        documents = render_scenes(self.scenes, self.tokenizer, self.args, epoch)
-        documents, self.cut = split_long(documents, self.args.seq_len)
-        return pack(documents, self.args.seq_len, seed=f"{self.args.seed}|{epoch}")
-
-    def take(self, number):
-        """The next rows. Every rank takes them all and keeps its share, so the order is the same on any number of ranks."""
-        taken = []
-        while len(taken) < number:
-            if self.at == len(self.rows):
-                self.seek(self.epoch + 1, 0)
-            taken.append(self.rows[self.at])
-            self.at += 1
-        return taken
-
-    def seek(self, epoch, at):
-        if epoch != self.epoch:
-            self.rows = self.epoch_rows(epoch)
-        self.epoch, self.at = epoch, at
+def open_stream(args, tokenizer):
+    return Stream(
+        args.data,
+        tokenizer,
+        args.seq_len,
+        seed=args.seed,
+        thoughts=not args.without_thoughts,
+        variants=args.variants,
+        mix=args.mix,
+        held_out_books=args.held_out_books,
+        cache=args.cache,
+        strict=args.strict,
+    )
 
 
-def render_scenes(scenes, tokenizer, args, epoch):
-    """(ids, mask) of every training chat of the scenes."""
-    return [
-        tokenizer.render(chat.messages)
-        for scene in scenes
-        for chat in scene_to_chats(scene, epoch, args.seed, thoughts=not args.without_thoughts)
-    ]
-
-
-def read_data(args):
-    """(training scenes, held-out scenes) of --data, with a line on what was read, repaired and dropped."""
-    report = Counter()
-    scenes = [scene for path in args.data for scene in load_scenes(path, report)]
-    train = [scene for scene in scenes if scene.tag == "train"]
-    held_out = [scene for scene in scenes if scene.tag != "train"]
-    if not train:
-        raise UsageError(f"{args.data[0]}: no training scene in it (all {len(scenes)} are held out); give a book with --data")
-    repairs = "".join(f"; {count} {what}" for what, count in sorted((+report).items()))
-    return train, held_out, f"{len(train)} scenes to learn from, {len(held_out)} held out{repairs}"
+def find_opening(rows):
+    """Token ids of a held-out chat up to its first answer, of one with thoughts if there is any, for `sample` to go on from."""
+    opening = None
+    for row in rows:
+        starts = (row["positions"][: row["used"]] == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], row["used"]], strict=True):
+            learnt = (row["targets"][start:end] != IGNORE).nonzero().flatten()
+            thinks = 1 + CHANNELS.index("thought") in row["channels"][start:end]
+            if len(learnt) and (thinks or not opening):
+                opening = row["tokens"][start : start + learnt[0] + 1].tolist()
+            if thinks:
+                return opening
+    return opening
 
 
 def stack(rows, device):
-    """Rows as one batch {tokens, targets, positions}, int64 [B, T]."""
-    return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+    """Rows as one batch {tokens, targets, positions, channels}, int [B, T], and `used` [B]."""
+    return {name: torch.stack([row[name] for row in rows]).to(device, non_blocking=True) for name in rows[0]}
 
 
-# ---- one step -----------------------------------------------------------------------------------------------------------
-
-
-def loss_sum(model, batch):
-    """Summed cross-entropy (nats) over the supervised tokens of a batch; the projection to the vocabulary only there."""
-    targets = batch["targets"].flatten()
-    rows = (targets != IGNORE).nonzero().flatten()  # [N]
-    logits = model(batch["tokens"], batch["positions"], rows=rows)  # [N, V]
-    return F.cross_entropy(logits.float(), targets[rows], reduction="sum")
-
-
-def total(value, device):
-    """The sum of a number over all ranks."""
-    value = torch.as_tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(value)
-    return value.item()
-
-
-def train_step(model, optimizer, rows, args, device):
-    """One optimiser step on this rank's rows. Returns what the log keeps of it."""
-    supervised = total(sum((row["targets"] != IGNORE).sum().item() for row in rows), device)
-    micro_batches = [rows[i : i + args.micro_batch] for i in range(0, len(rows), args.micro_batch)]
-    loss = torch.zeros((), device=device)
-    for i, micro_batch in enumerate(micro_batches):
-        model.set_requires_gradient_sync(i == len(micro_batches) - 1)
-        part = loss_sum(model, stack(micro_batch, device))
-        # FSDP takes the mean of the ranks' gradients; what is wanted is the sum over ranks, over all supervised tokens
-        (part * dist.get_world_size() / max(supervised, 1)).backward()
-        loss += part.detach()
-    loss = total(loss, device) / max(supervised, 1)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UsageError(f"loss {loss}, gradient norm {norm}: not finite, stopped before the optimiser; try a lower --lr")
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"loss": loss, "grad_norm": norm, "supervised": int(supervised)}
-
-
-@torch.no_grad()
-def evaluate(model, rows, device):
-    """Mean loss (nats per supervised token) over rows, shared out over the ranks."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    empty = make_row([], len(rows[0]["tokens"]))
-    rows = rows + [empty] * (-len(rows) % world)  # every rank must make the same number of passes
-    mine = rows[rank::world]
-    model.eval()
-    loss = total(sum(loss_sum(model, stack([row], device)).item() for row in mine), device)
-    model.train()
-    return loss / max(1, sum((row["targets"] != IGNORE).sum().item() for row in rows))
-
-
-def learning_rate(step, steps, args):
-    """Linear warm-up, then a cosine down to a tenth of --lr."""
-    warmup = max(1, round(steps * args.warmup))
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-# ---- the run ------------------------------------------------------------------------------------------------------------
+# ---- the model, in the order that composes: recompute, compile, shard ----------------------------------------------------
 
 
 def start_ranks():
     """Joins the ranks torchrun started, or is the only one; returns this rank's device."""
     cuda = torch.cuda.is_available()
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if "RANK" in os.environ:  # torchrun's store outlives a restart, and what the dead ranks left in it must not be read
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"attempt-{RESTARTS}", store)
     else:
-        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, world = dist.HashStore(), 0, 1
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=world)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -219,15 +168,38 @@ def native_bfloat16():
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def shard_model(config, device, dtype):
-    """A Transformer whose every block, then the rest, is sharded over all ranks: fp32 master weights, compute in `dtype`."""
+KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}  # by selective recomputation
+
+
+def keep_products(_, operation, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def shard_model(config, device, args):
+    """A Transformer without values yet, whose every block, then the rest, is sharded: fp32 master weights and reduction.
+
+    One rank that computes in fp32 has nothing to shard or cast, and gets it plain.
+    """
     with torch.device("meta"):
         model = Transformer(config)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
-    for block in model.model["layers"]:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+    blocks = model.model["layers"]
+    if args.recompute != "none":
+        contexts = functools.partial(create_selective_checkpoint_contexts, keep_products)
+        options = {"context_fn": contexts} if args.recompute == "selective" else {}
+        for block in blocks:
+            block.forward = functools.partial(recompute, block.forward, use_reentrant=False, **options)
+    if args.compile:
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
+    dtype, shards = checkpoint.DTYPES[args.dtype], args.shard_ranks or WORLD_SIZE
+    if WORLD_SIZE > 1 or dtype != torch.float32:
+        # ranks of a copy of the model, or copies and the ranks of each
+        shape = (WORLD_SIZE,) if shards == WORLD_SIZE else (WORLD_SIZE // shards, shards)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+        for block in blocks:
+            fully_shard(block, **options)
+        fully_shard(model, **options)
     return model.to_empty(device=device)
 
 
@@ -238,124 +210,213 @@ def make_optimizer(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
-def find_checkpoints(out):
-    """Checkpoints of a run, oldest first."""
-    steps = [path for path in Path(out).glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(steps, key=lambda path: int(path.name.removeprefix("step-")))
+# ---- one step -----------------------------------------------------------------------------------------------------------
 
 
-class Log:
-    """log.jsonl, loss.png and the terminal; only rank 0 has one."""
+def loss_sum(model, batch):
+    """Summed cross-entropy (nats) of a batch over its supervised tokens, and those of each channel, [4]."""
+    targets = batch["targets"].flatten()
+    rows = (targets != IGNORE).nonzero().flatten()  # [N]
+    loss, losses = model(batch["tokens"], batch["positions"], rows=rows, targets=targets[rows])  # [], [N]
+    channels = batch["channels"].flatten()[rows].long() - 1  # [N]
+    return loss, losses.new_zeros(len(CHANNELS)).index_add_(0, channels, losses)
 
-    def __init__(self, out, steps, kept):
-        self.path, self.picture, self.steps = Path(out) / "log.jsonl", Path(out) / "loss.png", steps
-        lines = cli.read_lines(self.path, ("step",)) if kept else []
-        self.lines = [line for line in lines if line["step"] <= kept]
-        cli.write_lines(self.path, self.lines)
-        self.bar = cli.progress()
-        self.task = self.bar.add_task("training", total=steps, completed=kept)
-        self.bar.start()
 
-    def write(self, line):
-        self.lines.append(line)
-        cli.append_line(self.path, line)
-        speed = line["tokens"] / line["seconds"]
-        text = f"loss {line['loss']:.3f}  {speed:,.0f} tok/s"
-        self.bar.update(self.task, completed=line["step"], description=text)
-        evaluated = f"  held out {line['eval_loss']:.3f}" if "eval_loss" in line else ""
-        if evaluated or (self.bar.disable and line["step"] % 10 == 0):
-            recent = [line["seconds"] for line in self.lines[-20:]]
-            left = sum(recent) / len(recent) * (self.steps - line["step"])
-            cli.note(f"step {line['step']}/{self.steps}  {text}{evaluated}  {left:,.0f} s left")
+def total(values, device):
+    """The sums of numbers over all ranks, a list."""
+    values = torch.as_tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
 
-    def draw(self):
-        """The loss curve as a picture, renewed as the run goes."""
-        import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+def tally(batches, window):
+    """What batches hold, int64: tokens, (query, key) pairs, those of supervised queries, supervised tokens of each channel."""
+    sums = 0
+    for batch in batches:
+        reach = (batch["positions"] + 1).clamp(max=window or batch["positions"].shape[1])  # keys that each query sees
+        used = torch.arange(reach.shape[1], device=reach.device) < batch["used"][:, None]
+        learnt = batch["targets"] != IGNORE
+        channels = torch.bincount(batch["channels"][learnt].long(), minlength=len(CHANNELS) + 1)[1:]
+        sums = sums + torch.stack([used.sum(), reach[used].sum(), reach[learnt].sum(), *channels])
+    return sums
 
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-        axes.plot([line["step"] for line in self.lines], [line["loss"] for line in self.lines], lw=0.8, label="training")
-        held_out = [line for line in self.lines if "eval_loss" in line]
-        axes.plot([line["step"] for line in held_out], [line["eval_loss"] for line in held_out], "o-", label="held out")
-        axes.set(xlabel="step", ylabel="loss, nats per supervised token")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        with cli.write_whole(self.picture, "wb") as file:
-            figure.savefig(file, format="png", dpi=130)
-        plt.close(figure)
+
+def train_step(model, optimizer, rows, args, device):
+    """One optimiser step on this rank's rows. Returns what the log keeps of it; `nonfinite` says why none was made."""
+    batches = [stack(rows[i : i + args.micro_batch], device) for i in range(0, len(rows), args.micro_batch)]
+    tokens, pairs, supervised_pairs, *counts = total(tally(batches, model.config.sliding_window), device)
+    supervised = sum(counts)
+    sums, finite = torch.zeros(len(CHANNELS), device=device), []
+    for batch in batches:
+        loss, by_channel = loss_sum(model, batch)
+        # FSDP takes the mean of the ranks' gradients; what is wanted is the sum over ranks, over all supervised tokens
+        (loss * (WORLD_SIZE / max(supervised, 1))).backward()
+        sums += by_channel
+        finite.append(loss.detach().isfinite())
+    sums = total(sums, device)
+    loss = sum(sums) / max(supervised, 1)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    line = {"loss": loss, "grad_norm": norm}
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    else:
+        bad = [RANK + WORLD_SIZE * row for row in range(len(rows)) if not finite[row // args.micro_batch]]
+        found = [None] * WORLD_SIZE
+        dist.all_gather_object(found, bad)
+        bad = ", ".join(map(str, sorted(sum(found, [])))) or "none alone"
+        line = {"loss": None, "grad_norm": None, "nonfinite": f"loss {loss}, gradient norm {norm}, rows of the batch: {bad}"}
+    optimizer.zero_grad()
+    shares = zip(CHANNELS, sums, counts, strict=True)
+    if line["loss"] is not None:
+        line |= {f"loss_{name}": each / number for name, each, number in shares if number}
+    flops = costs.model_flops(model.config, tokens, supervised, pairs, supervised_pairs)
+    return {**line, "tokens": int(tokens), "supervised": int(supervised), "flops": flops}
+
+
+@torch.no_grad()
+def evaluate(model, rows, device):
+    """Mean loss (nats per supervised token) over all ranks' rows, each having as many; None where it is not finite."""
+    loss = supervised = 0
+    for row in rows:
+        loss += loss_sum(model, stack([row], device))[0].item()
+        supervised += (row["targets"] != IGNORE).sum().item()
+    loss, supervised = total([loss, supervised], device)
+    return loss / max(1, supervised) if math.isfinite(loss) else None
+
+
+@torch.no_grad()
+def sample(model, opening, tokenizer, seed, device, length=32, temperature=0.7):
+    """How the actor goes on from token ids, as text. No cache, a pass a token, all ranks in step: for a line now and then."""
+    ids, generator = list(opening), torch.Generator().manual_seed(seed)
+    for _ in range(length):
+        padded = ids + [0] * (-len(ids) % 128)  # no token sees those behind it; and few shapes are fast
+        tokens, last = torch.tensor([padded], device=device), torch.tensor([len(ids) - 1], device=device)
+        logits = model(tokens, rows=last)[0].float().cpu()  # [V]
+        chances = (logits / temperature).softmax(-1)
+        token = (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax().to(device)
+        dist.broadcast(token, 0)
+        if token.item() in tokenizer.stop_ids:
+            break
+        ids.append(token.item())
+    return " ".join(tokenizer.decode(ids[len(opening) :]).split())
+
+
+def learning_rate(step, steps, args):
+    """Linear warm-up, then a cosine down to a tenth of --lr."""
+    warmup = max(1, round(steps * args.warmup))
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---- the run ------------------------------------------------------------------------------------------------------------
 
 
 def describe(config, args, stream, steps, world):
-    """The plan, in lines: sizes, memory for weights and optimiser, tokens and steps."""
-    rows, cut = stream.rows, f"; {stream.cut} chats longer than a row are cut" if stream.cut else ""
-    parameters = config.num_parameters()
-    used = sum(row["used"].item() for row in rows)
-    learnt = sum((row["targets"] != IGNORE).sum().item() for row in rows)
-    memory = 16 * parameters / world / 2**30  # fp32 weights, gradients and two moments
-    sizes = ", ".join(f"{dtype.itemsize * parameters / 2**30:.2f} GiB in {name}" for name, dtype in checkpoint.DTYPES.items())
+    """The plan, in lines: parameters, memory of each rank, tokens and steps."""
+    parameters, shards = config.num_parameters(), args.shard_ranks or world
+    dtype = checkpoint.DTYPES[args.dtype]
+    memory = costs.memory_plan(config, args.micro_batch * args.seq_len, dtype.itemsize, args.recompute, shards)
+    parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
+    cut = f"; {stream.cut} chats longer than a row are cut, {stream.without} pieces teach nothing" if stream.cut else ""
+    learnt = sum(stream.supervised.values())
     return (
-        f"{parameters:,} parameters ({sizes}); training takes {memory:.2f} GiB for weights, gradients and optimiser "
-        f"on each of {world} rank(s), and room for activations\n"
-        f"{len(rows)} rows of {args.seq_len} tokens an epoch, {learnt / used:.1%} under loss{cut}; "
-        f"{steps} steps of {args.batch_size} rows"
+        f"{parameters:,} parameters, sharded over {shards} of {world} rank(s); {args.dtype}, recomputing {args.recompute}\n"
+        f"memory of a rank: {sum(memory.values()) / 2**30:.2f} GiB ({parts})\n"
+        f"an epoch: {stream.documents:,} chats, {stream.tokens:,} tokens, {learnt / stream.tokens:.1%} under loss, "
+        f"in {len(stream.rows):,} rows of {args.seq_len:,}{cut}\n"
+        f"{steps:,} steps of {args.batch_size} rows, {args.batch_size * args.seq_len:,} places: "
+        f"{args.batch_size // (world * args.micro_batch)} micro-batch(es) of {args.micro_batch} a rank"
     )
 
 
-def main():
-    args = parse_args()
+def open_model(args):
+    """(config, tokenizer, directory of the checkpoint or None for a preset)."""
     directory = None if args.model in PRESETS else checkpoint.find_model(args.model)
     config = directory and checkpoint.load_config(directory)
     if config is None and args.model != "stage" and not args.tokenizer:
         raise UsageError(f"--model {args.model} needs --tokenizer: a directory with LLaMA 3's")
-    tokenizer_path = args.tokenizer or directory or STAGE_TOKENIZER
-    tokenizer = load_tokenizer(tokenizer_path, args.chat_format)
+    path = args.tokenizer or directory or STAGE_TOKENIZER
+    tokenizer = load_tokenizer(path, args.chat_format)
     if config is None:
         config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[args.model])
     elif tokenizer.vocab_size > config.vocab_size:
-        raise UsageError(f"{tokenizer_path}: {tokenizer.vocab_size} tokens, but {args.model} has {config.vocab_size}")
-    scenes, held_out, said = read_data(args)
-    stream = Rows(scenes, tokenizer, args)
-    if not stream.rows:
+        raise UsageError(f"{path}: {tokenizer.vocab_size} tokens, but {args.model} has {config.vocab_size}")
+    return config, tokenizer, directory
+
+
+def main():
+    args = parse_args()
+    config, tokenizer, directory = open_model(args)
+    stream = open_stream(args, tokenizer)
+    rows = len(stream.rows)
+    if not rows:
         raise UsageError(f"{args.data[0]}: no chat with a token to learn from fits rows of {args.seq_len} tokens")
-    steps = args.max_steps or math.ceil(args.epochs * len(stream.rows) / args.batch_size)
-    world, first = WORLD_SIZE, int(os.environ.get("RANK", 0)) == 0
+    steps = args.max_steps or math.ceil(args.epochs * rows / args.batch_size)
+    world = args.dry_run or WORLD_SIZE
+    check_ranks(args, world, rows)
+    begun = find_checkpoints(args.out) or (Path(args.out) / "log.jsonl").exists()
+    if begun and not (args.resume or args.dry_run):
+        raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
+    if RANK == 0:
+        cli.note("\n".join([*stream.report.lines(), describe(config, args, stream, steps, world)]))
+    if args.dry_run:
+        return
+    device = start_ranks()
+    try:
+        train(args, config, tokenizer, directory, stream, steps, device)
+    except (UsageError, KeyboardInterrupt):  # all ranks leave together
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def check_ranks(args, world, rows):
+    """UsageError if the rows of a step, or the ranks of a copy of the model, do not divide among the ranks."""
+    if rows < world:
+        raise UsageError(f"{rows} rows of documents for {world} ranks; use fewer ranks, more --data or a shorter --seq-len")
     if args.batch_size % (world * args.micro_batch):
         raise UsageError(
             f"--batch-size {args.batch_size} does not divide into {world} ranks of --micro-batch {args.micro_batch}"
         )
-    checkpoints = find_checkpoints(args.out)
-    if (checkpoints or (Path(args.out) / "log.jsonl").exists()) and not (args.resume or args.dry_run):
-        raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
-    if first:
-        cli.note(f"{said}\n{describe(config, args, stream, steps, world)}")
-    if args.dry_run:
-        return
-    out = cli.make_dir(args.out)
+    if args.shard_ranks and world % args.shard_ranks:
+        raise UsageError(f"--shard-ranks {args.shard_ranks} does not divide {world} ranks")
 
-    device = start_ranks()
-    model = shard_model(config, device, checkpoint.DTYPES[args.dtype])
+
+def go_on(out, model, optimizer, stream, settings):
+    """Puts the last good state of a run into model, optimiser and stream; its `progress`, or None where there is none."""
+    found = last_good(out)
+    if found is None:
+        return None
+    progress = cli.read_json(found / "progress.json")
+    saved = progress["settings"]
+    changed = [name for name, value in settings.items() if saved.get(name) != value]
+    if changed:
+        what = "; ".join(f"--{name.replace('_', '-')} was {saved.get(name)}, is {settings[name]}" for name in changed)
+        raise UsageError(f"{found}: was trained with other settings ({what}); use the same, or another --out")
+    load_state(found, model, optimizer)
+    stream.load(progress["stream"])
+    if RANK == 0:
+        cli.note(f"going on from {found}")
+    return progress
+
+
+def train(args, config, tokenizer, directory, stream, steps, device):
+    """The run itself, on every rank."""
+    out = Path(args.out)
+    with agreed():
+        cli.make_dir(out)
+    model = shard_model(config, device, args)
     optimizer = make_optimizer(model, args)
-    free = ("resume", "out", "dry_run", "save_every", "eval_every")  # what may change from one resume to the next
-    settings = {name: str(value) for name, value in vars(args).items() if name not in free}
-    step = 0
-    if checkpoints:
-        progress = checkpoint.load_state(checkpoints[-1], model, optimizer)
-        changed = [name for name, value in settings.items() if progress["settings"].get(name) != value]
-        if changed:
-            raise UsageError(
-                f"{checkpoints[-1]}: was trained with other --{', --'.join(changed).replace('_', '-')}; use the same"
-            )
-        step = progress["step"]
-        stream.seek(progress["epoch"], progress["at"])
-        if first:
-            cli.note(f"going on from {checkpoints[-1]}")
-    elif args.model in PRESETS:
-        checkpoint.fill(model, checkpoint.RandomWeights(model, args.seed))
-    else:
-        weights = checkpoint.Weights(directory)
-        weights.check(model)
+    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    settings |= {"model_shape": str(config), "data": f"{len(stream.files)} files, hash {stream.content[:12]}"}
+    progress = go_on(out, model, optimizer, stream, settings)
+    if progress is None:
+        progress = {"step": 0, "skipped": 0, "settings": settings}
+        weights = checkpoint.Weights(directory) if directory else checkpoint.RandomWeights(model, args.seed)
+        if directory:
+            weights.check(model)
         checkpoint.fill(model, weights)
 
     # torchrun passes Ctrl-C on to every rank; all of them must agree on the step they stop after
@@ -363,55 +424,85 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked.append(True))
 
-    def save():
-        progress = {"step": step, "epoch": stream.epoch, "at": stream.at, "settings": settings}
-        checkpoint.save_state(out / f"step-{step}", model, optimizer, progress)
-        if first:
-            for old in find_checkpoints(out)[:-2]:
-                shutil.rmtree(old)
-
-    evaluation = []
-    if held_out:
-        documents, _ = split_long(render_scenes(held_out, tokenizer, args, 0), args.seq_len)
-        evaluation = pack(documents, args.seq_len)
-    log = None
-    if first:
-        versions = {"torch": torch.__version__, "ranks": world, "device": str(device)}
-        with cli.write_whole(out / "run.json") as file:
-            json.dump({**settings, **versions, "model_config": dataclasses.asdict(config)}, file, indent=1)
-        log = Log(out, steps, step)
+    held_out = stream.held_out()
+    number = min(args.eval_rows, len(held_out))
+    evaluation, opening = held_out[RANK:number:WORLD_SIZE], find_opening(held_out[:8])
+    if len(evaluation) < -(-number // WORLD_SIZE):  # every rank must make the same number of passes
+        evaluation.append(make_row([], args.seq_len))
+    log = failure = None
+    with agreed():
+        if RANK == 0:
+            versions = {"torch": torch.__version__, "ranks": WORLD_SIZE, "device": str(device)}
+            with cli.write_whole(out / "run.json") as file:
+                json.dump({**settings, **versions, "model_config": dataclasses.asdict(config)}, file, indent=1)
+            log = Log(out, steps, progress["step"], args.tensorboard)
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else costs.peak_flops(device, checkpoint.DTYPES[args.dtype])
     stopping = False
-    while step < steps and not stopping:
+    while progress["step"] < steps and not stopping:
         begun = time.perf_counter()
-        lr = learning_rate(step, steps, args)
+        step = progress["step"] + 1
+        lr = learning_rate(step - 1, steps, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        epoch, row = stream.start["epoch"], stream.at
         batch = stream.take(args.batch_size)
-        line = train_step(model, optimizer, batch[dist.get_rank() :: world], args, device)
-        step += 1
-        tokens = sum(row["used"].item() for row in batch)
-        line = {"step": step, "lr": lr, "tokens": tokens, **line, "seconds": time.perf_counter() - begun}
-        evaluating = evaluation and (step % args.eval_every == 0 or step in (1, steps))
-        if evaluating:
+        line = {"step": step, "lr": lr, **train_step(model, optimizer, batch[RANK::WORLD_SIZE], args, device)}
+        if "nonfinite" in line:
+            progress["skipped"] += 1
+            if not args.skip_nonfinite:
+                raise UsageError(
+                    f"step {step}, stopped before the optimiser: {line['nonfinite']} (epoch {epoch}, from row {row}); "
+                    "try a lower --lr, or leave such steps out with --resume --skip-nonfinite"
+                )
+        progress["step"] = step
+        line |= speeds(line.pop("flops"), line, time.perf_counter() - begun, peak, device)
+        line |= {"skipped": progress["skipped"]} if progress["skipped"] else {}
+        if evaluation and (step % args.eval_every == 0 or step in (1, steps)):
             line["eval_loss"] = evaluate(model, evaluation, device)
-        if first:
-            log.write(line)
-            if evaluating:
-                log.draw()
-        stopping = bool(total(bool(asked), device))
+            line |= {"sample": sample(model, opening, tokenizer, args.seed, device)} if opening else {}
+        if RANK == 0:
+            failure = record(log, line)
+        stop, failed = total([bool(asked), bool(failure)], device)
+        if failed:
+            raise UsageError(failure or "the log could not be written")
+        stopping = stop > 0
         if step % args.save_every == 0 or step == steps or stopping:
-            save()
-    if first:
-        log.bar.stop()
-    if step < steps:
-        dist.destroy_process_group()
-        raise KeyboardInterrupt(f"step {step} of {steps} is saved in {out}; the same command with --resume goes on")
+            progress["stream"] = stream.state()
+            save_state(out / f"step-{step}", model, optimizer, progress, args.keep)
+    if log:
+        log.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    if progress["step"] < steps:
+        raise KeyboardInterrupt(f"step {progress['step']} of {steps} is saved in {out}; the same command with --resume goes on")
     checkpoint.save_model(model, out / "final", tokenizer, dtype=torch.bfloat16)
     dist.barrier()
-    if first:
+    if log:
         log.draw()
         cli.note(f"the trained actor is in {out / 'final'}, its loss curve in {out / 'loss.png'}")
-    dist.destroy_process_group()
+
+
+def speeds(flops, line, took, peak, device):
+    """What the log says of a step's speed: tokens a second of all ranks, model FLOP/s and utilisation of each."""
+    rate = flops / took / WORLD_SIZE
+    return {
+        "seconds": took,
+        "tokens_per_second": line["tokens"] / took,
+        "supervised_per_second": line["supervised"] / took,
+        "tflops": rate / 1e12,
+        **({"mfu": rate / peak} if peak else {}),
+        "peak_memory": costs.peak_memory(device),
+    }
+
+
+def record(log, line):
+    """Writes a step down; returns why that failed, if it did."""
+    try:
+        log.write(line)
+        if "eval_loss" in line:
+            log.draw()
+    except OSError as error:
+        return f"{error.filename or log.path}: {error.strerror}; the checkpoints before are as they were"
 
 
 if __name__ == "__main__":

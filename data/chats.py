@@ -95,24 +95,30 @@ def system_prompt(scene, character, options, concise=False):
     return prompts.actor(scene, character, options, concise)
 
 
-def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1):
+def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1, variants="draw"):
     """The training chats of a scene: one for each who speaks, and now and then one for the next speaker.
 
     Options are drawn from (seed, scene, character, epoch) alone, so adding a book changes no other chat.
     thoughts=False is the ablation without inner thoughts. A character all of whose turns are empty gives no chat.
+    variants: `draw` is the paper's one for each who speaks; `all` the release's four, with and without thoughts and the
+    others' profiles, what else varies drawn for each (two in the ablation).
     """
     chats = []
+    fixed = [{}]
+    if variants == "all":
+        fixed = [{"thoughts": own, "others": others} for own in (True, False)[not thoughts :] for others in (True, False)]
     for character in scene.speaking_characters:
         rng = random.Random(f"{seed}|{scene.key}|{character}|{epoch}")
-        options = draw_options(rng, thoughts)
-        turns = perspective(scene.dialogues, character, options["thoughts"])
-        if not _says_something(turns, character):
-            continue
-        if turns[-1]["role"] == "user":  # nothing after the last own message is ever under loss
-            turns.pop()
-        system = {"role": "system", "content": system_prompt(scene, character, options)}
-        kind = "environment" if character == ENVIRONMENT else "character"
-        chats.append(Chat([system, *turns], character, kind, scene.key, options))
+        for chosen in fixed:
+            options = draw_options(rng, thoughts) | chosen
+            turns = perspective(scene.dialogues, character, options["thoughts"])
+            if not _says_something(turns, character):
+                continue
+            if turns[-1]["role"] == "user":  # nothing after the last own message is ever under loss
+                turns.pop()
+            system = {"role": "system", "content": system_prompt(scene, character, options)}
+            kind = "environment" if character == ENVIRONMENT else "character"
+            chats.append(Chat([system, *turns], character, kind, scene.key, options))
     rng = random.Random(f"{seed}|{scene.key}|{NEXT_SPEAKER}|{epoch}")
     if rng.random() < next_speaker_share:
         chats.append(next_speaker_chat(scene, rng))

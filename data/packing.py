@@ -1,44 +1,63 @@
-"""Packs rendered chats into rows of equal length.
+"""Packs tokenised chats into rows of equal length, on their lengths alone; a row is made when it is asked for.
 
-A row is `{tokens, targets, positions}`, int64 [seq_len] each, and `used`: documents one after the other, `positions` counting
-from 0 in each, `targets[i]` the token to be predicted at i or IGNORE. The first `used` tokens are theirs; what is left of a row
-is a document of padding without targets.
+A row is `{tokens, targets, positions}`, int64 [seq_len] each, `channels`, int8 [seq_len], and `used`: documents one after the
+other, `positions` counting from 0 in each, `targets[i]` the token to be predicted at i or IGNORE, `channels[i]` what kind of
+token that is (CHANNELS, counted from 1; 0 where none). The first `used` tokens are theirs; what is left of a row is a document
+of padding without targets.
+
+A document longer than a row is cut into pieces (doc, context start, context end, start, end): the tokens of the context are
+read only, those from start to end are under loss where they were.
 """
 
 import random
 from bisect import bisect_left, insort
 
+import numpy as np
 import torch
 
 IGNORE = -100
+CHANNELS = ("speech", "action", "thought", "general")  # 1, 2, 3, 4 in a row's `channels`
 
 
-def split_long(documents, seq_len):
-    """Documents (ids, mask) of at most seq_len tokens: a longer one is cut into pieces, each a document of its own.
+def split_long(channels, seq_len):
+    """Pieces (context start, context end, start, end) of a document longer than a row, and how many were left out.
 
-    Returns (documents, how many were cut). A piece without a token under loss, such as the first of a long prompt, is left out,
-    since it would teach nothing; nothing else is lost but the prediction of each later piece's first token.
+    channels: int8 [length], 0 where a token is not under loss. A piece ends after the last supervised turn that it has room
+    for, and the next begins with the turn behind it; there the context is the document's beginning up to and with its first
+    supervised turn (prompt, opening, one answer), if that takes no more than half a row. Where it takes more, or a turn is too
+    long and is cut inside, the context is the half row just before. A piece without a token under loss teaches nothing: it is
+    left out. So every supervised token but a document's very first is the target of one piece.
     """
-    pieces, cut = [], 0
-    for ids, mask in documents:
-        if len(ids) <= seq_len:
-            pieces.append((ids, mask))
-            continue
-        cut += 1
-        starts = range(0, len(ids), seq_len)
-        pieces += [(ids[i : i + seq_len], mask[i : i + seq_len]) for i in starts if any(mask[i + 1 : i + seq_len])]
-    return pieces, cut
+    learnt = channels != 0
+    ends = np.flatnonzero(learnt & ~np.append(learnt[1:], False)) + 1  # where supervised turns end
+    head = ends[0] if len(ends) and ends[0] <= seq_len // 2 else 0
+    pieces, without, start, context = [], 0, 0, (0, 0)
+    while start < len(channels):
+        limit = start + seq_len - (context[1] - context[0])
+        if limit >= len(channels):
+            end = limit = len(channels)
+        else:
+            at = np.searchsorted(ends, limit, side="right") - 1
+            end = int(ends[at]) if at >= 0 and ends[at] > start else limit
+        if learnt[start:end].any():
+            pieces.append((*context, start, end))
+        else:
+            without += 1
+        start = end
+        between = bool(head) and (end in ends)
+        context = (0, int(head)) if between else (max(0, end - seq_len // 2), end)
+    return pieces, without
 
 
-def pack(documents, seq_len, seed=0):
-    """Rows of documents (ids, mask), best fit: longest first, each into the fullest row that still takes it.
+def best_fit(lengths, seq_len, seed=0):
+    """Rows as lists of document numbers, best fit: longest first, each into the fullest row that still takes it.
 
     The order of rows, and of documents in a row, is shuffled by the seed. No document is split here.
     """
-    by_length = sorted(range(len(documents)), key=lambda i: (-len(documents[i][0]), i))
+    by_length = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     rows, space = [], []  # space: sorted (room left, row number)
     for i in by_length:
-        length = len(documents[i][0])
+        length = int(lengths[i])
         if length > seq_len:
             raise ValueError(f"document of {length} tokens in rows of {seq_len}; split_long first")
         at = bisect_left(space, (length, -1))
@@ -48,24 +67,31 @@ def pack(documents, seq_len, seed=0):
         else:
             room, row = space.pop(at)
         rows[row].append(i)
-        insort(space, (room - length, row))
+        if room > length:
+            insort(space, (room - length, row))
     rng = random.Random(seed)
     for row in rows:
         rng.shuffle(row)
     rng.shuffle(rows)
+    return rows
+
+
+def pack(documents, seq_len, seed=0):
+    """Rows, made, of documents (ids, channels) or (ids, mask) that are no longer than a row."""
+    rows = best_fit([len(ids) for ids, _ in documents], seq_len, seed)
     return [make_row([documents[i] for i in row], seq_len) for row in rows]
 
 
 def make_row(documents, seq_len):
-    """One row as tensors, int64: `used` [], the others [seq_len]."""
-    tokens, targets, positions = [], [], []
-    for ids, mask in documents:
-        tokens += ids
-        targets += [token if own else IGNORE for token, own in zip(ids[1:], mask[1:], strict=True)] + [IGNORE]
-        positions += range(len(ids))
-    padding = seq_len - len(tokens)
-    tokens += [0] * padding
-    targets += [IGNORE] * padding
-    positions += range(padding)
-    row = {"tokens": tokens, "targets": targets, "positions": positions, "used": seq_len - padding}
-    return {name: torch.tensor(value) for name, value in row.items()}
+    """One row of documents (ids, channels), sequences of ints; `used` is int64 []."""
+    row = {"tokens": np.zeros(seq_len, np.int64), "targets": np.full(seq_len, IGNORE), "positions": np.zeros(seq_len, np.int64)}
+    row["channels"], used = np.zeros(seq_len, np.int8), 0
+    for ids, channels in documents:
+        ids, learnt, end = np.asarray(ids, np.int64), np.asarray(channels)[1:], used + len(ids)
+        row["tokens"][used:end] = ids
+        row["targets"][used : end - 1] = np.where(learnt != 0, ids[1:], IGNORE)
+        row["channels"][used : end - 1] = learnt
+        row["positions"][used:end] = np.arange(len(ids))
+        used = end
+    row["positions"][used:] = np.arange(seq_len - used)  # padding
+    return {name: torch.from_numpy(value) for name, value in row.items()} | {"used": torch.tensor(used)}

@@ -2,12 +2,14 @@
 
 A book file holds plots, each with conversations; a test file is a list of scenes. Both become a list of `Scene`, the one
 shape the rest of the project knows. Real files are messy, so reading normalises (an older key such as `thought` for
-`motivation`), drops what cannot be used, and counts both in a `Counter` whose keys say what happened:
+`motivation`), drops what cannot be used, and counts both in a `Report`, which knows where the first of each kind stands:
 
-    report = Counter()
+    report = Report()
     scenes = load_scenes("books/Othello.json", report)
+    print(*report.lines(), sep="\n")
 """
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -16,6 +18,7 @@ from pathlib import Path
 from cli import UsageError, read_json
 
 ENVIRONMENT = "Environment"
+LONGEST = 1_000_000  # characters of a message; a longer one is an accident, and would take a tokenizer minutes
 STAGE = Path(__file__).resolve().parent / "stage"
 
 
@@ -55,25 +58,84 @@ class Scene:
         return asdict(self)
 
 
+class Report(Counter):
+    """What reading repaired and dropped: kind -> count. examples: kind -> where the first one stands. With strict, the first
+    of any kind is a UsageError."""
+
+    def __init__(self, strict=False):
+        super().__init__()
+        self.strict, self.examples, self.seen = strict, {}, set()
+
+    def note(self, what, where):
+        if self.strict:
+            raise UsageError(f"{where}: {what} (--strict stops here)")
+        self[what] += 1
+        self.examples.setdefault(what, where)
+
+    def first(self, key):
+        """Whether this key has not been met before; eight bytes of it are kept."""
+        before = len(self.seen)
+        self.seen.add(hash(key))
+        return len(self.seen) > before
+
+    def lines(self):
+        """One line for each kind, the most frequent first."""
+        return [f"{count} {what}, the first at {self.examples[what]}" for what, count in self.most_common()]
+
+
+def data_files(paths):
+    """The files that paths mean: themselves, and the `*.json` of directories, in order. UsageError where there are none."""
+    files = []
+    for path in map(Path, paths):
+        found = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not found:
+            raise UsageError(f"{path}: no .json files in this directory")
+        if not found[0].is_file():
+            raise UsageError(f"{path}: no such file")
+        files += found
+    return files
+
+
+def read_scenes(paths, report, held_out_books=0.0):
+    """Yields (scene, share of the files done), a file in memory at a time.
+
+    Among several files, one that cannot be read is dropped and counted; UsageError where it is the only one, or no scene is
+    left. held_out_books: the share of books, by a hash of their titles, all of whose scenes become `ood`.
+    """
+    files, found = data_files(paths), False
+    for number, file in enumerate(files, 1):
+        try:
+            scenes = _file_scenes(file, report)
+        except UsageError as error:
+            if len(files) == 1 or report.strict:
+                raise
+            report.note(f"dropped: file that cannot be read, {str(error).removeprefix(f'{file}: ')}", str(file))
+            continue
+        for scene in scenes:
+            if not report.first((scene.book, scene.i_p, scene.i_c)):
+                report.note("dropped: scene whose book and numbers were read before", f"{file}: {scene.key}")
+                continue
+            if _book_hash(scene.book) < held_out_books:
+                scene.tag = "ood"
+            found = True
+            yield scene, number / len(files)
+    if not found:
+        where = paths[0] if len(paths) == 1 else f"{files[0]} and others"
+        raise UsageError(f"{where}: no usable scene in it ({'; '.join(report.lines()) or 'it is empty'})")
+
+
 def load_scenes(path, report=None):
     """Scenes of a book file, a test file, or every `*.json` of a directory, in order. UsageError if there are none."""
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(path.glob("*.json"))
-        if not files:
-            raise UsageError(f"{path}: no .json files in this directory")
-        return [scene for file in files for scene in load_scenes(file, report)]
-    report = Counter() if report is None else report
-    data = _mend_surrogates(read_json(path, (dict, list)), report)
+    return [scene for scene, _ in read_scenes([path], Report() if report is None else report)]
+
+
+def _file_scenes(path, report):
+    data = read_json(path, (dict, list))
     if isinstance(data, dict) and isinstance(data.get("plots"), list):
-        scenes = _book_scenes(data, path, report)
-    elif isinstance(data, list):
-        scenes = [scene for i, item in enumerate(data) if (scene := _test_scene(item, i, report))]
-    else:
-        raise UsageError(f"{path}: neither a book (an object with `plots`) nor a test file (a list of scenes)")
-    if not scenes:
-        raise UsageError(f"{path}: no usable scene in it ({dict(+report) or 'it is empty'})")
-    return scenes
+        return _book_scenes(data, path, report)
+    if isinstance(data, list):
+        return [scene for i, item in enumerate(data) if (scene := _test_scene(item, i, f"{path}: scene {i}", report))]
+    raise UsageError(f"{path}: neither a book (an object with `plots`) nor a test file (a list of scenes)")
 
 
 def load_book(path, report=None):
@@ -90,13 +152,20 @@ def load_stage():
     return scenes
 
 
-def _mend_surrogates(data, report):
+def _book_hash(title):
+    """A number in [0, 1) that is the same for a title on every machine."""
+    return int.from_bytes(hashlib.sha256(title.encode()).digest()[:8]) / 2**64
+
+
+def mend_surrogates(data, where, report):
     """JSON can escape half of a surrogate pair, which is no character and no tokenizer takes: it becomes a question mark."""
     text = json.dumps(data, ensure_ascii=False)
+    if text.isascii():
+        return data
     whole = text.encode("utf-8", errors="replace").decode()
     if whole == text:
         return data
-    report["repaired: half of a surrogate pair"] += 1
+    report.note("repaired: half of a surrogate pair", where)
     return json.loads(whole)
 
 
@@ -105,45 +174,67 @@ def straighten(title):
     return title.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
 
 
-def _title(text, report):
-    report["repaired: curly quotes in a title"] += straighten(text) != text
+def _title(text, where, report):
+    if straighten(text) != text:
+        report.note("repaired: curly quotes in a title", where)
     return straighten(text)
 
 
 def _book_scenes(data, path, report):
-    title = _title(_text(data.get("title")) or path.stem, report)
+    where = str(path)
+    title = _title(_field(data, "title", where, report) or path.stem, where, report)
     plots = data["plots"]
     split = data.get("split_plot_index")
-    split = int(0.9 * len(plots)) if not isinstance(split, int) else split
-    profiles = {}
-    characters = data.get("character_datasets")
-    for name, character in (characters if isinstance(characters, dict) else {}).items():
-        if isinstance(character, dict) and _text(character.get("profile")):
-            profiles[name] = character["profile"]
+    if not isinstance(split, int) and split is not None:
+        report.note("repaired: `split_plot_index` that is no number, the last tenth of plots held out", where)
+    split = split if isinstance(split, int) else int(0.9 * len(plots))
+    profiles = _profiles(data.get("character_datasets"), where, report)
     scenes = []
     for i_p, plot in enumerate(plots):
+        where = f"{path}: plot {i_p}"
         if not isinstance(plot, dict):
-            report["dropped: plot that is not an object"] += 1
+            report.note("dropped: plot that is not an object", where)
             continue
         conversations = plot.get("conversation")
-        if not isinstance(conversations, list) or not conversations:
-            report["dropped: plot without a conversation"] += 1
+        if conversations and not isinstance(conversations, list):
+            report.note("dropped: plot whose conversations are not a list", where)
             continue
-        for i_c, conversation in enumerate(conversations):
+        if not conversations:
+            report.note("dropped: plot without a conversation", where)
+            continue
+        plot = mend_surrogates({name: plot.get(name) for name in ("summary", "key_characters", "conversation")}, where, report)
+        for i_c, conversation in enumerate(plot["conversation"]):
+            here = f"{where}, conversation {i_c}"
             if not isinstance(conversation, dict):
-                report["dropped: conversation that is not an object"] += 1
+                report.note("dropped: conversation that is not an object", here)
                 continue
             tag = "train" if i_p < split else "id"
-            scene = _scene(conversation, title, i_p, i_c, tag, plot, profiles, report)
+            scene = _scene(conversation, title, i_p, i_c, tag, plot, profiles, here, report)
             if scene:
                 scenes.append(scene)
     return scenes
 
 
-def _test_scene(item, index, report):
+def _profiles(characters, where, report):
+    """{name: profile} of a book's `character_datasets` or a test scene's `character_profiles`."""
+    if characters is not None and not isinstance(characters, dict):
+        report.note("dropped: characters that are not an object", where)
+        return {}
+    profiles = {}
+    for name, character in (characters or {}).items():
+        profile = character.get("profile") if isinstance(character, dict) else character
+        if text_of(profile) and name.strip():
+            profiles[name] = profile
+        elif profile is not None and not isinstance(profile, str):
+            report.note("dropped: profile that is not text", f"{where}, character {name}")
+    return mend_surrogates(profiles, where, report)
+
+
+def _test_scene(item, index, where, report):
     if not isinstance(item, dict):
-        report["dropped: scene that is not an object"] += 1
+        report.note("dropped: scene that is not an object", where)
         return None
+    item = mend_surrogates(item, where, report)
     if "plot_summary" in item:  # our own form, as transcripts keep it
         motivations = item.get("motivations") if isinstance(item.get("motivations"), dict) else {}
         item = {
@@ -154,11 +245,10 @@ def _test_scene(item, index, report):
             "speaking_characters_w_env": item.get("speaking_characters"),
         }
     plot = item.get("plot") if isinstance(item.get("plot"), dict) else {}
-    profiles = item.get("character_profiles")
-    profiles = {n: p for n, p in profiles.items() if _text(p)} if isinstance(profiles, dict) else {}
-    book = _title(_text(item.get("book")) or "untitled", report)
+    profiles = _profiles(item.get("character_profiles"), where, report)
+    book = _title(_field(item, "book", where, report) or "untitled", where, report)
     i_p, i_c = (item[k] if isinstance(item.get(k), int) else d for k, d in (("i_p", index), ("i_c", 0)))
-    scene = _scene(item, book, i_p, i_c, _text(item.get("tag")) or "ood", plot, profiles, report)
+    scene = _scene(item, book, i_p, i_c, _field(item, "tag", where, report) or "ood", plot, profiles, where, report)
     if scene:  # what the file says of its cast stands, where it says anything
         scene.profiles = profiles
         scene.speaking_characters = _names(item.get("speaking_characters_w_env")) or scene.speaking_characters
@@ -166,76 +256,123 @@ def _test_scene(item, index, report):
     return scene
 
 
-def _scene(conversation, book, i_p, i_c, tag, plot, profiles, report):
-    dialogues = []
-    for turn in conversation.get("dialogues") if isinstance(conversation.get("dialogues"), list) else []:
-        turn = _turn(turn, report)
-        if turn:
-            dialogues.append(turn)
-    if not dialogues:
-        report["dropped: conversation without messages"] += 1
+def to_test_scene(scene):
+    """A scene in the form of a test file, which is a list of these."""
+    return {
+        **{name: getattr(scene, name) for name in ("book", "i_p", "i_c", "tag", "scenario", "topic", "dialogues")},
+        "plot": {"summary": scene.plot_summary},
+        "key_characters": [{"name": name, "motivation": text} for name, text in scene.motivations.items()],
+        "character_profiles": scene.profiles,
+        "speaking_characters_w_env": scene.speaking_characters,
+        "major_characters": scene.major_characters,
+    }
+
+
+def _scene(conversation, book, i_p, i_c, tag, plot, profiles, where, report):
+    turns = conversation.get("dialogues")
+    if turns and not isinstance(turns, list):
+        report.note("dropped: conversation whose messages are not a list", where)
         return None
-    motivations = {}
-    for key_character in _records(conversation.get("key_characters")):
-        name = _text(key_character.get("name"))
-        if not name and _text(key_character.get("character")):
-            name = key_character["character"]
-            report["repaired: `character` read as `name`"] += 1
-        motivation = _text(key_character.get("motivation"))
-        if not motivation and _text(key_character.get("thought")):
-            motivation = key_character["thought"]
-            report["repaired: `thought` read as `motivation`"] += 1
-        if name and motivation:
-            motivations[name] = motivation
+    dialogues = [turn for i, t in enumerate(turns or []) if (turn := _turn(t, f"{where}, message {i}", report))]
+    if not dialogues:
+        report.note("dropped: conversation without messages", where)
+        return None
     speaking = {turn["character"] for turn in dialogues}
     return Scene(
         book=book,
         i_p=i_p,
         i_c=i_c,
         tag=tag,
-        scenario=_text(conversation.get("scenario")),
-        topic=_text(conversation.get("topic")),
-        plot_summary=_text(plot.get("summary")),
+        scenario=_field(conversation, "scenario", where, report),
+        topic=_field(conversation, "topic", where, report),
+        plot_summary=_field(plot, "summary", where, report),
         dialogues=dialogues,
         profiles={name: profile for name, profile in profiles.items() if name in speaking or _named(name, plot)},
-        motivations=motivations,
+        motivations=_motivations(conversation.get("key_characters"), where, report),
     )
 
 
+def _motivations(key_characters, where, report):
+    if key_characters is not None and not isinstance(key_characters, list):
+        report.note("dropped: key characters that are not a list", where)
+        return {}
+    motivations = {}
+    for i, key_character in enumerate(key_characters or []):
+        here = f"{where}, key character {i}"
+        if not isinstance(key_character, dict):
+            report.note("dropped: key character that is not an object", here)
+            continue
+        name, motivation = text_of(key_character.get("name")), text_of(key_character.get("motivation"))
+        if not name and text_of(key_character.get("character")):
+            name = key_character["character"]
+            report.note("repaired: `character` read as `name`", here)
+        if not motivation and text_of(key_character.get("thought")):
+            motivation = key_character["thought"]
+            report.note("repaired: `thought` read as `motivation`", here)
+        if not name:
+            report.note("dropped: key character without a name", here)
+        elif motivation:
+            motivations[name] = motivation
+    return motivations
+
+
 def _named(name, plot):
-    return any(name in (k.get("name"), k.get("character")) for k in _records(plot.get("key_characters")))
+    key_characters = plot.get("key_characters")
+    records = key_characters if isinstance(key_characters, list) else []
+    return any(name in (k.get("name"), k.get("character")) for k in records if isinstance(k, dict))
 
 
-def _turn(turn, report):
-    """One `{character, message}`; other keys that stand where these should are accepted, and counted."""
+def _turn(turn, where, report):
+    """One `{character, message}`; other keys that stand where these should are accepted, and counted. What stands under
+    `thought` becomes a thought, so that the others never see it."""
     if not isinstance(turn, dict):
-        report["dropped: message that is not an object"] += 1
+        report.note("dropped: message that is not an object", where)
         return None
-    name, message = _text(turn.get("character")), turn.get("message")
-    if not name and _text(turn.get("name")):
+    name, message = text_of(turn.get("character")), turn.get("message")
+    if not name and text_of(turn.get("name")):
         name = turn["name"]
-        report["repaired: `name` read as `character`"] += 1
+        report.note("repaired: `name` read as `character`", where)
     if not isinstance(message, str):
         for other in ("thought", "description", "dialogues", *(k for k in turn if k.startswith("["))):
-            if _text(turn.get(other)):
+            if text_of(turn.get(other)):
                 key = "[...]" if other.startswith("[") else other
                 message = f"{other} {turn[other]}" if key == "[...]" else turn[other]
-                report[f"repaired: `{key}` read as `message`"] += 1
+                message = as_thought(message) if key == "thought" else message
+                report.note(f"repaired: `{key}` read as `message`", where)
                 break
-    if not name or not _text(message):
-        report["dropped: message without a name or a text"] += 1
-        return None
-    return {"character": name.strip(), "message": message}
+    if not name:
+        report.note("dropped: message without a name", where)
+    elif not text_of(message):
+        empty = message is None or isinstance(message, str)
+        report.note(f"dropped: message {'without a text' if empty else 'that is not text'}", where)
+    elif len(message) > LONGEST:
+        report.note(f"dropped: message of more than {LONGEST:,} characters", where)
+    else:
+        return {"character": name.strip(), "message": message}
+    return None
+
+
+def as_thought(text):
+    """The text in square brackets that hide all of it, whatever brackets it has of its own."""
+    depth = lowest = 0
+    for c in text:
+        depth += (c == "[") - (c == "]")
+        lowest = min(lowest, depth)
+    return "[" * (1 - lowest) + text + "]" * (1 - lowest + depth)
 
 
 def _names(value):
-    return [name for name in value if _text(name)] if isinstance(value, list) else []
+    return [name for name in value if text_of(name)] if isinstance(value, list) else []
 
 
-def _records(value):
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+def _field(record, name, where, report):
+    """The text of a field, empty where there is none; what is no text is dropped, and counted."""
+    value = record.get(name)
+    if value is not None and not isinstance(value, str):
+        report.note(f"dropped: `{name}` that is not text", where)
+    return text_of(value)
 
 
-def _text(value):
+def text_of(value):
     """The value if it is a string with something in it, else the empty string."""
     return value if isinstance(value, str) and value.strip() else ""

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import json
 import random
+import re
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from conftest import ROOT, random_config, random_model, usage_error
 from transformers import (
     AutoModelForCausalLM,
     LogitsProcessorList,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -19,6 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 import checkpoint
+import constrain
 import tokenizer as tokenizer_module
 from cli import UsageError, plain
 from data import prompts
@@ -110,7 +114,7 @@ def test_a_ragged_batch_equals_each_alone(seed, limits):
 
 
 def test_limits_of_a_step_are_kept():
-    """No more sequences run at once than max_batch, and no more of prompts is taken in than fits, except one by itself."""
+    """No more sequences run at once than max_batch, no more of prompts is taken in than fits, and no less."""
     model = random_model(random_config(2))
     batch = random_prompts(model, 0, [9, 9, 9, 40, 5, 9, 9, 9])
     engine = Engine(model, max_batch=3, max_step_tokens=20)
@@ -120,7 +124,7 @@ def test_limits_of_a_step_are_kept():
         engine.step()
         taken.append(engine.stats["prefilled"] - before[0])
         running.append(engine.stats["decoded"] - before[1])
-    assert max(running) == 3 and taken[0] == 18 and sorted(taken)[-2:] == [18, 40]
+    assert max(running) == 3 and max(taken) == taken[0] == 20 and sum(taken) == sum(map(len, batch))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -144,26 +148,51 @@ def test_a_prefix_is_reused(seed):
     assert engine.stats["prefilled"] == 30 + sum(len(prompt) - cached for prompt, cached in history)
 
 
-def test_a_cache_serves_one_sequence_at_a_time():
-    """Of two prompts with the same beginning only one takes over the cache, and neither disturbs the other."""
+def test_a_beginning_serves_many():
+    """Two prompts with the same beginning both take it over, at the same time, and neither disturbs the other."""
     model = random_model(random_config(2))
     engine, (start, a, b) = Engine(model), random_prompts(model, 0, [20, 3, 4])
     engine.generate([start], greedy(1))
     done = engine.generate([start + a, start + b], greedy(20))
-    assert sorted(c.cached_tokens for c in done) == [0, 20]
+    assert [c.cached_tokens for c in done] == [20, 20]
     assert [c.ids for c in done] == [alone(model, start + x, greedy(20)).ids for x in (a, b)]
 
 
-def test_the_cache_of_the_past_is_bounded():
-    """What idles beyond `idle_tokens` is dropped, oldest first."""
+def test_the_same_prompt_is_read_once():
+    """Of prompts with the same beginning that come together one is run, and the others wait for its full pages."""
+    model = random_model(random_config(2))
+    engine, (start, *ends) = Engine(model), random_prompts(model, 0, [70, 3, 4, 5])
+    batch = [start + end for end in ends]
+    done = engine.generate(batch, greedy(10))
+    assert [c.cached_tokens for c in done] == [0, 64, 64] and engine.stats["prefilled"] == 73 + 10 + 11
+    assert [c.ids for c in done] == [alone(model, prompt, greedy(10)).ids for prompt in batch]
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_a_chat_that_grows_is_never_read_twice(page_size):
+    """Each turn runs only what is new and the one token whose keys were never computed, whatever the pages' borders."""
+    model, rng = random_model(random_config(3)), random.Random(0)
+    engine, history, known = Engine(model, page_size=page_size), [], 0
+    for turn in range(12):
+        history += random_prompts(model, turn, [rng.randrange(1, 12)])[0]
+        before = engine.stats["prefilled"]
+        done = engine.generate([history], greedy(rng.randrange(1, 9)))[0]
+        assert done.cached_tokens == known and engine.stats["prefilled"] - before == len(history) - known
+        assert done.ids == alone(model, history, greedy(len(done.ids))).ids
+        history += done.ids
+        known = len(history) - 1  # the last token said was never run
+
+
+def test_the_cache_is_bounded():
+    """Where room runs out the oldest of what nobody holds goes first."""
     model = random_model(random_config(2))
     batch = random_prompts(model, 0, [20, 20, 20])
-    engine = Engine(model, idle_tokens=50)
+    engine = Engine(model, cache_tokens=50, page_size=1)
     for prompt in batch:
         engine.generate([prompt], greedy(1))
-    assert [c.cached_tokens for c in engine.generate(batch[2:1:-1] + batch[:1], greedy(1))] == [19, 0]
-    engine = Engine(model)
-    assert [engine.generate(batch[:1], greedy(1))[0].cached_tokens for _ in range(2)] == [0, 0]
+    assert [engine.generate([prompt], greedy(1))[0].cached_tokens for prompt in (batch[2], batch[1])] == [19, 19]
+    assert engine.generate([batch[0]], greedy(1))[0].cached_tokens < 19
+    assert len(engine.blocks.free) == 50 and not engine.blocks.held
 
 
 def test_bf16_keeps_its_cache_in_bf16(tiny_actor):
@@ -171,12 +200,122 @@ def test_bf16_keeps_its_cache_in_bf16(tiny_actor):
     model = checkpoint.load_model(tiny_actor, dtype=torch.bfloat16)
     engine = Engine(model)
     ids = engine.generate([[5, 6, 7]], greedy(30))[0].ids
-    assert engine.idle[0].kv.dtype == torch.bfloat16
+    assert engine.kv.dtype == torch.bfloat16
     tokens = torch.tensor([[5, 6, 7, *ids[:-1]]])
     with torch.no_grad():
         logits = model(tokens)[0, 2:].float()
     chosen = logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
     assert (logits.max(-1).values - chosen).max() < 0.05 * logits.std()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tables_of_blocks_and_views_agree(seed):
+    """The kernels' decode attention, which a GPU uses, gives the tokens that views of pages give; scattered pages as well."""
+    family = "mistral" if seed & 1 else "llama"
+    model = random_model(random_config(seed, family, **({"sliding_window": 7} if seed & 1 else {})))
+    batch = random_prompts(model, seed, [1, 40, 2, 23, 7])
+    expected = [alone(model, prompt, greedy(30)).ids for prompt in batch]
+    engine = Engine(model, page_size=4)
+    engine.kernel = True
+    assert [c.ids for c in engine.generate(batch, greedy(30))] == expected
+    engine = Engine(model, page_size=4, cache_tokens=1000)
+    engine.blocks.free, engine.blocks.fresh = dict.fromkeys(random.Random(seed).sample(range(250), 250)), 250
+    assert [c.ids for c in engine.generate(batch, greedy(30))] == expected
+
+
+def everything_given_back(engine):
+    blocks = engine.blocks
+    assert not (engine.waiting or engine.running or blocks.held) and blocks.available() == blocks.num_pages
+    assert len(blocks.free) + blocks.num_pages - blocks.fresh == blocks.num_pages
+    assert all(blocks.known[page][2] == digest for digest, page in blocks.full.items())
+    assert sorted(p for pages in blocks.following.values() for p in pages) == sorted(blocks.known)
+
+
+@pytest.mark.parametrize("chunk", [5, 4096])
+def test_pages_run_out(chunk):
+    """With room for little more than one sequence the youngest are computed again later: none is lost, none differs."""
+    model, rng = random_model(random_config(4)), random.Random(1)
+    batch = random_prompts(model, 0, [rng.randrange(1, 40) for _ in range(12)])
+    params = [greedy(rng.randrange(1, 60)) for _ in batch]
+    engine = Engine(model, cache_tokens=112, page_size=4, max_step_tokens=chunk)
+    put_back, put_away = [], engine.put_away
+    engine.put_away = lambda s: (put_back.append(s) if s.finish_reason is None and s.block_table else None, put_away(s))
+    done = engine.generate(batch, params)
+    assert [c.ids for c in done] == [alone(model, prompt, p).ids for prompt, p in zip(batch, params, strict=True)]
+    assert put_back
+    everything_given_back(engine)
+
+
+def soak(requests, seed):
+    """Random requests come in bursts to a small engine with few pages; some are cancelled on the way."""
+    rng, model = random.Random(seed), random_model(random_config(4, vocab_size=100))
+    engine = Engine(model, cache_tokens=256, page_size=4, max_batch=6, max_step_tokens=32)
+    starts = random_prompts(model, seed, [30, 12, 50])
+    asked, cancelled = [], 0
+    while len(asked) < requests or engine.waiting or engine.running:
+        for _ in range(rng.choice([0, 0, 0, 1, 2, 12]) if len(asked) < requests else 0):
+            start = rng.choice(starts)[: rng.randrange(50)] if rng.random() < 0.6 else []
+            prompt = start + [rng.randrange(100) for _ in range(rng.randrange(1, 60))]
+            params = SamplingParams(
+                temperature=rng.choice([0, 0, 0.7, 1.5]),
+                top_p=rng.choice([1, 0.9]),
+                top_k=rng.choice([0, 5]),
+                min_p=rng.choice([0, 0.05]),
+                repetition_penalty=rng.choice([1, 1, 1.3]),
+                max_tokens=rng.randrange(1, 50),
+                seed=rng.randrange(1000),
+                stop_ids=tuple(rng.sample(range(100), rng.choice([0, 0, 3]))),
+                logprobs=rng.random() < 0.2,
+            )
+            asked.append((prompt, params, engine.add(prompt, params)))
+        if asked and rng.random() < 0.1:
+            victim = rng.choice(asked[-20:])[2]
+            cancelled += victim.finish_reason is None and (victim in engine.waiting or victim in engine.running)
+            engine.cancel(victim)
+        engine.step()
+    everything_given_back(engine)
+    assert cancelled > requests / 50
+    answered = 0
+    for prompt, params, sequence in asked:
+        if sequence.finish_reason:
+            answered += 1
+            done = alone(model, prompt, params)
+            assert (sequence.generated, sequence.finish_reason) == (done.ids, done.finish_reason)
+            if params.logprobs:
+                assert sequence.logprobs == pytest.approx(done.logprobs, abs=1e-3)
+    assert answered + cancelled == len(asked) >= requests
+
+
+def test_soak_short():
+    """150 random requests: all answered as they are alone, no page leaked."""
+    soak(150, 0)
+
+
+@pytest.mark.slow
+def test_soak():
+    """2,000 random requests: all answered as they are alone, no page leaked."""
+    soak(2000, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
+def test_the_packed_twin(family, dtype):
+    """It gives the model's logits, each row's the same bits among any number of rows, and leaves the model as it was."""
+    model = random_model(random_config(5, family, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16))
+    model = model.to(dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine, prompt = Engine(model), random_prompts(model, 0, [33])[0]
+    assert engine.model is not model and model.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    logits, run = [], engine.run
+    engine.run = lambda *args: logits.append(run(*args)) or logits[-1]
+    engine.generate([prompt], greedy(1))
+    expected = model(torch.tensor([prompt]))[0, -1].float()
+    assert (logits[0][0].float() - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.1) * expected.std()
+    for n in (1, 2, 5, 16, 17):
+        rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(n)).to(dtype)
+        for layer in (engine.model.model["layers"][0].self_attn.qkv, engine.model.packed_head):
+            assert torch.equal(layer(rows[:n]), layer(rows)[:n])
 
 
 # ---- where a text ends --------------------------------------------------------------------------------------------------
@@ -370,6 +509,214 @@ def test_a_seed_repeats_in_any_company():
     assert len({tuple(c.ids) for c in Engine(model).generate([batch[0]] * 4, unseeded)}) == 4
 
 
+def test_min_p_and_penalty_are_those_of_transformers(tmp_path):
+    """min_p leaves the tokens that transformers' leaves; greedy text under a repetition penalty is its `generate`'s."""
+    model = random_model(random_config(1, vocab_size=40))
+    prompt = random_prompts(model, 0, [9])[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt]))[:, -1]
+    for min_p in (0.02, 0.2, 0.9):
+        left = MinPLogitsWarper(min_p)(None, logits / 3)[0] > -torch.inf
+        params = [SamplingParams(3, min_p=min_p, max_tokens=1, seed=seed) for seed in range(600)]
+        seen = {c.ids[0] for c in Engine(model, max_batch=600).generate([prompt] * 600, params)}
+        assert seen <= set(left.nonzero().flatten().tolist()) and len(seen) > 0.6 * left.sum()
+    checkpoint.save_model(model, tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    theirs.generation_config.eos_token_id = None
+    for penalty in (0.7, 1.5):
+        ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, repetition_penalty=penalty)[0]
+        assert alone(model, prompt, greedy(40, repetition_penalty=penalty)).ids == ids[len(prompt) :].tolist()
+
+
+def logprobs_of(model, prompt, ids):
+    """By one uncached pass: the log-probability of each of ids."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
+
+
+def test_logprobs_are_the_models():
+    """Whatever temperature, filters and penalty chose the tokens; `score` gives the same for given ones, also in parts."""
+    model = random_model(random_config(3))
+    batch = random_prompts(model, 0, [1, 30, 12])
+    params = SamplingParams(2, top_k=9, repetition_penalty=1.4, max_tokens=20, seed=1, logprobs=True)
+    for prompt, done in zip(batch, Engine(model).generate(batch, params), strict=True):
+        assert done.logprobs == pytest.approx(logprobs_of(model, prompt, done.ids), abs=1e-4)
+    continuations = random_prompts(model, 1, [40, 1, 5])
+    expected = [sum(logprobs_of(model, *pair)) for pair in zip(batch, continuations, strict=True)]
+    assert Engine(model).score([[1, 2]], [[]]) == [0]
+    for limits in ({}, {"max_step_tokens": 7}, {"max_batch": 1}):
+        engine = Engine(model, **limits)
+        for _ in range(2):  # from the cache as well
+            assert engine.score(batch, continuations) == pytest.approx(expected, abs=1e-3)
+        everything_given_back(engine)
+
+
+def test_several_stop_ids(chatter):
+    """Each request's own stop ids end it, besides the tokenizer's."""
+    model, tokenizer, prompt, ids = chatter
+    for at in (3, 9):
+        done = alone(model, prompt, greedy(60, stop_ids=(ids[20], ids[at])), tokenizer=tokenizer)
+        assert (done.ids, done.finish_reason) == (ids[: min(ids.index(ids[at]), ids.index(ids[20]))], "stop")
+
+
+# ---- choices and JSON ---------------------------------------------------------------------------------------------------
+
+NAMES = ["Hanne", "Hanne Brod", "Jory", "<END CHAT>", "Environment"]
+
+
+def test_choices(chatter):
+    """Probabilities are those of an uncached pass over each choice's tokens, the end of the turn included where another goes
+    on from it; greedy takes the likeliest, draws follow them."""
+    model, tokenizer, prompt, _ = chatter
+    tokens = {name: tokenizer.encode(name) + [tokenizer.stop_ids[0]] * (name == "Hanne") for name in NAMES}
+    joint = torch.tensor([sum(logprobs_of(model, prompt, tokens[name])) for name in NAMES]).softmax(-1)
+    engine = Engine(model, tokenizer)
+    params = [SamplingParams(1, choices=NAMES, seed=seed) for seed in range(200)]
+    done = engine.generate([prompt] * 201, [greedy(1, choices=NAMES, logprobs=True), *params])
+    assert done[0].text == NAMES[joint.argmax()] and done[0].ids == tokenizer.encode(done[0].text)
+    assert done[0].logprobs == pytest.approx(logprobs_of(model, prompt, done[0].ids), abs=1e-3)
+    for each in done:
+        assert list(each.probabilities) == NAMES and each.finish_reason == "stop"
+        assert list(each.probabilities.values()) == pytest.approx(joint.tolist(), abs=1e-4)
+    counts = torch.tensor([sum(each.text == name for each in done[1:]) for name in NAMES]) / 200
+    assert (counts - joint).abs().max() < 4 * 0.5 / 200**0.5
+    flat = engine.generate([prompt] * 50, [SamplingParams(1e9, choices=NAMES, seed=seed) for seed in range(50)])
+    assert {each.text for each in flat} == set(NAMES)
+    assert collect(engine.stream(prompt, params[3]))[0] == [done[4].text]
+    everything_given_back(engine)
+
+
+FLAWS = {
+    "type": "object",
+    "properties": {
+        "flaws": {
+            "type": "array",
+            "maxItems": 3,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "instance": {"type": "string"},
+                    "type": {"enum": ["a", "a b", 'quote " and \u00e9']},
+                    "severity": {"type": "integer", "minimum": 1, "maximum": 5},
+                },
+            },
+        },
+        "n": {"type": "integer", "minimum": -30, "maximum": 120},
+        "ok": {"type": "boolean"},
+        "none": {"type": "null"},
+        "two": {"type": "array", "items": {"type": "integer", "minimum": 7}, "minItems": 2, "maxItems": 2},
+    },
+}
+
+
+def check_flaws(value):
+    assert list(value) == list(FLAWS["properties"]) and len(value["flaws"]) <= 3
+    for flaw in value["flaws"]:
+        assert list(flaw) == ["instance", "type", "severity"] and isinstance(flaw["instance"], str)
+        assert flaw["type"] in ("a", "a b", 'quote " and \u00e9') and flaw["severity"] in range(1, 6)
+    assert value["n"] in range(-30, 121) and isinstance(value["ok"], bool) and value["none"] is None
+    assert len(value["two"]) == 2 and min(value["two"]) >= 7
+
+
+def test_json_always_parses(chatter):
+    """Whatever a random model would say, at any length and temperature, alone or among others that are free."""
+    model, tokenizer, prompt, _ = chatter
+    least = constrain.cost(constrain.Grammar(FLAWS, constrain.Vocabulary(tokenizer)).start)
+    engine = Engine(model, tokenizer)
+    budgets = [least, least + 1, least + 20, 150, 300]
+    params = [SamplingParams(t, max_tokens=n, seed=n, json_schema=FLAWS) for n in budgets for t in (0, 0.7, 2)]
+    done = engine.generate([prompt] * 30, [p for each in params for p in (each, greedy(20))])
+    for each, p in zip(done[::2], params, strict=True):
+        check_flaws(json.loads(each.text))
+        assert each.finish_reason == "stop" and len(each.ids) <= p.max_tokens
+    assert len({each.text for each in done[::2]}) > 8
+    assert all(each.ids == done[1].ids for each in done[1::2])
+    with pytest.raises(UsageError, match=f"{least} tokens.* {least - 1}"):
+        engine.generate([prompt], greedy(least - 1, json_schema=FLAWS))
+
+
+@pytest.mark.parametrize("budget", [None, 0, 1, 40])
+def test_random_walks_through_a_grammar(any_tokenizer, budget):
+    """Any tokens that are allowed, one after the other, within any budget, end on a document of the schema."""
+    grammar, rng = constrain.Grammar(FLAWS, constrain.Vocabulary(any_tokenizer)), random.Random(budget)
+    for _ in range(15):
+        state, ids = grammar.start, []
+        room = constrain.cost(state) + (rng.randrange(300) if budget is None else budget)
+        while state:
+            allowed, costs = grammar.allowed(state)
+            i = int(rng.choice(allowed[costs < room - len(ids)]))
+            ids.append(i)
+            state = constrain.advance(state, constrain.token_bytes(any_tokenizer, i))
+        assert len(ids) <= room
+        check_flaws(json.loads(any_tokenizer.decode(ids)))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0), (-3, 12), (95, 1204), (-1204, -95), (7, None), (None, -7), (-1, 100)])
+def test_integers_keep_to_their_bounds(low, high):
+    """A text of digits is accepted exactly where it is a JSON integer within the bounds."""
+    schema = {"type": "integer"} | ({} if low is None else {"minimum": low}) | ({} if high is None else {"maximum": high})
+    frames = constrain.compile_schema(schema)
+    for text in [*map(str, range(-1300, 1300)), "", "-", "-0", "00", "07", "-07", "+1", "1.0", "--1", "1-"]:
+        state = constrain.advance(frames, text.encode())
+        accepted = state is not None and constrain.cost(state) == 0
+        valid = (
+            re.fullmatch(r"0|-?[1-9]\d*", text) and (low is None or low <= int(text)) and (high is None or int(text) <= high)
+        )
+        assert accepted == bool(valid), text
+
+
+@pytest.mark.parametrize(
+    ("schema", "word"),
+    [
+        ({"type": "number"}, "number"),
+        ({"type": "string", "pattern": "x"}, "pattern"),
+        ({"type": "array"}, "items"),
+        ({"type": "object", "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 2}}}, "schema.a"),
+        ({"enum": []}, "enum"),
+    ],
+    ids=str,
+)
+def test_schemas_outside_the_subset_are_refused(schema, word):
+    """By name, not by ignoring what they ask for."""
+    with pytest.raises(UsageError, match=word):
+        constrain.compile_schema(schema)
+
+
+def test_a_prompt_that_never_fits():
+    """It is refused with its size and the limit, at once, and the engine goes on."""
+    model = random_model(random_config(0))
+    engine = Engine(model, cache_tokens=32, page_size=4)
+    with pytest.raises(UsageError, match=r"40 tokens.* 31"):
+        engine.generate([[1] * 40], greedy(1))
+    done = engine.generate([[1] * 31], greedy(9))[0]
+    assert (len(done.ids), done.finish_reason) == (1, "length")
+    everything_given_back(engine)
+
+
+def test_cancelling_gives_pages_back(chatter):
+    """At once: a stream that is left, and a `generate` that Ctrl-C ends."""
+    model, tokenizer, prompt, _ = chatter
+    engine = Engine(model, tokenizer)
+    stream = engine.stream(prompt, greedy(60))
+    next(stream)
+    assert engine.blocks.held
+    stream.close()
+    everything_given_back(engine)
+    run, calls = engine.run, iter(range(100))
+
+    def interrupted(*args):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    engine.run = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([prompt, prompt[1:]], greedy(60))
+    everything_given_back(engine)
+    assert engine.generate([prompt], greedy(9))[0].ids == alone(model, prompt, greedy(9)).ids
+
+
 @pytest.mark.parametrize(
     "settings", [{"temperature": 1e-30}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 5, "top_k": 1}], ids=str
 )
@@ -428,7 +775,7 @@ def expected_reply(engine, messages, max_tokens, opening=""):
 def test_prompt(script, tiny_actor, stage_tokenizer):
     """--prompt prints the prompt and what follows it, and repeats itself with a seed."""
     prompt = "The ferry [at last] left now\n\nand (then)"
-    options = ["--model", tiny_actor, "--max-tokens", 30]
+    options = ["--model", tiny_actor, "--max-tokens", 30, "--dtype", "float32"]
     code, out, err = script("generate", "--prompt", prompt, "--temperature", 0, *options)
     ids = [stage_tokenizer.bos_id, *stage_tokenizer.encode(prompt)]
     text = alone(checkpoint.load_model(tiny_actor), ids, greedy(30), tokenizer=stage_tokenizer).text
@@ -473,6 +820,7 @@ def test_stop_option(script, tiny_actor):
 def test_chat_through_a_pipe(tiny_actor):
     """A line in, a reply out, each knowing what was said before; an empty line ends it. As a process of its own."""
     command = [sys.executable, "generate.py", "--model", tiny_actor, "--chat", "--temperature", "0", "--max-tokens", "12"]
+    command += ["--dtype", "float32"]
     done = subprocess.run(command, input="Good day\n Who are you? \n\nnot read\n", capture_output=True, text=True, cwd=ROOT)
     engine, messages, expected = load_engine(tiny_actor, "float32"), [], ""
     for line in ("Good day", "Who are you?"):
@@ -482,10 +830,51 @@ def test_chat_through_a_pipe(tiny_actor):
     assert (done.returncode, done.stderr, done.stdout) == (0, "", expected)
 
 
+def test_commands_of_a_chat(script, tiny_actor, monkeypatch):
+    """/system and /retry change what the next answer is made from, /help and mistakes answer on stderr, --stats counts."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/retry\n/help\n/fly\n/system Be brief.\nGood day\n/retry\nAnd?\n"))
+    options = ["--model", tiny_actor, "--max-tokens", 12, "--dtype", "float32", "--seed", 3, "--stats"]
+    code, out, err = script("generate", "--chat", *options)
+    engine, expected = load_engine(tiny_actor, "float32"), []
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Good day"}]
+
+    def reply(seed):
+        params = SamplingParams(0.8, max_tokens=12, seed=seed)
+        return engine.generate([engine.tokenizer.render(messages, add_generation_prompt=True)[0]], params)[0].text
+
+    expected += [reply(3), reply(4)]
+    messages += [{"role": "assistant", "content": expected[-1]}, {"role": "user", "content": "And?"}]
+    expected.append(reply(4))
+    assert code == 0 and out == "".join(plain(text) + "\n" for text in expected)
+    assert "/retry  " in err and "/fly" in err and "nothing has been said" in err and "Be brief." in err
+    assert len(re.findall(r"tokens/s.*cached", err)) == 3
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(script, tiny_actor, monkeypatch):
+    """What was said by then stays in the history, and the next line is answered."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Good day\nAnd?\n"))
+    step, calls = Engine.step, iter(range(100))
+
+    def interrupted(self):
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        step(self)
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    options = ["--model", tiny_actor, "--max-tokens", 12, "--temperature", 0, "--dtype", "float32"]
+    code, out, _ = script("generate", "--chat", *options)
+    monkeypatch.undo()
+    engine = load_engine(tiny_actor, "float32")
+    messages = [{"role": "user", "content": "Good day"}]
+    first = expected_reply(engine, messages, 7)
+    messages += [{"role": "assistant", "content": first.rstrip("\ufffd")}, {"role": "user", "content": "And?"}]
+    assert code == 0 and out == plain(messages[1]["content"] + "\n" + expected_reply(engine, messages, 12)) + "\n"
+
+
 def test_meeting_a_character(script, tiny_actor, monkeypatch):
     """--character plays one of the cast, told what actors are told, hearing the visitor as anyone, beginning with the name."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("Good day\nA long way?\n"))
-    options = ["--model", tiny_actor, "--temperature", 0, "--max-tokens", 12]
+    options = ["--model", tiny_actor, "--temperature", 0, "--max-tokens", 12, "--dtype", "float32"]
     code, out, err = script("generate", "--chat", "--character", "hanne", "--scene", "the-last-ferry/3", *options)
     scene, name = find_character("Hanne Brod", "the-last-ferry/3")
     assert code == 0 and name in err and scene.scenario[:40] in " ".join(err.split())

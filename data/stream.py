@@ -1,0 +1,306 @@
+"""The endless stream of packed rows that training reads, from books and general data tokenised once.
+
+    stream = Stream(["books/"], tokenizer, seq_len=8192, mix=[("general.jsonl", 0.5)])
+    rows = stream.take(48)[rank::world]        # the rows of this rank, made only now
+    stream.load(json.loads(saved))             # saved: json.dumps(stream.state())
+
+Tokens lie in a cache of memory-mapped files, `cache/KEY/`: KEY is a hash of the files' bytes, the tokenizer, the settings and
+the code that makes chats, so what is found there is never stale; a directory is renamed into place when it is whole. Of
+processes that want the same one, the first builds it and the others wait. Any part of the cache may be deleted at any time.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+import cli
+from cli import UsageError
+from data.channels import label
+from data.chats import scene_to_chats
+from data.general import read_general
+from data.packing import CHANNELS, best_fit, make_row, split_long
+from data.scenes import Report, data_files, read_scenes
+
+SHIFT = 28  # a token as it is kept: its id, and above these bits its channel
+HELD_OUT = 2**31  # a source
+USEFUL = 0.98  # below this share of an epoch's places, the emptiest row waits for the next epoch
+CODE = ("../tokenizer.py", "channels.py", "chats.py", "general.py", "prompts.py", "scenes.py", "stream.py")
+
+
+class Store:
+    """Tokenised documents in the cache. offsets: int64 [documents + 1]; counts: int64 [documents, channels], supervised tokens;
+    tokens: uint32 [offsets[-1]], read as they are used."""
+
+    def __init__(self, path):
+        self.report = cli.read_json(path / "report.json")
+        self.counts = np.fromfile(path / "counts", np.int64).reshape(-1, len(CHANNELS))
+        self.offsets = np.fromfile(path / "offsets", np.int64)
+        self.lengths = np.diff(self.offsets)
+        empty = not self.offsets[-1]
+        self.tokens = np.zeros(0, np.uint32) if empty else np.memmap(path / "tokens", np.uint32, "r", shape=self.offsets[-1])
+
+    def read(self, document, start=0, end=None):
+        """(ids, channels) of a part of a document."""
+        begin, stop = self.offsets[document : document + 2]
+        words = self.tokens[begin + start : stop if end is None else begin + end]
+        return words & (2**SHIFT - 1), (words >> SHIFT).astype(np.int8)
+
+
+def open_store(cache, key, documents, what, strict):
+    """The Store of a key; documents(report) yields (ids, channels, share done) to build it from, where it is not there."""
+    path = cli.make_dir(cache) / key
+    if path.is_dir():
+        return Store(path)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system however this process ends
+        if not path.is_dir():
+            making = path.with_suffix(".tmp")
+            shutil.rmtree(making, ignore_errors=True)  # of a build that was killed
+            making.mkdir()
+            build_store(making, documents, what, Report(strict))
+            os.rename(making, path)
+        path.with_suffix(".lock").unlink(missing_ok=True)
+    return Store(path)
+
+
+def build_store(path, documents, what, report):
+    offsets, counts = array("q", [0]), array("q")
+    begun = said = time.monotonic()
+    with open(path / "tokens", "wb") as file, cli.progress() as bar:
+        task = bar.add_task(f"tokenising {what}", total=1.0)
+        for ids, channels, done in documents(report):
+            file.write((ids | channels.astype(np.uint32) << SHIFT).astype(np.uint32).tobytes())
+            offsets.append(offsets[-1] + len(ids))
+            counts.extend(np.bincount(channels, minlength=1 + len(CHANNELS))[1:].tolist())
+            bar.update(task, completed=done)
+            if bar.disable and time.monotonic() - said > 10:
+                said = time.monotonic()
+                cli.note(f"tokenising {what}: {done:.0%}, {len(offsets) - 1:,} chats in {said - begun:,.0f} s")
+        file.flush()
+        os.fsync(file.fileno())
+    for name, values in (("offsets", offsets), ("counts", counts)):
+        with cli.write_whole(path / name, "wb") as file:
+            values.tofile(file)
+    with cli.write_whole(path / "report.json") as file:
+        json.dump({"counts": report, "examples": report.examples}, file)
+
+
+def digest(*parts):
+    """A hash of strings and of files (paths), names and bytes."""
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(f"{part.name if isinstance(part, Path) else part}\0".encode())
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                made.update(hashlib.file_digest(file, "sha256").digest())
+    return made.hexdigest()
+
+
+def parse_mix(text):
+    """FILE:SHARE as --mix takes it: (path, share)."""
+    path, _, share = text.rpartition(":")
+    try:
+        return path, float(share)
+    except ValueError:
+        raise UsageError(f"--mix {text}: give FILE:SHARE, for example general.jsonl:0.5") from None
+
+
+class Batch(Sequence):
+    """Rows of the stream; a row is made when it is taken out, a slice is a list of made rows. `used`: their tokens."""
+
+    def __init__(self, stream, rows):
+        self.stream, self.rows = stream, rows
+        self.used = int(sum(row_lengths(row).sum() for row in rows))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self.stream.make(row) for row in self.rows[i]]
+        return self.stream.make(self.rows[i])
+
+
+def row_lengths(pieces):
+    """Tokens of each piece (source, document, context start, context end, start, end)."""
+    return pieces[..., 3] - pieces[..., 2] + pieces[..., 5] - pieces[..., 4]
+
+
+class Stream:
+    """Rows of epoch 0, then of epoch 1, and so on, each with its own draw of prompts and order.
+
+    paths: books, test files, directories; their training scenes are read here, their held-out ones by `held_out`.
+    variants: `draw` (one chat of a character and scene in each epoch) or `all` (the release's four, the same every epoch).
+    mix: (file, share) pairs of general data, share of all tokens; each goes through its file in a shuffled order, as far as
+    an epoch needs, and on from there in the next. thoughts=False: the ablation without inner thoughts. held_out_books: share
+    of books that are held out whole. strict: UsageError at the first thing that reading would repair or drop.
+
+    Where an epoch's rows are less than 98% useful, its emptiest row is not given out, and its documents are packed with those
+    of the next epoch; an epoch of one row is given out as it is.
+
+    Of the present epoch: `documents`, `tokens`, `supervised` ({channel: tokens}), `rows`, `cut` (documents longer than a row),
+    `without` (pieces of them without a token under loss, left out). `report`: what reading found.
+    """
+
+    def __init__(
+        self,
+        paths,
+        tokenizer,
+        seq_len,
+        seed=0,
+        thoughts=True,
+        variants="draw",
+        mix=(),
+        cache=cli.OUT / "cache",
+        held_out_books=0.0,
+        strict=False,
+    ):
+        self.files = data_files(paths)
+        self.tokenizer, self.seq_len, self.seed, self.cache, self.strict = tokenizer, seq_len, seed, cache, strict
+        self.options, self.held_out_books = {"seed": seed, "thoughts": thoughts, "variants": variants}, held_out_books
+        self.mix, self.shares = [Path(path) for path, _ in mix], [share for _, share in mix]
+        if min(self.shares, default=1) <= 0 or sum(self.shares) >= 1:
+            raise UsageError(f"--mix: shares are above 0 and together below 1, not {', '.join(map(str, self.shares))}")
+        here = Path(__file__).parent
+        self.maker = digest(*(here / name for name in CODE), tokenizer.file, tokenizer.chat_format)
+        self.content = digest(*self.files)
+        self.stores = {}
+        self.report = Report()
+        for source in (0, *(-1 - i for i in range(len(self.mix)))):
+            self.report.update(self.store(source).report["counts"])
+            self.report.examples |= self.store(source).report["examples"]
+        if strict and self.report:
+            what, where = next(iter(self.report.examples.items()))
+            raise UsageError(f"{where}: {what} (--strict)")
+        if not len(self.store(0).lengths):
+            raise UsageError(f"{paths[0]}: no training scene in it (all are held out); give a book with --data")
+        self.begin({"epoch": 0, "carried": [], "tokens": 0, "mixed": [[0, 0] for _ in mix]})
+
+    # ---- documents: (source, document), a source being an epoch of the scenes, or -1, -2, ... for general data ----
+
+    def store(self, source):
+        """Tokenised documents of a source."""
+        if source not in self.stores:
+            self.stores[source] = self.general_store(self.mix[-1 - source]) if source < 0 else self.scene_store(source)
+        return self.stores[source]
+
+    def general_store(self, path):
+        def documents(report):
+            for messages, where, done in read_general(path, report):
+                try:
+                    yield *label(self.tokenizer, messages), done
+                except ValueError as error:
+                    report.note(f"dropped: row that the chat format does not take: {error}", where)
+
+        return open_store(self.cache, digest(self.maker, path), documents, path.name, self.strict)
+
+    def scene_store(self, epoch, held_out=False):
+        epoch = epoch if self.options["variants"] == "draw" else 0
+
+        def documents(report):
+            for scene, done in read_scenes(self.files, report, self.held_out_books):
+                if (scene.tag != "train") == held_out:
+                    for chat in scene_to_chats(scene, epoch, **self.options):
+                        yield *label(self.tokenizer, chat.messages, chat.character), done
+
+        settings = json.dumps([self.options, self.held_out_books, epoch, held_out])
+        what = "held-out scenes" if held_out else f"the scenes of epoch {epoch}"
+        return open_store(self.cache, digest(self.maker, self.content, settings), documents, what, self.strict)
+
+    def held_out(self):
+        """The rows of the held-out scenes, with the draw of epoch 0: what to evaluate on."""
+        self.stores[HELD_OUT] = self.scene_store(0, held_out=True)
+        pieces, *_ = self.pieces(HELD_OUT, np.arange(len(self.stores[HELD_OUT].lengths)))
+        return Batch(self, [pieces[row] for row in best_fit(row_lengths(pieces), self.seq_len)])
+
+    def pieces(self, source, documents):
+        """Documents of a source as pieces, int64 [N, 6]; how many were cut; how many pieces were left out."""
+        store, long, without = self.store(source), [], 0
+        lengths = store.lengths[documents]
+        whole = documents[lengths <= self.seq_len]
+        pieces = np.zeros((len(whole), 6), np.int64)
+        pieces[:, 0], pieces[:, 1], pieces[:, 5] = source, whole, store.lengths[whole]
+        for document in documents[lengths > self.seq_len].tolist():
+            cut, left_out = split_long(store.read(document)[1], self.seq_len)
+            long += [(source, document, *piece) for piece in cut]
+            without += left_out
+        return np.concatenate([pieces, np.array(long, np.int64).reshape(-1, 6)]), len(documents) - len(whole), without
+
+    def make(self, row):
+        """A row of pieces as tensors."""
+        documents = []
+        for source, document, context_start, context_end, start, end in row.tolist():
+            ids, channels = self.store(source).read(document, start, end)
+            if context_end > context_start:
+                before, _ = self.store(source).read(document, context_start, context_end)
+                ids = np.concatenate([before, ids])
+                channels = np.concatenate([np.zeros(len(before), np.int8), channels])
+            documents.append((ids, channels))
+        return make_row(documents, self.seq_len)
+
+    # ---- epochs ----
+
+    def begin(self, start):
+        """Packs the epoch that begins here. start: its number, the pieces carried into it, and how many tokens of scenes, and
+        documents and tokens of general data, came before it."""
+        self.start, self.at, epoch = start, 0, start["epoch"]
+        chosen = {epoch: np.arange(len(self.store(epoch).lengths))}
+        tokens, mixed = start["tokens"] + int(self.store(epoch).lengths.sum()), []
+        for i, (taken, had) in enumerate(start["mixed"]):
+            wanted = tokens * self.shares[i] / (1 - sum(self.shares)) - had
+            more = chosen[-1 - i] = self.next_general(-1 - i, taken, wanted)
+            mixed.append([taken + len(more), had + int(self.store(-1 - i).lengths[more].sum())])
+        found = [self.pieces(source, documents) for source, documents in chosen.items()]
+        pieces = np.concatenate([np.array(start["carried"], np.int64).reshape(-1, 6), *(pieces for pieces, *_ in found)])
+        lengths = row_lengths(pieces)
+        self.rows = [pieces[row] for row in best_fit(lengths, self.seq_len, f"{self.seed}|{epoch}")]
+        carried = []
+        if len(self.rows) > 1 and lengths.sum() < USEFUL * self.seq_len * len(self.rows):
+            emptiest = min(range(len(self.rows)), key=lambda i: row_lengths(self.rows[i]).sum())
+            carried = self.rows.pop(emptiest).tolist()
+        self.cut, self.without = sum(cut for _, cut, _ in found), sum(without for *_, without in found)
+        self.documents = sum(map(len, chosen.values()))
+        self.tokens = sum(int(self.store(source).lengths[documents].sum()) for source, documents in chosen.items())
+        counts = sum(self.store(source).counts[documents].sum(0) for source, documents in chosen.items())
+        self.supervised = dict(zip(CHANNELS, counts.tolist(), strict=True))
+        self.next = {"epoch": epoch + 1, "carried": carried, "tokens": tokens, "mixed": mixed}
+
+    def next_general(self, source, taken, wanted):
+        """Numbers of the documents that come next in a file of general data, after so many, until there are enough tokens."""
+        store, chosen = self.store(source), []
+        while wanted > 0:
+            times, at = divmod(taken, len(store.lengths))
+            order = np.random.default_rng([self.seed, -source, times]).permutation(len(store.lengths))[at:]
+            enough = np.searchsorted(np.cumsum(store.lengths[order]), wanted) + 1
+            chosen.append(order[:enough])
+            taken, wanted = taken + len(chosen[-1]), wanted - store.lengths[chosen[-1]].sum()
+        return np.concatenate([np.zeros(0, np.int64), *chosen])
+
+    def take(self, number):
+        """The next rows, a Batch. Every rank takes them all and makes its share, so the order is the same on any number."""
+        taken = []
+        while len(taken) < number:
+            if self.at == len(self.rows):
+                self.begin(self.next)
+            taken.append(self.rows[self.at])
+            self.at += 1
+        return Batch(self, taken)
+
+    def state(self):
+        """Where the stream stands, as JSON takes it."""
+        return {**self.start, "at": self.at}
+
+    def load(self, state):
+        """Goes where `state()` was taken; the same files and settings are the caller's part."""
+        start = {name: value for name, value in state.items() if name != "at"}
+        if start != self.start:
+            self.begin(start)
+        self.at = state["at"]
