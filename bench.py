@@ -246,27 +246,18 @@ class SimulationPeer:
 def simulation(args, count=16):
     """Seconds of so many scenes, greedily: all side by side, and one after the other with the same engine and with the peer,
     which is the schedule of the code released with the paper. Only runs that say the same, word for word, are compared."""
-    import tempfile
-
     from checkpoint import load_model, save_model
     from data.scenes import load_stage
     from engine import Engine
     from llm import BUNDLED_ACTOR, Local
     from protocol import Protocol
     from simulate import perform
-    from tokenizer import STAGE_TOKENIZER, load_tokenizer
 
-    scenes, directory, temporary = (
-        list(load_stage().values())[:count],
-        args.model or BUNDLED_ACTOR,
-        tempfile.TemporaryDirectory(),
-    )
+    scenes, directory = list(load_stage().values())[:count], args.model or BUNDLED_ACTOR
+    temporary = tempfile.TemporaryDirectory()
     if args.model == "135m":  # random weights, which end no turn; ids that no text has are never the likeliest
-        tokenizer, actor, directory = (
-            load_tokenizer(STAGE_TOKENIZER),
-            random_actor("cpu", torch.float32),
-            temporary.name + "/135m",
-        )
+        tokenizer, actor = load_tokenizer(STAGE_TOKENIZER), random_actor("cpu", torch.float32)
+        directory = temporary.name + "/135m"
         actor.model["embed_tokens"].weight.data[tokenizer.vocab_size :] = 0
         save_model(actor, directory, tokenizer)
     turn = 60 if args.model == "135m" else 512
