@@ -438,7 +438,95 @@ def tokenising_alone(books, tokenizer, cache):
     return row | dict(zip(("peak MiB", "peak MiB, worker"), peaks, strict=True)) | {"MiB before": before}
 
 
-BENCHMARKS = {"kernels": bench_kernels, "train": training, "data": tokenising, "decode": decode, "prefill": prefill}
+# ---- simulation ---------------------------------------------------------------------------------------------------------
+
+
+class SimulationPeer:
+    """The same checkpoint in transformers, given the very token ids of `local`: a chat at a time, its whole history again."""
+
+    local, name, identity = True, "peer", "peer"
+
+    def __init__(self, local, directory):
+        from transformers import AutoModelForCausalLM
+
+        self.ours = local
+        dtype, device = local.engine.kv.dtype, local.engine.device
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+
+    @torch.inference_mode()
+    def chat(self, conversations, params, openings):
+        from llm import Reply
+
+        replies, stops = [], self.ours.tokenizer.stop_ids
+        for messages, each, opening in zip(conversations, params, openings, strict=True):
+            prompt, own = self.ours.prompt(messages, opening)
+            tokens = torch.tensor([prompt], device=self.model.device)
+            options = dict(max_new_tokens=each.max_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
+            ids = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, len(prompt) :].tolist()
+            end = "stop" if ids[-1] in stops else "length"
+            ids = ids[:-1] if end == "stop" else ids
+            replies.append(Reply(self.ours.tokenizer.decode(ids), end, len(prompt), len(ids), 0, ids, own_tokens=own))
+        return replies
+
+
+def simulation(args, count=16):
+    """Seconds of so many scenes, greedily: all side by side, and one after the other with the same engine and with the peer,
+    which is the schedule of the code released with the paper. Only runs that say the same, word for word, are compared."""
+    from checkpoint import load_model, save_model
+    from data.scenes import load_stage
+    from engine import Engine
+    from llm import BUNDLED_ACTOR, Local
+    from protocol import Protocol
+    from simulate import perform
+
+    scenes, directory = list(load_stage().values())[:count], args.model or BUNDLED_ACTOR
+    temporary = tempfile.TemporaryDirectory()
+    if args.model == "135m":  # random weights, which end no turn; ids that no text has are never the likeliest
+        tokenizer, actor = load_tokenizer(STAGE_TOKENIZER), random_actor("cpu", torch.float32)
+        directory = temporary.name + "/135m"
+        actor.model["embed_tokens"].weight.data[tokenizer.vocab_size :] = 0
+        save_model(actor, directory, tokenizer)
+    turn = 60 if args.model == "135m" else 512
+    protocol = Protocol(max_rounds=args.max_rounds, max_tokens=turn, retry_temperature=0.0)  # greedy in every try
+    played = {}
+
+    def side(name, make, side_by_side):
+        def run():
+            model, ends = make(), {}
+            models = dict.fromkeys(("actor", "environment", "next_speaker"), model)
+            perform(scenes, models, protocol, on_end=lambda s, *end: ends.update({s.key: end}), side_by_side=side_by_side)
+            played[name] = ends
+
+        return run
+
+    local = Local(directory)
+    model = load_model(directory, local.engine.device.type, local.engine.kv.dtype)
+
+    def emptied():
+        local.engine = Engine(model, local.tokenizer)  # with nothing in its cache
+        return local
+
+    sides = {"ours, side by side": side("ours, side by side", emptied, count)}
+    sides["ours, one by one"] = side("ours, one by one", emptied, 1)
+    if args.peer:
+        peer = SimulationPeer(local, directory)
+        sides["peer, one by one"] = side("peer, one by one", lambda: peer, 1)
+    medians, rows = interleave(sides, args.rounds), []
+    said = {name: {key: messages for key, (messages, *_) in ends.items()} for name, ends in played.items()}
+    different = [name for name in said if said[name] != said["ours, side by side"]]
+    if different:
+        raise UsageError(f"{', '.join(different)}: another text than ours, so there is nothing to compare")
+    for name, took in medians.items():
+        totals = {key: sum(stats[key] for _, stats, _ in played[name].values()) for key in ("decoded", "prefilled", "least")}
+        row = {"side": name, "seconds": took, "tokens/s": totals["decoded"] / took, **totals}
+        rows.append(row | {"x": took / medians["ours, side by side"]})
+    report(f"simulate: {count} scenes, {args.max_rounds} rounds, {args.model or 'the stage actor'}", rows, args.json)
+
+
+BENCHMARKS = {
+    "kernels": bench_kernels, "train": training, "data": tokenising,
+    "decode": decode, "prefill": prefill, "simulate": simulation,
+}  # fmt: skip
 
 
 def main():
@@ -446,6 +534,8 @@ def main():
     parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
     parser.add_argument("--peer", choices=["transformers"], help="measure it in the same run")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds, interleaved (default: 5)")
+    parser.add_argument("--model", metavar="DIR", help="simulate: the actor, or 135m for random weights (default: the bundled)")
+    parser.add_argument("--max-rounds", type=int, default=20, help="simulate: rounds of a scene (default: 20)")
     parser.add_argument("--json", metavar="FILE", help="write the last line to a file as well")
     args = parser.parse_args()
     if args.rounds < 1:

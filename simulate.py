@@ -26,6 +26,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
@@ -301,9 +302,9 @@ class Stage:
         self.cast, self.thoughts = [*scene.speaking_characters, ENVIRONMENT], thoughts
         actors = [name for name in scene.speaking_characters if name != ENVIRONMENT]
         self.styles = {name: f"bold {self.COLOURS[i % len(self.COLOURS)]}" for i, name in enumerate(actors)}
-        self.occasion, self.said, self.shown, self.painter = None, "", "", None
+        self.occasion, self.said, self.shown = None, "", ""
         cli.stdout.rule(Text(cli.plain(scene.book)), style="dim") if cli.stdout.is_terminal else cli.put(scene.book + "\n")
-        cli.put(scene.scenario + "\n\n", "italic")
+        cli.stdout.print(cli.plain(scene.scenario) + "\n", style="italic", markup=False)
 
     def hear(self, call, piece):
         """A piece of a turn that is being spoken: what will surely stay of it is shown, so no line that may be another's."""
@@ -314,7 +315,8 @@ class Stage:
         start = line.strip("*# \t")
         name = next((n for n in self.cast if n.startswith(start) or (start.startswith(n) and ":" not in start)), None)
         beginning = name is not None and len(start) < len(name) + 3
-        self.put(call.agent, clean_reply("\n".join(lines) if beginning else self.said, call.agent, self.cast))
+        sure = re.sub(r"\S+$", "", "\n".join(lines) if beginning else self.said)  # whole words, so that they can be wrapped
+        self.put(call.agent, clean_reply(sure, call.agent, self.cast))
 
     def show(self, message):
         """A turn as it is played."""
@@ -328,11 +330,17 @@ class Stage:
         if not text.startswith(self.shown) or len(text) == len(self.shown):
             return
         if not self.shown:
-            self.painter = cli.Painter()
+            self.painter, self.column = cli.Painter(), len(name) + 2
             cli.put(f"{name}: ", self.styles.get(name, "dim"))
-        for part, style in self.painter.spans(text[len(self.shown) :]):
-            if self.thoughts or style != cli.THOUGHT:
+        for word in re.findall(r"\s+|\S+", text[len(self.shown) :]):
+            spans = [span for span in self.painter.spans(word) if self.thoughts or span[1] != cli.THOUGHT]
+            width = cell_len("".join(part for part, _ in spans))
+            if cli.stdout.is_terminal and self.column + width > cli.stdout.width:
+                cli.put("\n")
+                self.column = 0
+            for part, style in spans:
                 cli.put(part, "dim italic" if name == ENVIRONMENT else style)
+            self.column = width if "\n" in word else self.column + width
         self.shown = text
 
 
@@ -456,23 +464,25 @@ def run(scenes, models, protocol, settings, out, done, args):
     played = {(line["book"], line["i_p"], line["i_c"]) for line in done}
     left = [scene for scene in scenes if (scene.book, scene.i_p, scene.i_c) not in played]
     alone = Stage(left[0], args.thoughts == "show") if len(scenes) == 1 and left else None
-    failures, turns, decoded, begun, told = [], 0, 0, time.monotonic(), time.monotonic()
+    failures, rounds, decoded, begun, told = [], 0, 0, time.monotonic(), time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with cli.progress(*columns) as bar:
-        task = bar.add_task(f"playing {len(scenes)} scenes", total=len(scenes), completed=len(done), visible=not alone)
+    with contextlib.nullcontext() if alone else cli.progress(*columns) as bar:  # a bar would wipe what is being spoken
+        task = None if alone else bar.add_task(f"playing {len(scenes)} scenes", total=len(scenes), completed=len(done))
 
         def update():
             nonlocal told
+            if alone:
+                return
             speed = decoded / max(1e-9, time.monotonic() - begun)
-            what = f"playing, {turns} turns, {speed:,.0f} tokens/s"
+            what = f"playing, {rounds} rounds, {speed:,.0f} tokens/s"
             bar.update(task, description=what, completed=len(done) + len(failures))
-            if not alone and not cli.stderr.is_terminal and time.monotonic() - told > EVERY:
+            if not cli.stderr.is_terminal and time.monotonic() - told > EVERY:
                 told = time.monotonic()
                 cli.note(f"{what}, {len(done)} of {len(scenes)} scenes")
 
         def on_message(scene, message):
-            nonlocal turns
-            turns += 1
+            nonlocal rounds
+            rounds += 1
             if alone:
                 alone.show(message)
             update()
