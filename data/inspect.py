@@ -10,6 +10,7 @@ LLaMA-Factory finds the rows through this entry of its `dataset_info.json`: {"co
 """
 
 import json
+from collections import Counter
 
 import numpy as np
 from rich.table import Table
@@ -40,14 +41,13 @@ def parse_args():
     add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help="general SFT data, as in train.py")
     add("--held-out-books", type=float, default=0.0, metavar="SHARE", help="share of the books to hold out whole (default: 0)")
     add("--strict", action="store_true", help="stop at the first thing that reading would repair or drop")
-    add("--sharegpt", metavar="FILE", help="write the chats of the epoch as LLaMA-Factory reads them")
+    add("--sharegpt", metavar="FILE", help="write the chats of the epoch (without --mix) as LLaMA-Factory reads them")
     add("--test-scenes", metavar="FILE", help="write the held-out scenes as a test file")
-    add("--png", metavar="FILE", help="write the histogram of lengths as a picture")
     add("--cache", default=cli.OUT / "cache", help="directory of tokenised data; may be deleted at any time")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.seq_len < 2 or args.epoch < 0:
-        raise UsageError(f"--seq-len is above 1 and --epoch at least 0, not {args.seq_len} and {args.epoch}")
+    if args.epoch < 0:
+        raise UsageError(f"--epoch is at least 0, not {args.epoch}")
     return args
 
 
@@ -55,22 +55,22 @@ def all_scenes(args):
     return (scene for scene, _ in read_scenes(args.paths, Report(args.strict), args.held_out_books))
 
 
-def all_chats(args):
-    """The training chats of the epoch, in the order of the documents."""
+def chats_of(scene, args):
+    """The chats of a scene that are trained on in the epoch, in the order of the documents; none where it is held out."""
+    if scene.tag != "train":
+        return []
     epoch = args.epoch if args.variants == "draw" else 0
-    for scene in all_scenes(args):
-        if scene.tag == "train":
-            yield from scene_to_chats(scene, epoch, args.seed, not args.without_thoughts, variants=args.variants)
+    return scene_to_chats(scene, epoch, args.seed, not args.without_thoughts, variants=args.variants)
 
 
 def statistics(args, stream, lengths, counts):
     """What there is, as rows of a table."""
-    tags, kinds, turns = {}, {}, []
+    tags, kinds, turns = Counter(), Counter(), []
     for scene in all_scenes(args):
-        tags[scene.tag] = tags.get(scene.tag, 0) + 1
-    for chat in all_chats(args):
-        kinds[chat.kind] = kinds.get(chat.kind, 0) + 1
-        turns.append(len(chat.messages) - 1)
+        tags[scene.tag] += 1
+        for chat in chats_of(scene, args):
+            kinds[chat.kind] += 1
+            turns.append(len(chat.messages) - 1)
     tokens, learnt = int(lengths.sum()), counts.sum(0)
     useful = sum(int(row_lengths(row).sum()) for row in stream.rows) / (len(stream.rows) * stream.seq_len)
     general = len(lengths) - len(turns)
@@ -97,25 +97,14 @@ def histogram(lengths):
         yield f"{start:7,.0f} to {end:7,.0f} {bar} {count:,}" if count else f"{start:7,.0f} to {end:7,.0f}"
 
 
-def draw(lengths, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.hist(lengths, bins=4 * BINS)
-    axes.set(xlabel="tokens", ylabel="chats")
-    with cli.write_whole(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)
-
-
 def show(tokenizer, ids, channels):
     """A document as the model reads it, its channels in colour; between «channel| and » where stdout is no terminal."""
     edges = [0, *(np.flatnonzero(np.diff(channels)) + 1).tolist(), len(ids)]
     for start, end in zip(edges, edges[1:], strict=False):
-        channel, text = channels[start], tokenizer.decode(ids[start:end].tolist())
+        words = [
+            tokenizer.names[i].encode() if i in tokenizer.names else tokenizer.token_bytes(i) for i in ids[start:end].tolist()
+        ]
+        channel, text = channels[start], b"".join(words).decode(errors="replace")
         if channel and not cli.stdout.is_terminal:
             text = f"«{CHANNELS[channel - 1]}|{text}»"
         cli.put(text, STYLES[channel])
@@ -148,11 +137,12 @@ def main():
     if args.sharegpt:
         number = 0
         with cli.write_whole(args.sharegpt) as file:  # one row at a time, so that no more than one is in memory
-            for number, chat in enumerate(all_chats(args), 1):
+            chats = (chat for scene in all_scenes(args) for chat in chats_of(scene, args))
+            for number, chat in enumerate(chats, 1):
                 file.write(("[\n" if number == 1 else ",\n") + json.dumps(sharegpt(chat), ensure_ascii=False))
             file.write("\n]\n" if number else "[]\n")
         cli.note(f"{args.sharegpt}: {number:,} chats of epoch {args.epoch}")
-    if (args.test_scenes or args.sharegpt) and args.chat is None and not args.png:
+    if (args.test_scenes or args.sharegpt) and args.chat is None:
         return
     tokenizer = load_tokenizer(args.tokenizer, args.chat_format)
     stream = Stream(
@@ -184,8 +174,6 @@ def main():
     cli.stdout.print(table)
     for line in ("", "tokens in a chat", *histogram(lengths), "", *(stream.report.lines() or ["nothing repaired or dropped"])):
         cli.put(f"{line}\n")
-    if args.png:
-        draw(lengths, args.png)
 
 
 if __name__ == "__main__":
