@@ -51,8 +51,9 @@ def parse_args():
     return args
 
 
-def all_scenes(args):
-    return (scene for scene, _ in read_scenes(args.paths, Report(args.strict), args.held_out_books))
+def all_scenes(args, report=None):
+    report = Report(args.strict) if report is None else report
+    return (scene for scene, _ in read_scenes(args.paths, report, args.held_out_books))
 
 
 def chats_of(scene, args):
@@ -101,9 +102,7 @@ def show(tokenizer, ids, channels):
     """A document as the model reads it, its channels in colour; between «channel| and » where stdout is no terminal."""
     edges = [0, *(np.flatnonzero(np.diff(channels)) + 1).tolist(), len(ids)]
     for start, end in zip(edges, edges[1:], strict=False):
-        words = [
-            tokenizer.names[i].encode() if i in tokenizer.names else tokenizer.token_bytes(i) for i in ids[start:end].tolist()
-        ]
+        words = [tokenizer.token_bytes(i) or tokenizer.names.get(i, "").encode() for i in ids[start:end].tolist()]
         channel, text = channels[start], b"".join(words).decode(errors="replace")
         if channel and not cli.stdout.is_terminal:
             text = f"«{CHANNELS[channel - 1]}|{text}»"
@@ -123,54 +122,54 @@ def sharegpt(chat):
     return {"conversations": turns, "system": system["content"]}
 
 
-def main():
-    args = parse_args()
+def export(args):
+    """Writes the files that are asked for, and says what reading repaired and dropped on the way."""
+    report = Report(args.strict)
     if args.test_scenes:
-        scenes = [to_test_scene(scene) for scene in all_scenes(args) if scene.tag != "train"]
+        scenes = [to_test_scene(scene) for scene in all_scenes(args, report) if scene.tag != "train"]
         if not scenes:
             raise UsageError(f"{args.paths[0]}: no held-out scene in it; --held-out-books 0.1 holds out a tenth of the books")
         with cli.write_whole(args.test_scenes) as file:
             json.dump(scenes, file, ensure_ascii=False, indent=1)
-        cli.note(
-            f"{args.test_scenes}: {len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one"
-        )
+        cli.note(f"{len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one")
     if args.sharegpt:
-        number = 0
+        report, number = Report(args.strict), 0
         with cli.write_whole(args.sharegpt) as file:  # one row at a time, so that no more than one is in memory
-            chats = (chat for scene in all_scenes(args) for chat in chats_of(scene, args))
+            chats = (chat for scene in all_scenes(args, report) for chat in chats_of(scene, args))
             for number, chat in enumerate(chats, 1):
                 file.write(("[\n" if number == 1 else ",\n") + json.dumps(sharegpt(chat), ensure_ascii=False))
-            file.write("\n]\n" if number else "[]\n")
+            if not number:
+                raise UsageError(f"{args.paths[0]}: no training scene in it (all are held out); give a book as well")
+            file.write("\n]\n")
         cli.note(f"{args.sharegpt}: {number:,} chats of epoch {args.epoch}")
-    if (args.test_scenes or args.sharegpt) and args.chat is None:
-        return
+    for line in report.lines():
+        cli.note(line)
+
+
+def main():
+    args = parse_args()
+    if args.test_scenes or args.sharegpt:
+        export(args)
+        if args.chat is None:
+            return
     tokenizer = load_tokenizer(args.tokenizer, args.chat_format)
-    stream = Stream(
-        args.paths,
-        tokenizer,
-        args.seq_len,
-        seed=args.seed,
-        thoughts=not args.without_thoughts,
-        variants=args.variants,
-        mix=args.mix,
-        cache=args.cache,
-        held_out_books=args.held_out_books,
-        strict=args.strict,
-    )
+    same = {name: getattr(args, name) for name in ("seed", "variants", "mix", "cache", "held_out_books", "strict")}
+    stream = Stream(args.paths, tokenizer, args.seq_len, thoughts=not args.without_thoughts, **same)
     while stream.start["epoch"] < args.epoch:
         stream.begin(stream.next)
-    chosen = [(source, document) for source, documents in stream.chosen.items() for document in documents.tolist()]
+    documents = [(stream.store(source), number) for source, chosen in stream.chosen.items() for number in chosen.tolist()]
     if args.chat is not None:
-        if not 0 <= args.chat < len(chosen):
-            raise UsageError(f"--chat {args.chat}: there are {len(chosen)} documents, counted from 0")
-        source, document = chosen[args.chat]
-        show(tokenizer, *stream.store(source).read(document))
+        if not 0 <= args.chat < len(documents):
+            raise UsageError(f"--chat {args.chat}: there are {len(documents)} documents, counted from 0")
+        store, number = documents[args.chat]
+        show(tokenizer, *store.read(number))
         return
-    lengths = np.concatenate([stream.store(source).lengths[documents] for source, documents in stream.chosen.items()])
-    counts = np.concatenate([stream.store(source).counts[documents] for source, documents in stream.chosen.items()])
-    table = Table(title=f"epoch {args.epoch} of {', '.join(map(str, args.paths))}", show_header=False)
+    lengths = np.array([store.lengths[number] for store, number in documents])
+    counts = np.array([store.counts[number] for store, number in documents])
+    table = Table(show_header=False)
     for row in statistics(args, stream, lengths, counts):
         table.add_row(*row)
+    cli.put(f"epoch {args.epoch} of {', '.join(map(str, args.paths))}\n")
     cli.stdout.print(table)
     for line in ("", "tokens in a chat", *histogram(lengths), "", *(stream.report.lines() or ["nothing repaired or dropped"])):
         cli.put(f"{line}\n")

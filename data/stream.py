@@ -36,6 +36,7 @@ from data.packing import CHANNELS, best_fit, make_row, split_long
 from data.scenes import Report, data_files, read_scenes
 
 SHIFT = 28  # a token as it is kept: its id, and above these bits its channel
+INDEXED = 1 + len(CHANNELS)  # numbers kept of a document: where it ends, its supervised tokens of each channel
 HELD_OUT = 2**31  # a source
 LONGEST_ROW = 2**24  # tokens
 MOST_READINGS = 100  # of a file of general data in one epoch; more would teach it by heart
@@ -49,10 +50,11 @@ class Store:
 
     def __init__(self, path):
         self.report = cli.read_json(path / "report.json")
-        self.counts = np.fromfile(path / "counts", np.int64).reshape(-1, len(CHANNELS))
-        self.offsets = np.fromfile(path / "offsets", np.int64)
+        index = np.fromfile(path / "index", np.int64)
+        index = index[: len(index) // INDEXED * INDEXED].reshape(-1, INDEXED)
+        self.offsets, self.counts = np.append(0, index[:, 0]), index[:, 1:]
         self.lengths = np.diff(self.offsets)
-        if len(self.counts) != len(self.lengths) or (path / "tokens").stat().st_size != 4 * self.offsets[-1]:
+        if (path / "tokens").stat().st_size != 4 * self.offsets[-1]:
             raise UsageError(f"{path}: damaged; remove it, and it is made anew")
         empty = not self.offsets[-1]
         self.tokens = np.zeros(0, np.uint32) if empty else np.memmap(path / "tokens", np.uint32, "r", shape=self.offsets[-1])
@@ -84,7 +86,7 @@ def open_store(cache, key, items, tokenise, what, strict):
 
 
 def build_store(path, items, tokenise, what, report):
-    offsets, counts = array("q", [0]), array("q")
+    index, tokens = array("q"), 0
     begun = said = time.monotonic()
     _work.tokenise = tokenise
     # elsewhere a worker could outlive its parent, and a daemon may have none: there this process does the work
@@ -96,17 +98,16 @@ def build_store(path, items, tokenise, what, report):
         for done, documents in workers.imap(_work, items(report), chunksize=8) if workers else map(_work, items(report)):
             for words in documents:
                 file.write(words.tobytes())
-                offsets.append(offsets[-1] + len(words))
-                counts.extend(np.bincount(words >> SHIFT, minlength=1 + len(CHANNELS))[1:].tolist())
+                tokens += len(words)
+                index.extend([tokens, *np.bincount(words >> SHIFT, minlength=INDEXED)[1:].tolist()])
             bar.update(task, completed=done)
             if bar.disable and time.monotonic() - said > 10:
                 said = time.monotonic()
-                cli.note(f"tokenising {what}: {done:.0%}, {len(offsets) - 1:,} chats in {said - begun:,.0f} s")
+                cli.note(f"tokenising {what}: {done:.0%}, {len(index) // INDEXED:,} chats in {said - begun:,.0f} s")
         file.flush()
         os.fsync(file.fileno())
-    for name, values in (("offsets", offsets), ("counts", counts)):
-        with cli.write_whole(path / name, "wb") as file:
-            values.tofile(file)
+    with cli.write_whole(path / "index", "wb") as file:
+        index.tofile(file)
     with cli.write_whole(path / "report.json") as file:
         json.dump({"counts": report, "examples": report.examples}, file)
 

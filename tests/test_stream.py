@@ -498,10 +498,14 @@ def test_workers_make_what_one_process_makes(stream, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     stream(cache=tmp_path / "alone")
     made, alone = (sorted(path for path in (tmp_path / name).glob("*/*")) for name in ("cache", "alone"))
-    assert len(made) == 4 and [path.read_bytes() for path in made] == [path.read_bytes() for path in alone]
-    os.truncate(made[-1], 4000)
-    with pytest.raises(UsageError, match=f"{made[-1].parent}: damaged"):
-        stream()
+    assert len(made) == 3 and [path.read_bytes() for path in made] == [path.read_bytes() for path in alone]
+    for path, size in ((made[-1], 4000), (made[0], 4000), (made[0], 39)):
+        whole = path.read_bytes()
+        os.truncate(path, size)
+        with pytest.raises(UsageError, match=f"{path.parent}: damaged"):
+            stream()
+        path.write_bytes(whole)
+    stream()
 
 
 def test_the_report_outlives_the_cache(stream, tmp_path):
@@ -669,6 +673,15 @@ def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
 def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
     """Those of the last plots; with books held out, all of theirs; read back equal. None to write is a usage error."""
     held = [scene for scene in stage.values() if scene.tag != "train"]
+    (tmp_path / "[red]").mkdir()
+    odd = tmp_path / "[red]" / "book.json"
+    odd.write_text(json.dumps({**json.loads((STAGE / "ward_c.json").read_text()), "character_datasets": 5}))
+    assert f"epoch 0 of {odd}\n" in inspect(odd)[1]  # no markup
+    for export in ("--test-scenes", "--sharegpt"):
+        code, out, err = inspect(odd, export, tmp_path / "written.json")
+        assert (code, out) == (0, "") and f"1 dropped: characters that are not an object, the first at {odd}" in err
+    line = usage_error(inspect("--sharegpt", tmp_path / "none.json", "--held-out-books", 1))
+    assert "all are held out" in line and not (tmp_path / "none.json").exists()
     assert inspect("--test-scenes", tmp_path / "held.json")[0] == 0
     assert load_scenes(tmp_path / "held.json") == held
     assert inspect("--test-scenes", tmp_path / "all.json", "--held-out-books", 1)[0] == 0
