@@ -89,9 +89,9 @@ def build_store(path, items, tokenise, what, report):
     index, tokens = array("q"), 0
     begun = said = time.monotonic()
     _work.tokenise = tokenise
-    # elsewhere a worker could outlive its parent, and a daemon may have none: there this process does the work
-    may = sys.platform == "linux" and not multiprocessing.current_process().daemon
-    workers = may and multiprocessing.get_context("fork").Pool(min(16, os.cpu_count()), _start_worker)
+    # elsewhere a worker could outlive its parent: there this process does the work
+    fork = multiprocessing.get_context("fork") if sys.platform == "linux" else None
+    workers = fork and fork.Pool(min(16, os.cpu_count()), _start_worker)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     with open(path / "tokens", "wb") as file, cli.progress(*columns) as bar, workers or contextlib.nullcontext():
         task = bar.add_task(f"tokenising {what}", total=1.0)
@@ -146,11 +146,10 @@ def parse_mix(text):
 
 
 class Batch(Sequence):
-    """Rows of the stream; a row is made when it is taken out, a slice is a list of made rows. `used`: their tokens."""
+    """Rows of the stream; a row is made when it is taken out, a slice is a list of made rows."""
 
     def __init__(self, stream, rows):
         self.stream, self.rows = stream, rows
-        self.used = int(sum(row_lengths(row).sum() for row in rows))
 
     def __len__(self):
         return len(self.rows)
