@@ -675,6 +675,8 @@ def test_adding_a_scene_changes_no_other_chat(stage, read):
 def test_options_are_drawn_in_the_published_shares(stage):
     """Over many epochs: styles 40/30/20/10, each of 20 openers 5%, plot summary, motivation, others and thoughts 50%."""
     drawn = [chat.options for e in range(500) for chat in scene_to_chats(stage["ward-c/1"], e, next_speaker_share=0)]
+    assert len({json.dumps(options) for options in drawn}) > 0.4 * len(drawn)  # they are drawn apart from each other
+    drawn += [draw_options(random.Random(f"{i}")) for i in range(20_000)]
     expected = {("style", s): p for s, p in {"natural": 0.4, "=": 0.3, "#": 0.2, "*": 0.1}.items()}
     expected |= {("opener", i): 0.05 for i in range(20)}
     expected |= {(name, True): 0.5 for name in ("plot_summary", "motivation", "others", "thoughts")}
@@ -682,7 +684,6 @@ def test_options_are_drawn_in_the_published_shares(stage):
         found = sum(options[name] == value for options in drawn) / len(drawn)
         assert abs(found - share) < 4.5 * math.sqrt(share * (1 - share) / len(drawn)), (name, value, found)
     assert {options["opener"] for options in drawn} == set(range(20))
-    assert len({json.dumps(options) for options in drawn}) > 0.4 * len(drawn)  # they are drawn apart from each other
 
 
 def test_variants_all_are_the_four_of_the_release(stage):
