@@ -10,7 +10,6 @@ processes that want the same one, the first builds it and the others wait. Any p
 """
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -89,7 +88,7 @@ def build_store(path, items, tokenise, what, report):
     index, tokens = array("q"), 0
     begun = said = time.monotonic()
     _work.tokenise = tokenise
-    # elsewhere a worker could outlive its parent: there this process does the work
+    # forking is not safe elsewhere: there this process does the work
     fork = multiprocessing.get_context("fork") if sys.platform == "linux" else None
     workers = fork and fork.Pool(min(16, os.cpu_count()), _start_worker)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
@@ -113,8 +112,7 @@ def build_store(path, items, tokenise, what, report):
 
 
 def _start_worker():
-    """A worker leaves signals to its parent and dies with it, since it holds the lock as well (1: PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """A worker leaves signals to its parent. It holds the lock too, but where the parent dies its pipes end, and it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
