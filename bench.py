@@ -29,7 +29,7 @@ import kernels
 import train
 from cli import UsageError
 from data.packing import IGNORE
-from data.scenes import STAGE
+from data.scenes import STAGE, load_scenes
 from data.stream import Stream
 from model import PRESETS, ModelConfig
 from tokenizer import STAGE_TOKENIZER, load_tokenizer
@@ -416,7 +416,8 @@ def tokenising(args):
     books, tokenizer = (SHARED / "coser" / "books", SHARED / "tokenizers" / "llama3") if real else (STAGE, STAGE_TOKENIZER)
     with tempfile.TemporaryDirectory() as made:
         made = Path(made)
-        chats = Stream([books], load_tokenizer(tokenizer), 16_384, cache=made / "one").documents
+        scenes = (scene for scene in load_scenes(books) if scene.tag == "train")
+        chats = sum(len(scene.speaking_characters) for scene in scenes)  # next-speaker chats come on top
         (made / "books").mkdir()
         for number in range(-(-100_000 // chats)):
             for file in books.glob("*.json"):

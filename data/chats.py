@@ -112,7 +112,8 @@ def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1
         for chosen in fixed:
             options = draw_options(rng, thoughts) | chosen
             turns = perspective(scene.dialogues, character, options["thoughts"])
-            if not _says_something(turns, character):
+            own = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+            if not any(text.removeprefix(f"{character}: ").strip() for text in own):
                 continue
             if turns[-1]["role"] == "user":  # nothing after the last own message is ever under loss
                 turns.pop()
@@ -134,8 +135,3 @@ def next_speaker_chat(scene, rng):
     system = {"role": "system", "content": prompts.next_speaker(scene)}
     end = {"role": "assistant", "content": END_CHAT}
     return Chat([system, *turns, end], NEXT_SPEAKER, "next_speaker", scene.key)
-
-
-def _says_something(turns, character):
-    own = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-    return any(text.removeprefix(f"{character}: ").strip() for text in own)

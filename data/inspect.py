@@ -10,6 +10,7 @@ LLaMA-Factory finds the rows through this entry of its `dataset_info.json`: {"co
 """
 
 import json
+from collections import Counter
 
 import numpy as np
 from rich.table import Table
@@ -40,37 +41,37 @@ def parse_args():
     add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help="general SFT data, as in train.py")
     add("--held-out-books", type=float, default=0.0, metavar="SHARE", help="share of the books to hold out whole (default: 0)")
     add("--strict", action="store_true", help="stop at the first thing that reading would repair or drop")
-    add("--sharegpt", metavar="FILE", help="write the chats of the epoch as LLaMA-Factory reads them")
+    add("--sharegpt", metavar="FILE", help="write the chats of the epoch (without --mix) as LLaMA-Factory reads them")
     add("--test-scenes", metavar="FILE", help="write the held-out scenes as a test file")
-    add("--png", metavar="FILE", help="write the histogram of lengths as a picture")
     add("--cache", default=cli.OUT / "cache", help="directory of tokenised data; may be deleted at any time")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.seq_len < 2 or args.epoch < 0:
-        raise UsageError(f"--seq-len is above 1 and --epoch at least 0, not {args.seq_len} and {args.epoch}")
+    if args.epoch < 0:
+        raise UsageError(f"--epoch is at least 0, not {args.epoch}")
     return args
 
 
-def all_scenes(args):
-    return (scene for scene, _ in read_scenes(args.paths, Report(args.strict), args.held_out_books))
+def all_scenes(args, report=None):
+    report = Report(args.strict) if report is None else report
+    return (scene for scene, _ in read_scenes(args.paths, report, args.held_out_books))
 
 
-def all_chats(args):
-    """The training chats of the epoch, in the order of the documents."""
+def chats_of(scene, args):
+    """The chats of a scene that are trained on in the epoch, in the order of the documents; none where it is held out."""
+    if scene.tag != "train":
+        return []
     epoch = args.epoch if args.variants == "draw" else 0
-    for scene in all_scenes(args):
-        if scene.tag == "train":
-            yield from scene_to_chats(scene, epoch, args.seed, not args.without_thoughts, variants=args.variants)
+    return scene_to_chats(scene, epoch, args.seed, not args.without_thoughts, variants=args.variants)
 
 
 def statistics(args, stream, lengths, counts):
     """What there is, as rows of a table."""
-    tags, kinds, turns = {}, {}, []
+    tags, kinds, turns = Counter(), Counter(), []
     for scene in all_scenes(args):
-        tags[scene.tag] = tags.get(scene.tag, 0) + 1
-    for chat in all_chats(args):
-        kinds[chat.kind] = kinds.get(chat.kind, 0) + 1
-        turns.append(len(chat.messages) - 1)
+        tags[scene.tag] += 1
+        for chat in chats_of(scene, args):
+            kinds[chat.kind] += 1
+            turns.append(len(chat.messages) - 1)
     tokens, learnt = int(lengths.sum()), counts.sum(0)
     useful = sum(int(row_lengths(row).sum()) for row in stream.rows) / (len(stream.rows) * stream.seq_len)
     general = len(lengths) - len(turns)
@@ -97,25 +98,12 @@ def histogram(lengths):
         yield f"{start:7,.0f} to {end:7,.0f} {bar} {count:,}" if count else f"{start:7,.0f} to {end:7,.0f}"
 
 
-def draw(lengths, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.hist(lengths, bins=4 * BINS)
-    axes.set(xlabel="tokens", ylabel="chats")
-    with cli.write_whole(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)
-
-
 def show(tokenizer, ids, channels):
     """A document as the model reads it, its channels in colour; between «channel| and » where stdout is no terminal."""
     edges = [0, *(np.flatnonzero(np.diff(channels)) + 1).tolist(), len(ids)]
     for start, end in zip(edges, edges[1:], strict=False):
-        channel, text = channels[start], tokenizer.decode(ids[start:end].tolist())
+        words = [tokenizer.token_bytes(i) or tokenizer.names.get(i, "").encode() for i in ids[start:end].tolist()]
+        channel, text = channels[start], b"".join(words).decode(errors="replace")
         if channel and not cli.stdout.is_terminal:
             text = f"«{CHANNELS[channel - 1]}|{text}»"
         cli.put(text, STYLES[channel])
@@ -134,58 +122,57 @@ def sharegpt(chat):
     return {"conversations": turns, "system": system["content"]}
 
 
-def main():
-    args = parse_args()
+def export(args):
+    """Writes the files that are asked for, and says what reading repaired and dropped on the way."""
+    report = Report(args.strict)
     if args.test_scenes:
-        scenes = [to_test_scene(scene) for scene in all_scenes(args) if scene.tag != "train"]
+        scenes = [to_test_scene(scene) for scene in all_scenes(args, report) if scene.tag != "train"]
         if not scenes:
             raise UsageError(f"{args.paths[0]}: no held-out scene in it; --held-out-books 0.1 holds out a tenth of the books")
         with cli.write_whole(args.test_scenes) as file:
             json.dump(scenes, file, ensure_ascii=False, indent=1)
-        cli.note(
-            f"{args.test_scenes}: {len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one"
-        )
+        cli.note(f"{len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one")
     if args.sharegpt:
-        number = 0
+        report, number = Report(args.strict), 0
         with cli.write_whole(args.sharegpt) as file:  # one row at a time, so that no more than one is in memory
-            for number, chat in enumerate(all_chats(args), 1):
+            chats = (chat for scene in all_scenes(args, report) for chat in chats_of(scene, args))
+            for number, chat in enumerate(chats, 1):
                 file.write(("[\n" if number == 1 else ",\n") + json.dumps(sharegpt(chat), ensure_ascii=False))
-            file.write("\n]\n" if number else "[]\n")
+            if not number:
+                raise UsageError(f"{args.paths[0]}: no training scene in it (all are held out); give a book as well")
+            file.write("\n]\n")
         cli.note(f"{args.sharegpt}: {number:,} chats of epoch {args.epoch}")
-    if (args.test_scenes or args.sharegpt) and args.chat is None and not args.png:
-        return
+    for line in report.lines():
+        cli.note(line)
+
+
+def main():
+    args = parse_args()
+    if args.test_scenes or args.sharegpt:
+        export(args)
+        if args.chat is None:
+            return
     tokenizer = load_tokenizer(args.tokenizer, args.chat_format)
-    stream = Stream(
-        args.paths,
-        tokenizer,
-        args.seq_len,
-        seed=args.seed,
-        thoughts=not args.without_thoughts,
-        variants=args.variants,
-        mix=args.mix,
-        cache=args.cache,
-        held_out_books=args.held_out_books,
-        strict=args.strict,
-    )
+    same = {name: getattr(args, name) for name in ("seed", "variants", "mix", "cache", "held_out_books", "strict")}
+    stream = Stream(args.paths, tokenizer, args.seq_len, thoughts=not args.without_thoughts, **same)
     while stream.start["epoch"] < args.epoch:
         stream.begin(stream.next)
-    chosen = [(source, document) for source, documents in stream.chosen.items() for document in documents.tolist()]
+    documents = [(stream.store(source), number) for source, chosen in stream.chosen.items() for number in chosen.tolist()]
     if args.chat is not None:
-        if not 0 <= args.chat < len(chosen):
-            raise UsageError(f"--chat {args.chat}: there are {len(chosen)} documents, counted from 0")
-        source, document = chosen[args.chat]
-        show(tokenizer, *stream.store(source).read(document))
+        if not 0 <= args.chat < len(documents):
+            raise UsageError(f"--chat {args.chat}: there are {len(documents)} documents, counted from 0")
+        store, number = documents[args.chat]
+        show(tokenizer, *store.read(number))
         return
-    lengths = np.concatenate([stream.store(source).lengths[documents] for source, documents in stream.chosen.items()])
-    counts = np.concatenate([stream.store(source).counts[documents] for source, documents in stream.chosen.items()])
-    table = Table(title=f"epoch {args.epoch} of {', '.join(map(str, args.paths))}", show_header=False)
+    lengths = np.array([store.lengths[number] for store, number in documents])
+    counts = np.array([store.counts[number] for store, number in documents])
+    table = Table(show_header=False)
     for row in statistics(args, stream, lengths, counts):
         table.add_row(*row)
+    cli.put(f"epoch {args.epoch} of {', '.join(map(str, args.paths))}\n")
     cli.stdout.print(table)
     for line in ("", "tokens in a chat", *histogram(lengths), "", *(stream.report.lines() or ["nothing repaired or dropped"])):
         cli.put(f"{line}\n")
-    if args.png:
-        draw(lengths, args.png)
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def read_scenes(paths, report, held_out_books=0.0):
                 raise
             report.note(f"dropped: file that cannot be read, {str(error).removeprefix(f'{file}: ')}", str(file))
             continue
-        for scene in scenes:
+        for scene in filter(None, scenes):
             if not report.first((scene.book, scene.i_p, scene.i_c)):
                 report.note("dropped: scene whose book and numbers were read before", f"{file}: {scene.key}")
                 continue
@@ -130,11 +130,12 @@ def load_scenes(path, report=None):
 
 
 def _file_scenes(path, report):
+    """An iterator over the scenes of a file, None for one that is dropped."""
     data = read_json(path, (dict, list))
     if isinstance(data, dict) and isinstance(data.get("plots"), list):
         return _book_scenes(data, path, report)
     if isinstance(data, list):
-        return [scene for i, item in enumerate(data) if (scene := _test_scene(item, i, f"{path}: scene {i}", report))]
+        return (_test_scene(item, i, where, report) for i, where, item in _objects(data, "scene", f"{path}: ", report))
     raise UsageError(f"{path}: neither a book (an object with `plots`) nor a test file (a list of scenes)")
 
 
@@ -174,7 +175,8 @@ def straighten(title):
     return title.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
 
 
-def _title(text, where, report):
+def _title(record, name, otherwise, where, report):
+    text = _field(record, name, where, report) or otherwise
     if straighten(text) != text:
         report.note("repaired: curly quotes in a title", where)
     return straighten(text)
@@ -182,19 +184,14 @@ def _title(text, where, report):
 
 def _book_scenes(data, path, report):
     where = str(path)
-    title = _title(_field(data, "title", where, report) or path.stem, where, report)
+    title = _title(data, "title", path.stem, where, report)
     plots = data["plots"]
-    split = data.get("split_plot_index")
-    if not isinstance(split, int) and split is not None:
+    split = data.get("split_plot_index", int(0.9 * len(plots)))
+    if not isinstance(split, int):
         report.note("repaired: `split_plot_index` that is no number, the last tenth of plots held out", where)
-    split = split if isinstance(split, int) else int(0.9 * len(plots))
+        split = int(0.9 * len(plots))
     profiles = _profiles(data.get("character_datasets"), where, report)
-    scenes = []
-    for i_p, plot in enumerate(plots):
-        where = f"{path}: plot {i_p}"
-        if not isinstance(plot, dict):
-            report.note("dropped: plot that is not an object", where)
-            continue
+    for i_p, where, plot in _objects(plots, "plot", f"{path}: ", report):
         conversations = plot.get("conversation")
         if conversations and not isinstance(conversations, list):
             report.note("dropped: plot whose conversations are not a list", where)
@@ -203,40 +200,27 @@ def _book_scenes(data, path, report):
             report.note("dropped: plot without a conversation", where)
             continue
         plot = mend_surrogates({name: plot.get(name) for name in ("summary", "key_characters", "conversation")}, where, report)
-        for i_c, conversation in enumerate(plot["conversation"]):
-            here = f"{where}, conversation {i_c}"
-            if not isinstance(conversation, dict):
-                report.note("dropped: conversation that is not an object", here)
-                continue
+        for i_c, here, conversation in _objects(plot["conversation"], "conversation", f"{where}, ", report):
             tag = "train" if i_p < split else "id"
-            scene = _scene(conversation, title, i_p, i_c, tag, plot, profiles, here, report)
-            if scene:
-                scenes.append(scene)
-    return scenes
+            yield _scene(conversation, title, i_p, i_c, tag, plot, profiles, here, report)
 
 
 def _profiles(characters, where, report):
     """{name: profile} of a book's `character_datasets` or a test scene's `character_profiles`."""
-    if characters is not None and not isinstance(characters, dict):
-        report.note("dropped: characters that are not an object", where)
-        return {}
     profiles = {}
-    for name, character in (characters or {}).items():
+    for name, character in _of(dict, characters, "characters that are not an object", where, report).items():
         profile = character.get("profile") if isinstance(character, dict) else character
         if text_of(profile) and name.strip():
-            profiles[name] = profile
+            profiles[_trimmed(name, where, report)] = profile
         elif profile is not None and not isinstance(profile, str):
             report.note("dropped: profile that is not text", f"{where}, character {name}")
     return mend_surrogates(profiles, where, report)
 
 
 def _test_scene(item, index, where, report):
-    if not isinstance(item, dict):
-        report.note("dropped: scene that is not an object", where)
-        return None
     item = mend_surrogates(item, where, report)
     if "plot_summary" in item:  # our own form, as transcripts keep it
-        motivations = item.get("motivations") if isinstance(item.get("motivations"), dict) else {}
+        motivations = _of(dict, item.get("motivations"), "motivations that are not an object", where, report)
         item = {
             **item,
             "plot": {"summary": item["plot_summary"]},
@@ -244,9 +228,9 @@ def _test_scene(item, index, where, report):
             "character_profiles": item.get("profiles"),
             "speaking_characters_w_env": item.get("speaking_characters"),
         }
-    plot = item.get("plot") if isinstance(item.get("plot"), dict) else {}
+    plot = _of(dict, item.get("plot"), "plot that is not an object", where, report)
     profiles = _profiles(item.get("character_profiles"), where, report)
-    book = _title(_field(item, "book", where, report) or "untitled", where, report)
+    book = _title(item, "book", "untitled", where, report)
     i_p, i_c = (item[k] if isinstance(item.get(k), int) else d for k, d in (("i_p", index), ("i_c", 0)))
     scene = _scene(item, book, i_p, i_c, _field(item, "tag", where, report) or "ood", plot, profiles, where, report)
     if scene:  # what the file says of its cast stands, where it says anything
@@ -273,7 +257,7 @@ def _scene(conversation, book, i_p, i_c, tag, plot, profiles, where, report):
     if turns and not isinstance(turns, list):
         report.note("dropped: conversation whose messages are not a list", where)
         return None
-    dialogues = [turn for i, t in enumerate(turns or []) if (turn := _turn(t, f"{where}, message {i}", report))]
+    dialogues = [t for _, at, turn in _objects(turns or [], "message", f"{where}, ", report) if (t := _turn(turn, at, report))]
     if not dialogues:
         report.note("dropped: conversation without messages", where)
         return None
@@ -293,22 +277,11 @@ def _scene(conversation, book, i_p, i_c, tag, plot, profiles, where, report):
 
 
 def _motivations(key_characters, where, report):
-    if key_characters is not None and not isinstance(key_characters, list):
-        report.note("dropped: key characters that are not a list", where)
-        return {}
     motivations = {}
-    for i, key_character in enumerate(key_characters or []):
-        here = f"{where}, key character {i}"
-        if not isinstance(key_character, dict):
-            report.note("dropped: key character that is not an object", here)
-            continue
-        name, motivation = text_of(key_character.get("name")), text_of(key_character.get("motivation"))
-        if not name and text_of(key_character.get("character")):
-            name = key_character["character"]
-            report.note("repaired: `character` read as `name`", here)
-        if not motivation and text_of(key_character.get("thought")):
-            motivation = key_character["thought"]
-            report.note("repaired: `thought` read as `motivation`", here)
+    key_characters = _of(list, key_characters, "key characters that are not a list", where, report)
+    for _, here, key_character in _objects(key_characters, "key character", f"{where}, ", report):
+        name = _trimmed(_either(key_character, "name", "character", here, report), here, report)
+        motivation = _either(key_character, "motivation", "thought", here, report)
         if not name:
             report.note("dropped: key character without a name", here)
         elif motivation:
@@ -317,21 +290,20 @@ def _motivations(key_characters, where, report):
 
 
 def _named(name, plot):
-    key_characters = plot.get("key_characters")
-    records = key_characters if isinstance(key_characters, list) else []
-    return any(name in (k.get("name"), k.get("character")) for k in records if isinstance(k, dict))
+    records = plot.get("key_characters")
+    named = [
+        k.get(key)
+        for k in (records if isinstance(records, list) else [])
+        if isinstance(k, dict)
+        for key in ("name", "character")
+    ]
+    return name in _names(named)
 
 
 def _turn(turn, where, report):
     """One `{character, message}`; other keys that stand where these should are accepted, and counted. What stands under
     `thought` becomes a thought, so that the others never see it."""
-    if not isinstance(turn, dict):
-        report.note("dropped: message that is not an object", where)
-        return None
-    name, message = text_of(turn.get("character")), turn.get("message")
-    if not name and text_of(turn.get("name")):
-        name = turn["name"]
-        report.note("repaired: `name` read as `character`", where)
+    name, message = _either(turn, "character", "name", where, report), turn.get("message")
     if not isinstance(message, str):
         for other in ("thought", "description", "dialogues", *(k for k in turn if k.startswith("["))):
             if text_of(turn.get(other)):
@@ -348,7 +320,7 @@ def _turn(turn, where, report):
     elif len(message) > LONGEST:
         report.note(f"dropped: message of more than {LONGEST:,} characters", where)
     else:
-        return {"character": name.strip(), "message": message}
+        return {"character": _trimmed(name, where, report), "message": message}
     return None
 
 
@@ -362,15 +334,43 @@ def as_thought(text):
 
 
 def _names(value):
-    return [name for name in value if text_of(name)] if isinstance(value, list) else []
+    return [name.strip() for name in value if text_of(name)] if isinstance(value, list) else []
+
+
+def _trimmed(name, where, report):
+    """A name without white space around it, so that it is one character however it is written."""
+    if name != name.strip():
+        report.note("repaired: white space around a name", where)
+    return name.strip()
+
+
+def _either(record, name, other, where, report):
+    """The text of a field which some files call otherwise; that is counted."""
+    if not text_of(record.get(name)) and text_of(record.get(other)):
+        report.note(f"repaired: `{other}` read as `{name}`", where)
+        return record[other]
+    return text_of(record.get(name))
 
 
 def _field(record, name, where, report):
     """The text of a field, empty where there is none; what is no text is dropped, and counted."""
-    value = record.get(name)
-    if value is not None and not isinstance(value, str):
-        report.note(f"dropped: `{name}` that is not text", where)
-    return text_of(value)
+    return text_of(_of(str, record.get(name), f"`{name}` that is not text", where, report))
+
+
+def _objects(items, what, before, report):
+    """(number, where it stands, item) of each that is an object; the others are dropped, and counted."""
+    for i, item in enumerate(items):
+        if isinstance(item, dict):
+            yield i, f"{before}{what} {i}", item
+        else:
+            report.note(f"dropped: {what} that is not an object", f"{before}{what} {i}")
+
+
+def _of(kind, value, otherwise, where, report):
+    """The value if it is of this kind, else an empty one, and what is of another is counted."""
+    if value is not None and not isinstance(value, kind):
+        report.note(f"dropped: {otherwise}", where)
+    return value if isinstance(value, kind) else kind()
 
 
 def text_of(value):

@@ -10,7 +10,6 @@ processes that want the same one, the first builds it and the others wait. Any p
 """
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -25,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import cli
 from cli import UsageError
@@ -35,7 +35,10 @@ from data.packing import CHANNELS, best_fit, make_row, split_long
 from data.scenes import Report, data_files, read_scenes
 
 SHIFT = 28  # a token as it is kept: its id, and above these bits its channel
+INDEXED = 1 + len(CHANNELS)  # numbers kept of a document: where it ends, its supervised tokens of each channel
 HELD_OUT = 2**31  # a source
+LONGEST_ROW = 2**24  # tokens
+MOST_READINGS = 100  # of a file of general data in one epoch; more would teach it by heart
 USEFUL = 0.98  # below this share of an epoch's places, the emptiest row waits for the next epoch
 CODE = ("../tokenizer.py", "channels.py", "chats.py", "general.py", "prompts.py", "scenes.py", "stream.py")
 
@@ -46,10 +49,11 @@ class Store:
 
     def __init__(self, path):
         self.report = cli.read_json(path / "report.json")
-        self.counts = np.fromfile(path / "counts", np.int64).reshape(-1, len(CHANNELS))
-        self.offsets = np.fromfile(path / "offsets", np.int64)
+        index = np.fromfile(path / "index", np.int64)
+        index = index[: len(index) // INDEXED * INDEXED].reshape(-1, INDEXED)
+        self.offsets, self.counts = np.append(0, index[:, 0]), index[:, 1:]
         self.lengths = np.diff(self.offsets)
-        if len(self.counts) != len(self.lengths) or (path / "tokens").stat().st_size != 4 * self.offsets[-1]:
+        if (path / "tokens").stat().st_size != 4 * self.offsets[-1]:
             raise UsageError(f"{path}: damaged; remove it, and it is made anew")
         empty = not self.offsets[-1]
         self.tokens = np.zeros(0, np.uint32) if empty else np.memmap(path / "tokens", np.uint32, "r", shape=self.offsets[-1])
@@ -64,51 +68,51 @@ class Store:
 def open_store(cache, key, items, tokenise, what, strict):
     """The Store of a key. Where it is not there, items(report) yields (share done, item) to build it from, and tokenise(item)
     gives documents (ids, channels)."""
-    path = cli.make_dir(cache) / key
+    path, making = cli.make_dir(cache) / key, Path(cache) / f"{key}.tmp"
     if path.is_dir():
         return Store(path)
-    with open(path.with_suffix(".lock"), "w") as lock:
+    with open(path.with_name(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go by the system however this process ends
         if not path.is_dir():
-            making = path.with_suffix(".tmp")
             shutil.rmtree(making, ignore_errors=True)  # of a build that was killed
             making.mkdir()
-            build_store(making, items, tokenise, what, Report(strict))
-            os.rename(making, path)
-        path.with_suffix(".lock").unlink(missing_ok=True)
+            try:
+                build_store(making, items, tokenise, what, Report(strict))
+                os.rename(making, path)
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
     return Store(path)
 
 
 def build_store(path, items, tokenise, what, report):
-    offsets, counts = array("q", [0]), array("q")
+    index, tokens = array("q"), 0
     begun = said = time.monotonic()
     _work.tokenise = tokenise
-    # elsewhere a worker could outlive its parent, and a daemon may have none: there this process does the work
-    may = sys.platform == "linux" and not multiprocessing.current_process().daemon
-    workers = may and multiprocessing.get_context("fork").Pool(min(16, os.cpu_count()), _start_worker)
-    with open(path / "tokens", "wb") as file, cli.progress() as bar, workers or contextlib.nullcontext():
+    # forking is not safe elsewhere: there this process does the work
+    fork = multiprocessing.get_context("fork") if sys.platform == "linux" else None
+    workers = fork and fork.Pool(min(16, os.cpu_count()), _start_worker)
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with open(path / "tokens", "wb") as file, cli.progress(*columns) as bar, workers or contextlib.nullcontext():
         task = bar.add_task(f"tokenising {what}", total=1.0)
         for done, documents in workers.imap(_work, items(report), chunksize=8) if workers else map(_work, items(report)):
             for words in documents:
                 file.write(words.tobytes())
-                offsets.append(offsets[-1] + len(words))
-                counts.extend(np.bincount(words >> SHIFT, minlength=1 + len(CHANNELS))[1:].tolist())
+                tokens += len(words)
+                index.extend([tokens, *np.bincount(words >> SHIFT, minlength=INDEXED)[1:].tolist()])
             bar.update(task, completed=done)
             if bar.disable and time.monotonic() - said > 10:
                 said = time.monotonic()
-                cli.note(f"tokenising {what}: {done:.0%}, {len(offsets) - 1:,} chats in {said - begun:,.0f} s")
+                cli.note(f"tokenising {what}: {done:.0%}, {len(index) // INDEXED:,} chats in {said - begun:,.0f} s")
         file.flush()
         os.fsync(file.fileno())
-    for name, values in (("offsets", offsets), ("counts", counts)):
-        with cli.write_whole(path / name, "wb") as file:
-            values.tofile(file)
+    with cli.write_whole(path / "index", "wb") as file:
+        index.tofile(file)
     with cli.write_whole(path / "report.json") as file:
         json.dump({"counts": report, "examples": report.examples}, file)
 
 
 def _start_worker():
-    """A worker leaves signals to its parent and dies with it, since it holds the lock as well (1: PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """A worker leaves signals to its parent. It holds the lock too, but where the parent dies its pipes end, and it does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -140,11 +144,10 @@ def parse_mix(text):
 
 
 class Batch(Sequence):
-    """Rows of the stream; a row is made when it is taken out, a slice is a list of made rows. `used`: their tokens."""
+    """Rows of the stream; a row is made when it is taken out, a slice is a list of made rows."""
 
     def __init__(self, stream, rows):
         self.stream, self.rows = stream, rows
-        self.used = int(sum(row_lengths(row).sum() for row in rows))
 
     def __len__(self):
         return len(self.rows)
@@ -191,6 +194,8 @@ class Stream:
     ):
         if not 0 <= held_out_books <= 1:
             raise UsageError(f"--held-out-books is a share between 0 and 1, not {held_out_books}")
+        if not 2 <= seq_len <= LONGEST_ROW:
+            raise UsageError(f"--seq-len is a number of tokens between 2 and {LONGEST_ROW:,}, not {seq_len:,}")
         self.files = data_files(paths)
         self.tokenizer, self.seq_len, self.seed, self.cache, self.strict = tokenizer, seq_len, seed, cache, strict
         self.options, self.held_out_books = {"seed": seed, "thoughts": thoughts, "variants": variants}, held_out_books
@@ -209,7 +214,7 @@ class Stream:
             what, where = next(iter(self.report.examples.items()))
             raise UsageError(f"{where}: {what} (--strict)")
         if not len(self.store(0).lengths):
-            raise UsageError(f"{paths[0]}: no training scene in it (all are held out); give a book with --data")
+            raise UsageError(f"{paths[0]}: no training scene in it (all are held out); give a book as well")
         self.begin({"epoch": 0, "carried": [], "tokens": 0, "mixed": [[0, 0] for _ in mix]})
 
     # ---- documents: (source, document), a source being an epoch of the scenes, or -1, -2, ... for general data ----
@@ -309,13 +314,19 @@ class Stream:
 
     def next_general(self, source, taken, wanted):
         """Numbers of the documents that come next in a file of general data, after so many, until there are enough tokens."""
-        store, chosen = self.store(source), []
+        lengths, chosen = self.store(source).lengths, []
+        if wanted > MOST_READINGS * lengths.sum():
+            file, share = self.mix[-1 - source], self.shares[-1 - source]
+            raise UsageError(
+                f"--mix {file}:{share}: an epoch would read its {lengths.sum():,} tokens {wanted / lengths.sum():,.0f} times; "
+                "give a larger file or a smaller share"
+            )
         while wanted > 0:
-            times, at = divmod(taken, len(store.lengths))
-            order = np.random.default_rng([self.seed, -source, times]).permutation(len(store.lengths))[at:]
-            enough = np.searchsorted(np.cumsum(store.lengths[order]), wanted) + 1
+            times, at = divmod(taken, len(lengths))
+            order = np.random.default_rng([self.seed % 2**64, -source, times]).permutation(len(lengths))[at:]
+            enough = np.searchsorted(np.cumsum(lengths[order]), wanted) + 1
             chosen.append(order[:enough])
-            taken, wanted = taken + len(chosen[-1]), wanted - store.lengths[chosen[-1]].sum()
+            taken, wanted = taken + len(chosen[-1]), wanted - lengths[chosen[-1]].sum()
         return np.concatenate([np.zeros(0, np.int64), *chosen])
 
     def take(self, number):

@@ -234,6 +234,33 @@ def test_half_a_character_does_not_reach_the_tokenizer(read, stage_tokenizer):
         stage_tokenizer.render(chat.messages)
 
 
+TEXT = st.text(
+    st.characters(codec="utf-8") | st.sampled_from("[](){}\n\r\t \ufeff\u2028\x00’“"), min_size=1, max_size=20
+).filter(str.strip)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TEXT, min_size=8, max_size=8), st.booleans())
+def test_any_text_survives_reading(tmp_path_factory, texts, escaped):
+    """Whatever stands in title, scenario, topic, summary, names, profile, motivation and messages is read as it is, apart from
+    what the report counts: white space around names, curly quotes in titles."""
+    title, scenario, topic, summary, name, profile, motivation, message = texts
+    turns = [{"character": name, "message": message}, {"character": f"{name}2", "message": message + motivation}]
+    conversation = {"scenario": scenario, "topic": topic, "key_characters": [{"name": name, "motivation": motivation}]}
+    data = {"title": title, "plots": [{"summary": summary, "conversation": [conversation | {"dialogues": turns}]}]}
+    data["character_datasets"] = {name: {"profile": profile}}
+    file, report = tmp_path_factory.getbasetemp() / "any.json", Report()
+    file.write_bytes(json.dumps(data, ensure_ascii=escaped).encode())
+    (scene,) = load_scenes(file, report)
+    trimmed, straight = name.strip(), title.translate({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
+    assert (scene.book, scene.scenario, scene.topic, scene.plot_summary) == (straight, scenario, topic, summary)
+    other = f"{name}2".strip()
+    assert scene.dialogues == [turns[0] | {"character": trimmed}, turns[1] | {"character": other}]
+    assert scene.profiles == {trimmed: profile} and scene.motivations == {trimmed: motivation}
+    assert set(report) <= {"repaired: white space around a name", "repaired: curly quotes in a title"}
+    assert bool(report) == (name != trimmed or title != straight)
+
+
 OWN = Scene("b", 0, 0, "id", "s", "t", "p", [HI, HO], profiles={"A": "p"}, motivations={"A": "m"}).to_dict()
 TEST_SCENE = {
     **{"book": "b", "i_p": 1, "i_c": 2, "tag": "id", "scenario": "s", "topic": "t"},
@@ -333,6 +360,7 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     (book(HI, {"character": "A", "dialogues": "m"}, HO), "repaired: `dialogues` read as `message`", MESSAGE),
     (book(HI, {"character": "A", "[x] y": "m"}, HO), "repaired: `[...]` read as `message`", MESSAGE),
     (book(HI, {"character": "A", "message": "\ud83d"}, HO), "repaired: half of a surrogate pair", "plot 0"),
+    (book(HI, {"character": " A\n", "message": "m"}, HO), "repaired: white space around a name", MESSAGE),
     (book(scenario=5), "dropped: `scenario` that is not text", "plot 0, conversation 0"),
     (book(topic=["t"]), "dropped: `topic` that is not text", "plot 0, conversation 0"),
     (book(key_characters="A"), "dropped: key characters that are not a list", "plot 0, conversation 0"),
@@ -376,6 +404,7 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
         "dropped: conversation without messages",
         "plot 0, conversation 0",
     ),
+    ([{**PLAIN, "plot": "p"}], "dropped: plot that is not an object", "scene 0"),
     (["odd", PLAIN], "dropped: scene that is not an object", "scene 0"),
     ([PLAIN, PLAIN], "dropped: scene whose book and numbers were read before", "b-1-2"),
     ([{**PLAIN, "tag": 5}], "dropped: `tag` that is not text", "scene 0"),
@@ -646,6 +675,8 @@ def test_adding_a_scene_changes_no_other_chat(stage, read):
 def test_options_are_drawn_in_the_published_shares(stage):
     """Over many epochs: styles 40/30/20/10, each of 20 openers 5%, plot summary, motivation, others and thoughts 50%."""
     drawn = [chat.options for e in range(500) for chat in scene_to_chats(stage["ward-c/1"], e, next_speaker_share=0)]
+    assert len({json.dumps(options) for options in drawn}) > 0.4 * len(drawn)  # they are drawn apart from each other
+    drawn += [draw_options(random.Random(f"{i}")) for i in range(20_000)]
     expected = {("style", s): p for s, p in {"natural": 0.4, "=": 0.3, "#": 0.2, "*": 0.1}.items()}
     expected |= {("opener", i): 0.05 for i in range(20)}
     expected |= {(name, True): 0.5 for name in ("plot_summary", "motivation", "others", "thoughts")}
@@ -653,7 +684,6 @@ def test_options_are_drawn_in_the_published_shares(stage):
         found = sum(options[name] == value for options in drawn) / len(drawn)
         assert abs(found - share) < 4.5 * math.sqrt(share * (1 - share) / len(drawn)), (name, value, found)
     assert {options["opener"] for options in drawn} == set(range(20))
-    assert len({json.dumps(options) for options in drawn}) > 0.4 * len(drawn)  # they are drawn apart from each other
 
 
 def test_variants_all_are_the_four_of_the_release(stage):

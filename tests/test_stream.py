@@ -1,5 +1,8 @@
 """From chats to rows: channels, general data, the cache, cutting, packing, the stream, and what data.inspect shows."""
 
+import contextlib
+import fcntl
+import io
 import json
 import os
 import random
@@ -13,6 +16,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import rich.console
 import torch
 from conftest import ROOT, usage_error
 from hypothesis import given, settings
@@ -372,13 +376,13 @@ def test_an_epoch_is_its_chats(stream, stage, stage_tokenizer):
 def test_the_order_is_the_same_after_a_stop_and_on_any_number_of_ranks(options, stream, general):
     """A stream that goes on from a state (JSON, in the middle of any epoch, general data and carried rows included) gives the
     rows of one that never stopped; the shares of ranks are these rows, each once."""
-    options = {**options, "mix": [(general, 0.3)] if options.get("mix") else ()}
+    options = {**options, "mix": [(general, 0.3)] if options.get("mix") else (), "seed": -1}
     one, states, rows = stream(**options), [], []
     size = len(one.rows) // 3 + 1
     for _ in range(8):
         states.append(json.dumps(one.state()))
         batch = one.take(size)
-        assert len(batch) == size and batch.used == sum(int(row["used"]) for row in batch)
+        assert len(batch) == size
         rows.append(list(batch))
     assert json.loads(states[-1])["epoch"] >= 2
     for number in (0, 3, 5, 7):
@@ -488,16 +492,28 @@ def test_the_cache_is_used_and_never_stale(stream, tmp_path, stage_tokenizer, mo
     assert len(built) == 1
 
 
+def test_all_variants_are_the_same_in_every_epoch(stream, tmp_path):
+    """They are tokenised once, whatever the epoch."""
+    made = stream([STAGE / "ward_c.json"], variants="all")
+    made.begin(made.next)
+    (store,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    assert made.start["epoch"] == 1 and len(made.chosen[1]) == made.documents > 0
+
+
 def test_workers_make_what_one_process_makes(stream, tmp_path, monkeypatch):
     """Tokens in the same order, byte by byte, with and without workers; a cache that was cut short is a usage error."""
     stream()
     monkeypatch.setattr(sys, "platform", "darwin")
     stream(cache=tmp_path / "alone")
     made, alone = (sorted(path for path in (tmp_path / name).glob("*/*")) for name in ("cache", "alone"))
-    assert len(made) == 4 and [path.read_bytes() for path in made] == [path.read_bytes() for path in alone]
-    os.truncate(made[-1], 4000)
-    with pytest.raises(UsageError, match=f"{made[-1].parent}: damaged"):
-        stream()
+    assert len(made) == 3 and [path.read_bytes() for path in made] == [path.read_bytes() for path in alone]
+    for path, size in ((made[-1], 4000), (made[0], 4000), (made[0], 39)):
+        whole = path.read_bytes()
+        os.truncate(path, size)
+        with pytest.raises(UsageError, match=f"{path.parent}: damaged"):
+            stream()
+        path.write_bytes(whole)
+    stream()
 
 
 def test_the_report_outlives_the_cache(stream, tmp_path):
@@ -534,43 +550,62 @@ print(stream.documents, stream.tokens, len(stream.rows))
 
 def child(books, cache):
     command = [sys.executable, "-c", CHILD, str(books), str(cache)]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def go(process):
+    """Lets a child begin that has come up."""
     assert process.stdout.readline() == "ready\n"
-    return process
+    process.stdin.write("go\n")
+    process.stdin.flush()
 
 
 def test_of_several_processes_one_builds(tmp_path):
-    """Of three that start at once one builds, all get the same, and there is one directory and nothing else."""
+    """Of three that start at once one builds, all get the same, and there is one directory and nothing else but the lock."""
     together = [child(STAGE, tmp_path / "cache") for _ in range(3)]
     for process in together:
-        process.stdin.write("go\n")
-        process.stdin.flush()
+        go(process)
     said = [process.communicate(timeout=120)[0].splitlines() for process in together]
     assert sorted(map(len, said)) == [1, 1, 2] and len({lines[-1] for lines in said}) == 1
-    (made,) = (tmp_path / "cache").iterdir()
-    assert made.is_dir() and not made.suffix
+    lock, made = sorted((tmp_path / "cache").iterdir())
+    assert lock.name == ".lock" and made.is_dir() and not made.suffix
 
 
-def test_a_build_that_is_killed_leaves_nothing_that_counts(tmp_path, stage_tokenizer):
-    """SIGKILL in the middle: no process is left holding the lock, and the next one builds what an undisturbed one has."""
-    books = tmp_path / "books"
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stage_tokenizer):
+    """Killed in the middle: within seconds no process holds the lock any more, and the next one builds what an undisturbed one
+    has. After Ctrl-C there is nothing left even of what was half built."""
+    books, cache = tmp_path / "books", tmp_path / "cache"
     books.mkdir()
     for i in range(40):
         book = json.loads((STAGE / "ward_c.json").read_text())
         (books / f"{i}.json").write_text(json.dumps({**book, "title": f"book {i}"}))
-    process = child(books, tmp_path / "cache")
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    while not list((tmp_path / "cache").glob("*.tmp/tokens")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir() and not path.suffix]
-    one = Stream([books], stage_tokenizer, 2048, cache=tmp_path / "cache")
+    process = child(books, cache)
+    try:
+        go(process)
+        while not list(cache.glob("*.tmp/tokens")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(sign)
+        assert process.wait(timeout=30)
+        with open(cache / ".lock", "w") as lock:
+            for _ in range(100):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.1)
+            else:
+                pytest.fail("ten seconds later, a worker still holds the lock")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    left = {path.suffix for path in cache.iterdir() if path.is_dir()}
+    assert left == ({".tmp"} if sign == signal.SIGKILL else set())
+    one = Stream([books], stage_tokenizer, 2048, cache=cache)
     other = Stream([books], stage_tokenizer, 2048, cache=tmp_path / "other")
     assert same(one.take(5), other.take(5)) and one.tokens == other.tokens
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [path.name for path in (tmp_path / "other").iterdir()]
+    assert {path.name for path in cache.iterdir()} == {path.name for path in (tmp_path / "other").iterdir()}
 
 
 # ---- what data.inspect shows ---------------------------------------------------------------------------------------------
@@ -584,10 +619,10 @@ def inspect(script, tmp_path):
     return run
 
 
-def test_statistics_are_those_of_the_chats(inspect, stage, stage_tokenizer, tmp_path):
-    """Conversations, chats, turns, tokens and the shares of channels, counted here a second time; a picture; a PNG."""
+def test_statistics_are_those_of_the_chats(inspect, stage, stage_tokenizer):
+    """Conversations, chats, turns, tokens and the shares of channels, counted here a second time; a picture of lengths."""
     chats = [chat for scene in stage.values() if scene.tag == "train" for chat in scene_to_chats(scene)]
-    code, out, _ = inspect("--png", tmp_path / "lengths.png")
+    code, out, _ = inspect()
     lengths = [len(stage_tokenizer.render(chat.messages)[0]) for chat in chats]
     supervised = sum(sum(stage_tokenizer.render(chat.messages)[1]) for chat in chats)
     assert code == 0
@@ -597,7 +632,6 @@ def test_statistics_are_those_of_the_chats(inspect, stage, stage_tokenizer, tmp_
     picture = re.findall(r"to +[\d,]+ ?[█▏▎▍▌▋▊▉]* ?([\d,]*)\n", out)
     assert sum(int(count.replace(",", "") or 0) for count in picture) == len(chats)
     assert "nothing repaired or dropped" in out
-    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_chat_is_shown_with_its_channels(inspect, stage, stage_tokenizer):
@@ -612,6 +646,20 @@ def test_a_chat_is_shown_with_its_channels(inspect, stage, stage_tokenizer):
         answers = "<|end|>".join(message["content"] for message in chat.messages if message["role"] == "assistant")
         assert "".join(text for _, text in marked) == answers + "<|end|>"
         assert all(text.strip()[0] in "[" for channel, text in marked if channel == "thought")
+
+
+def test_a_chat_is_shown_to_the_last_space(inspect, shared):
+    """SentencePiece writes a space in front of every part of a text: what is shown has those between channels too."""
+    code, out, _ = inspect("--chat", 0, "--epoch", 1, "--tokenizer", shared / "tokenizers" / "llama2")
+    assert code == 0 and re.search(r"speech\|[^»]+»«thought\| \[", out) and " USER: ===Conversation Start===" in out
+
+
+def test_progress_is_shown_as_a_share(stream, monkeypatch):
+    """On a terminal, tokenising counts up to 100%."""
+    screen = io.StringIO()
+    monkeypatch.setattr(data.stream.cli, "stderr", rich.console.Console(file=screen, force_terminal=True, width=100))
+    stream()
+    assert "tokenising the scenes of epoch 0" in screen.getvalue() and "100%" in screen.getvalue()
 
 
 def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
@@ -632,6 +680,15 @@ def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
 def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
     """Those of the last plots; with books held out, all of theirs; read back equal. None to write is a usage error."""
     held = [scene for scene in stage.values() if scene.tag != "train"]
+    (tmp_path / "[red]").mkdir()
+    odd = tmp_path / "[red]" / "book.json"
+    odd.write_text(json.dumps({**json.loads((STAGE / "ward_c.json").read_text()), "character_datasets": 5}))
+    assert f"epoch 0 of {odd}\n" in inspect(odd)[1]  # no markup
+    for export in ("--test-scenes", "--sharegpt"):
+        code, out, err = inspect(odd, export, tmp_path / "written.json")
+        assert (code, out) == (0, "") and f"1 dropped: characters that are not an object, the first at {odd}" in err
+    line = usage_error(inspect("--sharegpt", tmp_path / "none.json", "--held-out-books", 1))
+    assert "all are held out" in line and not (tmp_path / "none.json").exists()
     assert inspect("--test-scenes", tmp_path / "held.json")[0] == 0
     assert load_scenes(tmp_path / "held.json") == held
     assert inspect("--test-scenes", tmp_path / "all.json", "--held-out-books", 1)[0] == 0
@@ -643,7 +700,10 @@ def test_inspect_says_what_is_wrong(inspect, tmp_path, general):
     """One line, exit code 2."""
     assert "no such file" in usage_error(inspect(tmp_path / "none.json"))
     assert "--chat 100000" in usage_error(inspect("--chat", 100_000))
-    assert "--seq-len" in usage_error(inspect("--seq-len", 1))
+    for seq_len in (-1, 1, 10**20):
+        assert "--seq-len" in usage_error(inspect("--seq-len", seq_len))
+    assert "--epoch" in usage_error(inspect("--epoch", -1))
+    assert "a larger file or a smaller share" in usage_error(inspect("--mix", f"{general}:0.999999"))
     assert "FILE:SHARE" in usage_error(inspect("--mix", general))
     (tmp_path / "empty.jsonl").write_text("\n{}\n")
     assert "no usable row" in usage_error(inspect("--mix", f"{tmp_path / 'empty.jsonl'}:0.5"))
