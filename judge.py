@@ -66,11 +66,12 @@ def read_performances(path, scenes_file=None):
             scripts(scene, messages)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{file}: not what simulate.py or the release writes ({type(error).__name__}: {error})") from None
-    if not found:
+    played = [p for p in found if any(m["role"] != NEXT_SPEAKER and m["content"].strip() for m in p[1])]
+    if not played:
         raise UsageError(f"{file}: no finished scene in it; python simulate.py ... --resume finishes one")
-    return list(
-        {digest(scene.to_dict(), messages): (scene, messages, settings) for scene, messages, settings in found}.values()
-    )
+    if len(played) < len(found):
+        cli.note(f"{file}: {len(found) - len(played)} scene(s) where nobody says a word are left out")
+    return list({digest(scene.to_dict(), messages): (scene, messages, s) for scene, messages, s in played}.values())
 
 
 def _release_performances(data, file, scenes_file):
@@ -231,7 +232,7 @@ def judge_all(wanted, model, rubric, keep, seed=0, repeats=1, temperature=0.0, g
             params = [
                 SamplingParams(
                     max(temperature, 1.0) if tries[call] else temperature,
-                    max_tokens=2048,
+                    max_tokens=1024 if model.local else 2048,  # held to the schema, a verdict ends whole within any number
                     seed=seed + 1000 * call[2] + tries[call],
                     json_schema=schema,
                 )
@@ -473,8 +474,9 @@ def main():
             cli.note(f"{summary['invalid']} verdict(s) never became valid and are in no mean; judge again to retry them")
         if not any(line["judge"] for line in lines):
             cli.note("flaw scores need a judge: add --judge openai:MODEL or --judge DIR")
-    for line in [json.dumps(summary)] if args.json else report.text(summary):
-        cli.stdout.print(cli.plain(line), markup=False, soft_wrap=True)
+    for part in [json.dumps(summary)] if args.json else report.text(summary):
+        line = isinstance(part, str)
+        cli.stdout.print(cli.plain(part) if line else part, markup=False, soft_wrap=line)
 
 
 if __name__ == "__main__":

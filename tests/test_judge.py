@@ -861,6 +861,19 @@ def test_one_bad_scene_never_stops_the_rest(script, plays, monkeypatch):
     assert [(body["temperature"], body["seed"]) for body in again] == [(0, 0)] * 3  # as if for the first time
 
 
+def test_a_scene_in_which_nobody_speaks_gets_no_score(script, stage, plays, monkeypatch):
+    """A judge finds no flaw in nothing, which would be a perfect score: it is left out, and told."""
+    silent = [[], [{"role": "NSP", "content": "<END CHAT>"}], [{"role": "Juno", "content": " \n"}]]
+    played = [(stage["ward-c/1"], messages) for messages in silent]
+    write_plays(plays, [*played, (stage["the-last-ferry/1"], acted(stage["the-last-ferry/1"]))])
+    with Server(lambda *_: verdict()) as server:
+        server.use(monkeypatch)
+        code, out, err = script("judge", plays, "--judge", "openai:j")
+        assert code == 0 and out.startswith("1 scene") and "3 scene(s) where nobody" in err and len(server.requests) == 4
+        write_plays(plays, played)
+        assert "no finished scene" in usage_error(script("judge", plays, "--judge", "openai:j"))
+
+
 def test_repeats_and_their_spread(script, plays, monkeypatch):
     """Each repeat has a seed of its own; a scene's score is their mean; more repeats ask only for what is missing."""
 
