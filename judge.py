@@ -339,6 +339,8 @@ def rescore(path, weight=LENGTH_WEIGHT):
             lines = cli.read_lines(path, VERDICT_KEYS)
         else:
             lines = [_recorded_case(key, case, path) for key, case in cli.read_json(path)["cases"].items()]
+        for line in lines:
+            _check_types(line)
         before = [verdict.get("score") for line in lines for verdict in line["dimensions"].values()]
         lines = [weigh(line, weight) for line in lines]
         after = [verdict["score"] for line in lines for verdict in line["dimensions"].values()]
@@ -349,6 +351,16 @@ def rescore(path, weight=LENGTH_WEIGHT):
     if not lines:
         raise UsageError(f"{path}: no recorded verdict in it")
     return lines, same, len(pairs)
+
+
+def _check_types(line):
+    """ValueError where a line of verdicts holds what no score can be computed from, such as a severity that is no integer."""
+    kinds = dict(book=str, i_p=int, i_c=int, turns=int, dimensions=dict, settings=(dict, type(None)))
+    kinds |= dict.fromkeys(("judge", "rubric"), (str, type(None)))
+    wrong = [name for name, kind in kinds.items() if not isinstance(line.get(name), kind)]
+    flaws = [] if wrong else [flaw for verdict in line["dimensions"].values() for flaw in verdict.get("flaws", ())]
+    if wrong or any(type(flaw["severity"]) is not int for flaw in flaws):
+        raise ValueError(f"{wrong[0] if wrong else 'severity'} is of a wrong type")
 
 
 def _recorded_case(key, case, path):

@@ -1096,6 +1096,24 @@ def test_every_recorded_simulation_finds_its_scene(gca, shared):
         assert {scene.key for scene, *_ in found} == scenes and len(found) == 100
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"book": ["a"]}, {"i_p": "1"}, {"judge": {}}, {"rubric": []}, {"settings": []}, {"turns": None}, {"dimensions": []}]
+    + [{"dimensions": {"A": {"flaws": [{"severity": bad}], "score": 3}}} for bad in (float("nan"), 2.5, "3", None, True)],
+    ids=str,
+)
+def test_verdicts_that_give_no_score_are_one_line(script, tmp_path, change):
+    """Neither a table nor a zero comes of a line with other types, as a severity that is not a number would give."""
+    line = {**dict.fromkeys(judge.VERDICT_KEYS, 1), "book": "a", "judge": "x", "dimensions": {"A": {"flaws": [], "score": 1}}}
+    for value in (line, line | change):
+        (tmp_path / "v.jsonl").write_text(json.dumps(value) + "\n")
+        for option in ("--rescore", "--table"):
+            if value is line:
+                assert script("judge", option, tmp_path / "v.jsonl")[0] == 0
+            else:
+                assert "v.jsonl" in usage_error(script("judge", option, tmp_path / "v.jsonl"))
+
+
 def test_verdicts_of_another_seed_are_another_run(script, plays, monkeypatch):
     """A second run with another seed is not answered from the first: it is refused, and goes to a file of its own."""
     with Server(judge_answer) as server:

@@ -440,3 +440,10 @@ def test_a_report_without_a_judge(script, plays, tmp_path):  # noqa: F811
     assert script("judge", plays, "--versus", plays, "--html", tmp_path / "r.html")[0] == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "Against" in text and str(tmp_path) not in text  # what is shown to others says nothing of this machine
+
+
+def test_a_judge_without_end_does_not_hold_up_the_page():
+    """Only the first thousand characters of what a flaw says are searched for."""
+    line = "the ferry leaves at nine tonight"
+    assert report.find_quote("z" * 900 + f' "{line}" ' + "x y " * 100_000, [line]) == (0, 0, len(line))
+    assert report.find_quote("z" * 999 + f' "{line}"', [line]) is None
