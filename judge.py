@@ -66,11 +66,12 @@ def read_performances(path, scenes_file=None):
             scripts(scene, messages)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{file}: not what simulate.py or the release writes ({type(error).__name__}: {error})") from None
-    if not found:
+    played = [p for p in found if any(m["role"] != NEXT_SPEAKER and m["content"].strip() for m in p[1])]
+    if not played:
         raise UsageError(f"{file}: no finished scene in it; python simulate.py ... --resume finishes one")
-    return list(
-        {digest(scene.to_dict(), messages): (scene, messages, settings) for scene, messages, settings in found}.values()
-    )
+    if len(played) < len(found):
+        cli.note(f"{file}: {len(found) - len(played)} scene(s) where nobody says a word are left out")
+    return list({digest(scene.to_dict(), messages): (scene, messages, s) for scene, messages, s in played}.values())
 
 
 def _release_performances(data, file, scenes_file):
@@ -231,7 +232,7 @@ def judge_all(wanted, model, rubric, keep, seed=0, repeats=1, temperature=0.0, g
             params = [
                 SamplingParams(
                     max(temperature, 1.0) if tries[call] else temperature,
-                    max_tokens=2048,
+                    max_tokens=1024 if model.local else 2048,  # held to the schema, a verdict ends whole within any number
                     seed=seed + 1000 * call[2] + tries[call],
                     json_schema=schema,
                 )
@@ -338,6 +339,8 @@ def rescore(path, weight=LENGTH_WEIGHT):
             lines = cli.read_lines(path, VERDICT_KEYS)
         else:
             lines = [_recorded_case(key, case, path) for key, case in cli.read_json(path)["cases"].items()]
+        for line in lines:
+            _check_types(line)
         before = [verdict.get("score") for line in lines for verdict in line["dimensions"].values()]
         lines = [weigh(line, weight) for line in lines]
         after = [verdict["score"] for line in lines for verdict in line["dimensions"].values()]
@@ -348,6 +351,16 @@ def rescore(path, weight=LENGTH_WEIGHT):
     if not lines:
         raise UsageError(f"{path}: no recorded verdict in it")
     return lines, same, len(pairs)
+
+
+def _check_types(line):
+    """ValueError where a line of verdicts holds what no score can be computed from, such as a severity that is no integer."""
+    kinds = dict(book=str, i_p=int, i_c=int, turns=int, dimensions=dict, settings=(dict, type(None)))
+    kinds |= dict.fromkeys(("judge", "rubric"), (str, type(None)))
+    wrong = [name for name, kind in kinds.items() if not isinstance(line.get(name), kind)]
+    flaws = [] if wrong else [flaw for verdict in line["dimensions"].values() for flaw in verdict.get("flaws", ())]
+    if wrong or any(type(flaw["severity"]) is not int for flaw in flaws):
+        raise ValueError(f"{wrong[0] if wrong else 'severity'} is of a wrong type")
 
 
 def _recorded_case(key, case, path):
@@ -473,8 +486,9 @@ def main():
             cli.note(f"{summary['invalid']} verdict(s) never became valid and are in no mean; judge again to retry them")
         if not any(line["judge"] for line in lines):
             cli.note("flaw scores need a judge: add --judge openai:MODEL or --judge DIR")
-    for line in [json.dumps(summary)] if args.json else report.text(summary):
-        cli.stdout.print(cli.plain(line), markup=False, soft_wrap=True)
+    for part in [json.dumps(summary)] if args.json else report.text(summary):
+        line = isinstance(part, str)
+        cli.stdout.print(cli.plain(part) if line else part, markup=False, soft_wrap=line)
 
 
 if __name__ == "__main__":

@@ -147,10 +147,3 @@ def spearman(x, y):
     if len(x) < 2 or any(np.ptp(side) == 0 for side in ranks):
         return None
     return float(np.corrcoef(*ranks)[0, 1])
-
-
-def kendall(x, y):
-    """Kendall's tau-b (1945): pairs in the same order less those in the other, over those not tied; None as for spearman."""
-    signs = [np.sign(np.subtract.outer(values, values)) for values in (np.asarray(x, float), np.asarray(y, float))]
-    untied = np.prod([float((side != 0).sum()) for side in signs])
-    return float((signs[0] * signs[1]).sum() / untied**0.5) if untied else None

@@ -18,12 +18,15 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 import cli
 from cli import UsageError
 from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT
-from metrics import bootstrap, kendall, paired, spearman, weigh
+from metrics import bootstrap, paired, spearman, weigh
 
 METRICS = {
     "BLEU": "bleu",
@@ -118,7 +121,7 @@ def leaderboard(runs):
         rows = []
         for name, lines in members.items():
             settings, summary = [line.get("settings") or {} for line in lines], summarise(lines)
-            row = {"run": name, "actor": one_of(settings, "actor"), "protocol": protocol(settings[0])}
+            row = {"run": name, "actor": short(one_of(settings, "actor") or "not said"), "protocol": protocol(settings[0])}
             rows.append(row | {key: summary[key] for key in ("seed", "length_weight", "scenes", "invalid", "rows", "repeats")})
         rows.sort(key=lambda row: -row["rows"].get("Average", {"mean": 0})["mean"])
         same = len({frozenset(map(scene_of, lines)) for lines in members.values()}) == 1
@@ -173,7 +176,7 @@ def compare_judges(judged, recorded):
 
     def agreement(pairs):
         scores = [[line["score"] for line in side] for side in zip(*pairs, strict=True)] or [[], []]
-        ranks = {"scenes": len(pairs), "spearman": spearman(*scores), "kendall": kendall(*scores)}
+        ranks = {"scenes": len(pairs), "spearman": spearman(*scores)}
         return ranks | {name: bootstrap(side)[0] for name, side in zip(("mean", "recorded"), scores, strict=True)}
 
     length = {"turns": [line["turns"] for line, _ in points], "judge": [line["score"] for line, _ in points]}
@@ -217,16 +220,26 @@ def between(row, form=".2f"):
     return "-" if row.get("low") is None else f"{row['low']:{form}} to {row['high']:{form}}"
 
 
-def columns(rows):
-    """Rows of cells as lines, the first column to the left."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = [str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)]
-        yield "  ".join([str(row[0]).ljust(widths[0]), *cells[1:]]).rstrip()
+def table(header, rows):
+    """A table on a terminal; where stdout is none, plain lines of the same cells, the first column to the left."""
+    cells = [[cli.plain(str(cell)) for cell in row] for row in (header, *rows)]
+    if cli.stdout.is_terminal:
+        drawn = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+        for i, name in enumerate(cells[0]):
+            style = "dim" if "interval" in name or name in ("scenes", "pairs") else ""
+            drawn.add_column(Text(name), justify="right" if i else "left", style=style, vertical="bottom", overflow="fold")
+        for row in cells[1:]:
+            drawn.add_row(*map(Text, row))
+        yield drawn
+        return
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *others in cells:
+        others = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        yield "  ".join([first.ljust(widths[0]), *others]).rstrip()
 
 
 def text(summary):
-    """A summary as the lines of a terminal: of one run, of a leaderboard, or of a calibration."""
+    """A summary as lines and tables: of one run, of a leaderboard, or of a calibration."""
     if "tables" in summary:
         yield from leaderboard_text(summary)
     elif "models" in summary:
@@ -235,7 +248,7 @@ def text(summary):
         judge = f"judge: {summary['judge']}, {summary['rubric']}" if summary["judge"] else "judge: none"
         yield f"{summary['scenes']} scene(s), {judge}, length weight {summary['length_weight']}"
         rows = [(label, number(row["mean"]), between(row), row["scenes"]) for label, row in summary["rows"].items()]
-        yield from columns([("", "mean", "95% interval", "scenes"), *rows])
+        yield from table(("", "mean", "95% interval", "scenes"), rows)
         if summary["repeats"]:
             means = " ".join(map(number, summary["repeats"]["means"]))
             yield f"means of the repeats: {means}, standard deviation {summary['repeats']['deviation']:.2f}"
@@ -245,24 +258,24 @@ def text(summary):
                 (label, number(row["difference"], "+.2f"), between(row, "+.2f"), number(row["wins"], ".0%"), row["scenes"])
                 for label, row in summary["versus"]["rows"].items()
             ]
-            yield from columns([("", "difference", "95% interval", "better on", "scenes"), *rows])
+            yield from table(("", "difference", "95% interval", "better on", "scenes"), rows)
         if "recomputed" in summary:
             yield summary["recomputed"]
 
 
 def leaderboard_text(summary):
-    for table in summary["tables"]:
-        labels = list(dict.fromkeys(label for row in table["rows"] for label in row["rows"] if "(" not in label))
-        yield f"judge: {table['judge'] or 'none'}, {table['rubric']}, length weight {table['rows'][0]['length_weight']}"
+    for board in summary["tables"]:
+        labels = list(dict.fromkeys(label for row in board["rows"] for label in row["rows"] if "(" not in label))
+        yield f"judge: {board['judge'] or 'none'}, {board['rubric']}, length weight {board['rows'][0]['length_weight']}"
         names, rows = ("run", "actor", "protocol", "seed", "scenes", "invalid"), []
-        for row in table["rows"]:
+        for row in board["rows"]:
             cells = [number(row["rows"].get(label, {}).get("mean")) for label in labels]
             sure = between(row["rows"].get("Average", {}))
             rows.append((*("-" if row[name] is None else row[name] for name in names), *cells, sure))
-        yield from columns([(*names, *labels, "95% interval of the Average"), *rows])
-        if not table["same_scenes"]:
+        yield from table((*names, *labels, "95% interval of the Average"), rows)
+        if not board["same_scenes"]:
             yield "These runs played different scenes, and their means do not compare; --versus takes what two have in common."
-        for span in table["sweep"]:
+        for span in board["sweep"]:
             yield f"length weight {span['from']:.2f} to {span['to']:.2f}: {' > '.join(span['ranking'])}"
         yield ""
     published = summary["published"]
@@ -272,19 +285,19 @@ def leaderboard_text(summary):
         (f"{row['model']} (published)", *(number(row[name]) for name in names))
         for row in sorted(published["gca"], key=lambda r: -r["average"])
     ]
-    yield from columns([("", *(name.replace("_", " ") for name in names)), *rows])
+    yield from table(("", *(name.replace("_", " ") for name in names)), rows)
 
 
 def calibration_text(summary):
     yield f"judge: {summary['judge']}, {summary['rubric']}, against recorded verdicts"
     rows = [
-        (name, number(row["spearman"]), number(row["kendall"]), number(row["mean"]), number(row["recorded"]), row["scenes"])
+        (name, number(row["spearman"]), number(row["mean"]), number(row["recorded"]), row["scenes"])
         for name, row in summary["models"].items()
     ]
-    yield from columns([("over scenes", "Spearman", "Kendall", "mean", "recorded", "scenes"), *rows])
+    yield from table(("over scenes", "Spearman", "mean", "recorded", "scenes"), rows)
     yield "\nwhich of two models did better on a scene"
     rows = [(name, number(r["share"], ".1%"), between(r, ".1%"), r["pairs"]) for name, r in summary["better_of_two"].items()]
-    yield from columns([("", "agrees", "95% interval", "pairs"), *rows])
+    yield from table(("", "agrees", "95% interval", "pairs"), rows)
     length = summary["length"]
     yield f"\nrank correlation with the number of messages: the judge's score {number(length['judge'])}, the recorded one " + (
         f"{number(length['recorded'])}, their difference {number(length['difference'])}"
@@ -397,6 +410,7 @@ def find_quote(instance, texts):
     """(index of the text, first, last character) of what a flaw quotes: its longest quotation found, else the longest run of
     five words or more that it shares with a text; None where there is neither.
     """
+    instance = instance[:1000]  # enough to quote a line, and soon searched however long a judge went on
     quoted = re.findall(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|(?<!\w)['\u2018](.+?)['\u2019](?!\w)", instance)
     words = [re.findall(r"\w+", "".join(groups)) for groups in quoted]
     own, runs = [word.casefold() for word in re.findall(r"\w+", instance)], []
