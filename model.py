@@ -125,11 +125,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        out = torch.empty_like(x)
-        (first, second), (left, right) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)  # [..., heads, D/2] each
-        torch.mul(first, cos, out=left).sub_(second * sin)
-        torch.mul(second, cos, out=right).add_(first * sin)
-        return out
+        first, second = x.chunk(2, dim=-1)  # [..., heads, D/2] each
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
     @staticmethod
     def backward(ctx, grad):

@@ -124,18 +124,16 @@ def open_stream(args, tokenizer):
 
 
 def find_opening(rows):
-    """Token ids of a held-out chat up to its first answer, of one with thoughts if there is any, for `sample` to go on from."""
-    opening = None
+    """Token ids of a held-out chat up to its first answer, for `sample` to go on from: the shortest; with thoughts, if any."""
+    openings = []  # (whether without thoughts, ids)
     for row in rows:
         starts = (row["positions"][: row["used"]] == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], row["used"]], strict=True):
             learnt = (row["targets"][start:end] != IGNORE).nonzero().flatten()
             thinks = 1 + CHANNELS.index("thought") in row["channels"][start:end]
-            if len(learnt) and (thinks or not opening):
-                opening = row["tokens"][start : start + learnt[0] + 1].tolist()
-            if thinks:
-                return opening
-    return opening
+            if len(learnt):
+                openings.append((not thinks, row["tokens"][start : start + learnt[0] + 1].tolist()))
+    return min(openings, key=lambda each: (each[0], len(each[1])), default=(False, None))[1]
 
 
 def stack(rows, device):
@@ -333,7 +331,7 @@ def describe(config, args, stream, steps, world):
 
 def open_model(args):
     """(config, tokenizer, directory of the checkpoint or None for a preset)."""
-    directory = None if args.model in PRESETS else checkpoint.find_model(args.model)
+    directory = None if args.model in PRESETS else checkpoint.find_model(args.model, weights=not args.dry_run)
     config = directory and checkpoint.load_config(directory)
     if config is None and args.model != "stage" and not args.tokenizer:
         raise UsageError(f"--model {args.model} needs --tokenizer: a directory with LLaMA 3's")
@@ -373,9 +371,15 @@ def main():
 
 
 def check_ranks(args, world, rows):
-    """UsageError if the rows of a step, or the ranks of a copy of the model, do not divide among the ranks."""
+    """UsageError if the rows of a step, or the ranks of a copy of the model, do not divide among the ranks.
+
+    Too few rows for the ranks are an error too, but in a dry run a warning: the plan may be for more data than there is here.
+    """
     if rows < world:
-        raise UsageError(f"{rows} rows of documents for {world} ranks; use fewer ranks, more --data or a shorter --seq-len")
+        few = f"{rows} rows of documents for {world} ranks; use fewer ranks, more --data or a shorter --seq-len"
+        if not args.dry_run:
+            raise UsageError(few)
+        cli.note(f"warning: {few}")
     if args.batch_size % (world * args.micro_batch):
         raise UsageError(
             f"--batch-size {args.batch_size} does not divide into {world} ranks of --micro-batch {args.micro_batch}"

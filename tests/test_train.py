@@ -19,7 +19,9 @@ import torch.nn.functional as F
 import transformers
 from conftest import ROOT, random_config, random_model, usage_error
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import kernels
 import train
 from checkpoint import RandomWeights, fill, load_model, save_model
 from cli import UsageError
@@ -30,10 +32,10 @@ from resume import find_checkpoints
 from runlog import Log
 
 
-def launch(*args, ranks=1, restarts=0, **options):
+def launch(*args, ranks=1, restarts=0, script="train.py", **options):
     """train.py as its users start it: through torchrun, or plainly on one rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*command, "--max-restarts", str(restarts), "train.py"] if ranks > 1 else [sys.executable, "train.py"]
+    command = [*command, "--max-restarts", str(restarts), script] if ranks > 1 else [sys.executable, script]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=env, **pipes, **options)
@@ -41,7 +43,9 @@ def launch(*args, ranks=1, restarts=0, **options):
 
 def finish(process, code=0):
     out, err = process.communicate(timeout=300)
-    assert process.returncode == code, (process.returncode, out, err)
+    if process.returncode != code:
+        print(out, err)  # pytest shows it whole
+    assert process.returncode == code
     return err
 
 
@@ -102,7 +106,7 @@ SPLITS = {  # of 24 rows: ranks -> rows in a micro-batch, for 1, 2 and 4 accumul
 }
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
     """Loss, loss per channel and gradients equal transformers', for 1, 2, 3 ranks by 1, 2, 4 accumulation steps, with hybrid
     sharding and with activations recomputed."""
@@ -133,6 +137,7 @@ def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
             assert found["line.supervised"] == sum(map(bool, sum((own[1:] for _, own in documents), [])))
 
 
+@pytest.mark.slow
 def test_same_run_on_one_and_two_ranks_and_micro_batches(small, tmp_path):
     """Losses, gradient norms and held-out loss do not depend on ranks or accumulation."""
     runs = {}
@@ -202,7 +207,7 @@ def wait_for(out, steps, process):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path):
     """Ctrl-C or SIGTERM saves and says how to go on, and --resume gives the bytes of an uninterrupted run; it cuts the log."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 20]
@@ -221,22 +226,39 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path)
     same_state(whole, stopped)
 
 
+def seen(file, ranks, steps):
+    """Rows (lists of pieces) that the ranks of a spied run made in each of so many steps, in any order within a step."""
+    made = [[json.loads(line) for line in Path(f"{file}.{rank}").read_text().splitlines()] for rank in range(ranks)]
+    each = sum(map(len, made)) // ranks // steps
+    assert all(len(rows) == each * steps for rows in made)
+    return [sorted(row for rows in made for row in rows[each * step : each * (step + 1)]) for step in range(steps)]
+
+
+@pytest.mark.slow
 def test_resume_on_two_ranks_and_on_other_numbers(small, tmp_path):
-    """Two ranks go on bit for bit; from two ranks to one, and from one to two, losses are the same up to rounding."""
-    arguments = [*small, "--batch-size", 2, "--save-every", 4, "--seed", 3]
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    finish(launch(*arguments, "--out", whole, "--max-steps", 14, "--keep", 9, ranks=2))
-    shutil.copytree(whole, again)
-    for step in (8, 12, 14):  # as a run that died after step 4
-        shutil.rmtree(again / f"step-{step}")
-    shutil.rmtree(again / "final")
-    shutil.copytree(again, tmp_path / "alone")
-    finish(launch(*arguments, "--out", again, "--max-steps", 14, "--keep", 9, "--resume", ranks=2))
-    same_run(whole, again)
-    same_state(whole, again)
-    err = finish(launch(*arguments, "--out", tmp_path / "alone", "--max-steps", 14, "--resume", "--micro-batch", 2))
-    assert "going on from" in err and "step-4" in err
-    same_run(whole, tmp_path / "alone", rel=1e-5)
+    """Two ranks go on bit for bit. From two to one and from one to two, ten steps' losses are the same up to rounding, and so
+    are the very documents of each step: in an epoch none is read twice or missed, wherever the run was cut."""
+    arguments = [*small, "--batch-size", 2, "--save-every", 4, "--seed", 3, "--max-steps", 14, "--keep", 9, "--seq-len", 512]
+    spied = lambda name, *more, ranks: finish(  # noqa: E731
+        launch(tmp_path / f"{name}.rows", *arguments, "--out", tmp_path / name, *more, ranks=ranks, script="tests/spy.py")
+    )
+    for ranks in (1, 2):
+        whole = f"whole-{ranks}"
+        spied(whole, ranks=ranks)
+        rows = seen(tmp_path / f"{whole}.rows", ranks, 14)
+        documents = [tuple(piece) for step in rows for row in step for piece in row]
+        assert len(documents) == len(set(documents)) and len({source for source, *_ in documents}) > 1  # epochs
+        for again in (1, 2):
+            name = f"from-{ranks}-to-{again}"
+            shutil.copytree(tmp_path / whole, tmp_path / name)
+            for made in ("step-8", "step-12", "step-14", "final"):  # as a run that died after step 4
+                shutil.rmtree(tmp_path / name / made)
+            err = spied(name, "--resume", ranks=again)
+            assert "going on from" in err and "step-4" in err
+            same_run(tmp_path / whole, tmp_path / name, rel=0.0 if again == ranks else 1e-5)
+            assert seen(tmp_path / f"{name}.rows", again, 10) == rows[4:]
+            if again == ranks:
+                same_state(tmp_path / whole, tmp_path / name)
 
 
 def workers(process):
@@ -244,6 +266,7 @@ def workers(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_comes_back(small, tmp_path):
     """torchrun --max-restarts starts all ranks again, and they go on from the last checkpoint, with no --resume given."""
     arguments = [*small, "--batch-size", 2, "--max-steps", 12, "--save-every", 3]
@@ -257,6 +280,7 @@ def test_a_killed_rank_comes_back(small, tmp_path):
     same_state(whole, hurt)
 
 
+@pytest.mark.slow
 def test_torchrun_stopped_saves(small, tmp_path):
     """SIGTERM to torchrun reaches the ranks, which save the step they are at and leave."""
     out = tmp_path / "run"
@@ -320,6 +344,7 @@ def test_an_output_that_is_read_only(small, tmp_path):
     assert f"{out}: not writable; choose another --out" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints(small, tmp_path):
     """One that is altered or cut is found out and named, and the run goes on from the one before, to the same end."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 6, "--save-every", 2, "--keep", 3]
@@ -350,8 +375,11 @@ def test_changed_settings_and_too_few_documents(small, tmp_path):
     assert "--seed was 0, is 7" in err and "Traceback" not in err
     assert (tmp_path / "run" / "step-2" / "progress.json").read_text() == state
     finish(launch(*arguments, "--resume", "--eval-every", 7, "--save-every", 9))
-    err = finish(launch(*small, "--batch-size", 64, "--dry-run", 64), code=2)
-    assert "rows of documents for 64 ranks" in err
+    err = finish(launch(*small, "--batch-size", 64, "--dry-run", 64))  # only a plan: said, not refused
+    assert "rows of documents for 64 ranks" in err and "64 rank(s)" in err
+    none = tmp_path / "none"
+    err = finish(launch(*small, "--seq-len", 100_000, "--batch-size", 2, "--out", none, ranks=2), code=1)  # torchrun's own code
+    assert "error: 1 rows of documents for 2 ranks; use fewer ranks" in err and not none.exists()
 
 
 def test_what_is_not_finite(small, tmp_path, stage_tokenizer):
@@ -423,23 +451,45 @@ def test_no_rank_holds_a_whole_checkpoint(tmp_path):
     assert grown[1][0] > 0.95 and max(grown[2]) < 0.5 + 2e8 / size + 0.02, grown
 
 
+def steps_of(model, batches):
+    """Losses and summed gradients of a few batches."""
+    losses = []
+    for batch in batches:
+        loss, _ = train.loss_sum(model, batch)
+        loss.backward()
+        losses.append(loss.detach())
+    return [*losses, *(p.grad.clone() for p in model.parameters())]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_compiled_blocks_learn_the_same(recompute, monkeypatch):
-    """Blocks captured by torch.compile, recomputation inside, give the loss and gradients of plain ones (no code generated)."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    config = random_config(5, num_hidden_layers=2)
-    batch = train.stack(pack(documents_of(config, [37, 27], 0), 64), "cpu")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("version", ["triton", "torch"])
+def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
+    """Blocks captured by torch.compile, recomputation inside, give the losses and gradients of plain ones (no code generated).
+
+    With the Triton kernels, as on a GPU, a block is one graph; batches with other documents and other numbers of supervised
+    rows soon make no more of them. The twins of a CPU loop over documents, outside the graphs.
+    """
+
+    captured = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=captured, fullgraph=version == "triton"))
+    monkeypatch.setattr(kernels, "_chosen", version)
+    torch._dynamo.reset()
+    config = random_config(5, num_hidden_layers=3, head_dim=16)
+    lengths = ([37, 27], [20, 30], [64], [9, 8, 7], [50, 11])
+    batches = [train.stack(pack(documents_of(config, each, seed), 64), "cpu") for seed, each in enumerate(lengths)]
     found = []
     for compiled in (False, True):
         args = types.SimpleNamespace(dtype="float32", recompute=recompute, compile=compiled, shard_ranks=None)
         model = train.shard_model(config, torch.device("cpu"), args)
         fill(model, RandomWeights(model, 0))
-        loss, _ = train.loss_sum(model, batch)
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for plain, captured in zip(*found, strict=True):
-        torch.testing.assert_close(captured, plain, rtol=1e-5, atol=1e-5)
+        found.append(steps_of(model, batches[:3]))
+    frames = captured.frame_count
+    assert 0 < frames <= 3 * (1 if version == "triton" else 2)
+    steps_of(model, batches[3:])
+    assert captured.frame_count == frames
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_learning_rate_warms_up_and_decays():
