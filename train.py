@@ -6,15 +6,17 @@
 The loss of a step is the sum over supervised tokens of all ranks and micro-batches, divided by their number, so it does not
 depend on how the batch is split. `--out DIR` holds `log.jsonl` (a line a step), `loss.png`, checkpoints `step-N/` and at the
 end `final/`, a Hugging Face directory. Ctrl-C and SIGTERM save and leave; `--resume` goes on, bit for bit, on any number of
-ranks up to rounding. Under `torchrun --max-restarts N` a run whose rank died goes on by itself.
+ranks up to rounding. Under `torchrun --max-restarts N` a run whose rank died goes on by itself; no rank outlives its torchrun.
 """
 
+import ctypes
 import dataclasses
 import functools
 import json
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def parse_args():
     add("--shard-ranks", type=int, help="ranks a model is spread over; groups of them hold copies (default: all)")
     add("--recompute", choices=["none", "selective", "full"], help="in the backward pass: all but products, or whole blocks "
         "(default: full; none for the stage actor)")  # fmt: skip
-    add("--compile", action="store_true", help="torch.compile each block")
+    add("--compile", action="store_true", help="torch.compile each block; what it brings is on a GPU")
     add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
     add("--variants", choices=["draw", "all"], default="draw", help="chats of a character in a scene: one, drawn anew in each "
         "epoch (the paper's), or the release's four (default: draw)")  # fmt: skip
@@ -147,7 +149,10 @@ def stack(rows, device):
 def start_ranks():
     """Joins the ranks torchrun started, or is the only one; returns this rank's device."""
     cuda = torch.cuda.is_available()
-    if "RANK" in os.environ:  # torchrun's store outlives a restart, and what the dead ranks left in it must not be read
+    if "RANK" in os.environ:
+        if sys.platform == "linux":  # a rank must not go on writing to --out when its torchrun was killed (1: PR_SET_PDEATHSIG)
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        # torchrun's store outlives a restart, and what the dead ranks left in it must not be read
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt-{RESTARTS}", store)
     else:

@@ -1,5 +1,6 @@
 """train.py: the loss against a plain computation, the same on any split, runs that stop and go on."""
 
+import contextlib
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import kernels
 import train
-from checkpoint import RandomWeights, fill, load_model, save_model
+from checkpoint import RandomWeights, fill, find_model, load_model, save_model
 from cli import UsageError
 from data.packing import CHANNELS, make_row, pack
 from data.scenes import STAGE
@@ -109,7 +110,7 @@ SPLITS = {  # of 24 rows: ranks -> rows in a micro-batch, for 1, 2 and 4 accumul
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
     """Loss, loss per channel and gradients equal transformers', for 1, 2, 3 ranks by 1, 2, 4 accumulation steps, with hybrid
-    sharding and with activations recomputed."""
+    sharding, with activations recomputed, with blocks compiled."""
     config = random_config(5, num_hidden_layers=2, tie_word_embeddings=tied)
     save_model(random_model(config), tmp_path / "start")
     documents = documents_of(config, [37, 1, 20, 50, 9, 64, 33, 2] * 5, 0)
@@ -122,6 +123,7 @@ def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
         splits = [{"name": f"micro-batch-{size}", "micro_batch": size} for size in sizes]
         splits += [{"name": f"recompute-{how}", "micro_batch": sizes[1], "recompute": how} for how in ("selective", "full")]
         splits += [{"name": "copies", "micro_batch": sizes[1], "shard_ranks": 1}]
+        splits += [{"name": "compiled", "micro_batch": sizes[1], "compile": True}] * (not tied)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command += [str(ROOT / "tests" / "one_step.py"), str(tmp_path), json.dumps(splits)]
         subprocess.run(command, check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -293,23 +295,27 @@ def test_torchrun_stopped_saves(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(small, tmp_path):
-    """Killed at 20 random moments, saving included: it always goes on, loses at most one interval, and ends the same."""
-    arguments = [*small, "--batch-size", 1, "--max-steps", 60, "--save-every", 2]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_moment(ranks, small, tmp_path):
+    """Killed at 20 random moments, saving included, torchrun or one of its ranks: it always goes on, loses at most one
+    interval, and ends the same."""
+    arguments = [*small, "--batch-size", 2, "--micro-batch", 2 // ranks, "--max-steps", 60, "--save-every", 2]
     whole, hurt, rng = tmp_path / "whole", tmp_path / "hurt", random.Random(0)
-    finish(launch(*arguments, "--out", whole))
+    finish(launch(*arguments, "--out", whole, ranks=ranks))
+    logged = lambda: (hurt / "log.jsonl").read_text().count("\n") if (hurt / "log.jsonl").exists() else 0  # noqa: E731
     for _ in range(20):
-        before = len(read_log(hurt)) if (hurt / "log.jsonl").exists() else 0
-        process = launch(*arguments, "--out", hurt, "--resume")
-        while process.poll() is None and (not hurt.exists() or len((hurt / "log.jsonl").read_text().splitlines()) == before):
+        before = logged()
+        process = launch(*arguments, "--out", hurt, "--resume", ranks=ranks)
+        while process.poll() is None and logged() == before:
             time.sleep(0.01)  # up to its first new step, or to the cut back to the last checkpoint
         time.sleep(rng.random() * 0.3)
-        process.kill()
-        process.communicate()
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(rng.choice([process.pid, *workers(process)]) if ranks > 1 else process.pid, signal.SIGKILL)
+        process.communicate(timeout=100)  # ends when no rank is left to hold the pipe
         lines, states = read_log(hurt), find_checkpoints(hurt)
         at = int(states[-1].name.removeprefix("step-")) if states else 0
         assert at >= len(lines) - 2
-    finish(launch(*arguments, "--out", hurt, "--resume"))
+    finish(launch(*arguments, "--out", hurt, "--resume", ranks=ranks))
     same_run(whole, hurt)
     same_state(whole, hurt)
 
@@ -511,6 +517,25 @@ def test_dry_run_allocates_nothing(script, story):
     assert code == 0
     assert f"{parameters:,} parameters" in err
     assert not (story.parent / "none").exists()
+
+
+def test_dry_run_downloads_no_weights(script, small, tmp_path, monkeypatch):
+    """With a Hub id it asks for the config and the tokenizer; the same without --dry-run asks for the weights too."""
+    asked = []
+
+    def snapshot_download(spec, allow_patterns):
+        asked.append((spec, shutil.ignore_patterns(*allow_patterns)(None, os.listdir(small[1]))))  # the names that match
+        shutil.copytree(small[1], tmp_path / "got", ignore=lambda _, names: set(names) - asked[-1][1])
+        return tmp_path / "got"
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    code, _, err = script("train", "--model", "someone/tiny", *small[2:], "--batch-size", 1, "--dry-run")
+    assert code == 0 and "parameters" in err
+    assert asked[0][0] == "someone/tiny" and {"config.json", "tokenizer.model"} <= asked[0][1]
+    assert not any(name.endswith(".safetensors") for name in asked[0][1])
+    shutil.rmtree(tmp_path / "got")
+    find_model("someone/tiny")
+    assert asked[1][1] - asked[0][1] == {"model.safetensors"}
 
 
 def test_events_for_tensorboard(tmp_path, monkeypatch):
