@@ -468,8 +468,9 @@ def steps_of(model, batches):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("version", ["triton", "torch"])
+@pytest.mark.parametrize(
+    ("version", "recompute"), [("triton", "none"), ("triton", "selective"), ("triton", "full"), ("torch", "none")]
+)
 def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
     """Blocks captured by torch.compile, recomputation inside, give the losses and gradients of plain ones (no code generated).
 
@@ -491,7 +492,7 @@ def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
         fill(model, RandomWeights(model, 0))
         found.append(steps_of(model, batches[:3]))
     frames = captured.frame_count
-    assert 0 < frames <= 3 * (1 if version == "triton" else 2)
+    assert 0 < frames <= 3 * (1 if version == "triton" else 5)  # a block: without rows, with so many, with any number
     steps_of(model, batches[3:])
     assert captured.frame_count == frames
     for plain, other in zip(*found, strict=True):
