@@ -301,9 +301,10 @@ def prefill(args):
 
 
 def training(args):
-    """One step of train.py on packed rows of 4,096 against the peer: documents in padded batches of 8, and the same rows.
+    """One step of train.py on packed rows against the peer: documents in padded batches of 8, and the same packed rows.
 
-    At 128k vocabulary the padded peer would need some 20 GB, and is left out.
+    Rows of 8,192 leave nearly all chats whole; at a 128k vocabulary they are of 4,096, and the padded peer, which would need
+    some 20 GB, is left out.
     """
     books = SHARED / "coser" / "books" if (SHARED / "coser").is_dir() else STAGE
     results, cases = [], {"4k vocabulary": STAGE_TOKENIZER, "128k vocabulary": SHARED / "tokenizers" / "llama3"}
@@ -313,8 +314,8 @@ def training(args):
             if not path.exists():
                 continue
             peers = ["padded", "packed"][case.startswith("128k") :] if args.peer else []
-            rows = 2 if case.startswith("128k") else 6  # six hold some 20 documents
-            setting, losses = (str(books), str(path), str(Path(made) / case), rows, peers), {}
+            rows = (2, 4096) if case.startswith("128k") else (3, 8192)  # how many, of so many tokens
+            setting, losses = (str(books), str(path), str(Path(made) / case), *rows, peers), {}
             sides, tokens = training_sides(*setting)
             noted = {name: functools.partial(note_loss, losses, name, run) for name, run in sides.items()}
             seconds = interleave(noted, args.rounds)
@@ -333,7 +334,7 @@ def note_loss(losses, name, run):
     losses[name] = run()
 
 
-def training_sides(books, tokenizer, directory, number, peers):
+def training_sides(books, tokenizer, directory, number, seq_len, peers):
     """({side: one training step that returns its loss}, tokens of a step), all sides from the same weights, in fp32."""
     tokenizer = load_tokenizer(Path(tokenizer))
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS["stage"])
@@ -342,7 +343,7 @@ def training_sides(books, tokenizer, directory, number, peers):
     device = torch.device("cpu")
     model = train.shard_model(config, device, options)
     checkpoint.fill(model, checkpoint.RandomWeights(model, 0))
-    rows = Stream([books], tokenizer, 4096).take(number)[:]
+    rows = Stream([books], tokenizer, seq_len).take(number)[:]
     optimizer = train.make_optimizer(model, options)
     sides = {"ours": lambda: train.train_step(model, optimizer, rows, options, device)["loss"]}
     if peers:
@@ -402,10 +403,12 @@ def training_peer(directory, batches):
     return step
 
 
-def training_peak(books, tokenizer, directory, number, peers, name):
+def training_peak(books, tokenizer, directory, number, seq_len, peers, name):
     """Peak resident memory, GiB, of a process that makes two steps of one side."""
     train.start_ranks()
-    sides, _ = training_sides(books, tokenizer, directory, number, [] if name == "ours" else [name.removeprefix("peer, ")])
+    sides, _ = training_sides(
+        books, tokenizer, directory, number, seq_len, [] if name == "ours" else [name.removeprefix("peer, ")]
+    )
     sides[name](), sides[name]()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 

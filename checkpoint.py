@@ -236,8 +236,11 @@ def fill(model, weights):
     return model
 
 
-def find_model(spec):
-    """The directory of a checkpoint: a path, or a Hub id such as `Neph0s/CoSER-Llama-3.1-8B`, downloaded if need be."""
+def find_model(spec, weights=True):
+    """The directory of a checkpoint: a path, or a Hub id such as `Neph0s/CoSER-Llama-3.1-8B`, downloaded if need be.
+
+    Without weights only what describes it is: its config, its tokenizer, a few MB.
+    """
     owner = Path(spec).parent  # of a path that is only mistyped, the folder is often there
     if Path(spec).is_dir() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(spec)) or owner.is_dir():
         return Path(spec)
@@ -247,7 +250,8 @@ def find_model(spec):
     except ImportError:
         raise UsageError(f"{spec}: no such directory; to get it from the Hub, pip install huggingface_hub, {command}") from None
     try:
-        return Path(snapshot_download(spec, allow_patterns=["*.json", "model*.safetensors", "tokenizer.model"]))
+        wanted = ["*.json", "tokenizer.model", *["model*.safetensors"] * weights]
+        return Path(snapshot_download(spec, allow_patterns=wanted))
     except Exception as error:
         why = str(error).split("\n")[0]
         raise UsageError(f"{spec}: no such directory, and the Hub did not give it ({why}); try {command}") from None

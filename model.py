@@ -114,16 +114,27 @@ def rope_frequencies(config, device):
 
 
 def rotary(positions, config):
-    """cos and sin [B, T, 1, D], fp32, for positions int [B, T]."""
-    angles = positions[:, :, None].float() * rope_frequencies(config, positions.device)  # [B, T, D/2]
-    angles = torch.cat((angles, angles), dim=-1)[:, :, None]
+    """cos and sin [B, T, 1, D/2], fp32, for positions int [B, T]."""
+    angles = (positions[:, :, None].float() * rope_frequencies(config, positions.device))[:, :, None]
     return angles.cos(), angles.sin()
 
 
-def rotate(x, cos, sin):
-    """Turns each pair (x[i], x[i + D/2]) by its angle: x [..., heads, D] -> the same shape."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+class _Rotate(torch.autograd.Function):
+    """Turns each pair (x[i], x[i + D/2]) by its angle; what goes back is turned back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        first, second = x.chunk(2, dim=-1)  # [..., heads, D/2] each
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin), None, None
+
+
+rotate = _Rotate.apply  # x [..., heads, D], cos and sin [..., 1, D/2] -> the shape of x
 
 
 def select(x, rows):

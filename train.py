@@ -6,15 +6,17 @@
 The loss of a step is the sum over supervised tokens of all ranks and micro-batches, divided by their number, so it does not
 depend on how the batch is split. `--out DIR` holds `log.jsonl` (a line a step), `loss.png`, checkpoints `step-N/` and at the
 end `final/`, a Hugging Face directory. Ctrl-C and SIGTERM save and leave; `--resume` goes on, bit for bit, on any number of
-ranks up to rounding. Under `torchrun --max-restarts N` a run whose rank died goes on by itself.
+ranks up to rounding. Under `torchrun --max-restarts N` a run whose rank died goes on by itself; no rank outlives its torchrun.
 """
 
+import ctypes
 import dataclasses
 import functools
 import json
 import math
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def parse_args():
     add("--shard-ranks", type=int, help="ranks a model is spread over; groups of them hold copies (default: all)")
     add("--recompute", choices=["none", "selective", "full"], help="in the backward pass: all but products, or whole blocks "
         "(default: full; none for the stage actor)")  # fmt: skip
-    add("--compile", action="store_true", help="torch.compile each block")
+    add("--compile", action="store_true", help="torch.compile each block; what it brings is on a GPU")
     add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
     add("--variants", choices=["draw", "all"], default="draw", help="chats of a character in a scene: one, drawn anew in each "
         "epoch (the paper's), or the release's four (default: draw)")  # fmt: skip
@@ -124,18 +126,16 @@ def open_stream(args, tokenizer):
 
 
 def find_opening(rows):
-    """Token ids of a held-out chat up to its first answer, of one with thoughts if there is any, for `sample` to go on from."""
-    opening = None
+    """Token ids of a held-out chat up to its first answer, for `sample` to go on from: the shortest; with thoughts, if any."""
+    openings = []  # (whether without thoughts, ids)
     for row in rows:
         starts = (row["positions"][: row["used"]] == 0).nonzero().flatten().tolist()
         for start, end in zip(starts, [*starts[1:], row["used"]], strict=True):
             learnt = (row["targets"][start:end] != IGNORE).nonzero().flatten()
             thinks = 1 + CHANNELS.index("thought") in row["channels"][start:end]
-            if len(learnt) and (thinks or not opening):
-                opening = row["tokens"][start : start + learnt[0] + 1].tolist()
-            if thinks:
-                return opening
-    return opening
+            if len(learnt):
+                openings.append((not thinks, row["tokens"][start : start + learnt[0] + 1].tolist()))
+    return min(openings, key=lambda each: (each[0], len(each[1])), default=(False, None))[1]
 
 
 def stack(rows, device):
@@ -149,7 +149,10 @@ def stack(rows, device):
 def start_ranks():
     """Joins the ranks torchrun started, or is the only one; returns this rank's device."""
     cuda = torch.cuda.is_available()
-    if "RANK" in os.environ:  # torchrun's store outlives a restart, and what the dead ranks left in it must not be read
+    if "RANK" in os.environ:
+        if sys.platform == "linux":  # a rank must not go on writing to --out when its torchrun was killed (1: PR_SET_PDEATHSIG)
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        # torchrun's store outlives a restart, and what the dead ranks left in it must not be read
         store, rank, world = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"attempt-{RESTARTS}", store)
     else:
@@ -333,7 +336,7 @@ def describe(config, args, stream, steps, world):
 
 def open_model(args):
     """(config, tokenizer, directory of the checkpoint or None for a preset)."""
-    directory = None if args.model in PRESETS else checkpoint.find_model(args.model)
+    directory = None if args.model in PRESETS else checkpoint.find_model(args.model, weights=not args.dry_run)
     config = directory and checkpoint.load_config(directory)
     if config is None and args.model != "stage" and not args.tokenizer:
         raise UsageError(f"--model {args.model} needs --tokenizer: a directory with LLaMA 3's")
@@ -373,9 +376,15 @@ def main():
 
 
 def check_ranks(args, world, rows):
-    """UsageError if the rows of a step, or the ranks of a copy of the model, do not divide among the ranks."""
+    """UsageError if the rows of a step, or the ranks of a copy of the model, do not divide among the ranks.
+
+    Too few rows for the ranks are an error too, but in a dry run a warning: the plan may be for more data than there is here.
+    """
     if rows < world:
-        raise UsageError(f"{rows} rows of documents for {world} ranks; use fewer ranks, more --data or a shorter --seq-len")
+        few = f"{rows} rows of documents for {world} ranks; use fewer ranks, more --data or a shorter --seq-len"
+        if not args.dry_run:
+            raise UsageError(few)
+        cli.note(f"warning: {few}")
     if args.batch_size % (world * args.micro_batch):
         raise UsageError(
             f"--batch-size {args.batch_size} does not divide into {world} ranks of --micro-batch {args.micro_batch}"

@@ -15,4 +15,4 @@ case " $* " in *" --dry-run"*) launch=(python) ;; esac
 
 "${launch[@]}" train.py --model "${MODEL:-meta-llama/Llama-3.1-8B-Instruct}" --data $BOOKS --mix "$GENERAL:0.5" \
     --out "${OUT:-out/coser-8b}" --seq-len 16384 --batch-size 48 --epochs 8 --lr 1e-5 \
-    --recompute selective --compile --resume "$@"
+    --recompute full --compile --resume "$@"

@@ -5,6 +5,7 @@
 OUT holds `start/`, a checkpoint, and `rows.safetensors`; OUT/N-NAME.safetensors is made.
 """
 
+import functools
 import json
 import sys
 import types
@@ -19,6 +20,7 @@ import checkpoint
 import train
 
 torch.set_num_threads(1)
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # captured, but no code generated: that takes minutes
 out, splits = Path(sys.argv[1]), json.loads(sys.argv[2])
 stored = load_file(out / "rows.safetensors")
 rows = [{name: tensor[i] for name, tensor in stored.items()} for i in range(len(stored["tokens"]))]

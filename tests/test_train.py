@@ -1,5 +1,6 @@
 """train.py: the loss against a plain computation, the same on any split, runs that stop and go on."""
 
+import contextlib
 import functools
 import json
 import os
@@ -19,9 +20,11 @@ import torch.nn.functional as F
 import transformers
 from conftest import ROOT, random_config, random_model, usage_error
 from safetensors.torch import load_file, save_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import kernels
 import train
-from checkpoint import RandomWeights, fill, load_model, save_model
+from checkpoint import RandomWeights, fill, find_model, load_model, save_model
 from cli import UsageError
 from data.packing import CHANNELS, make_row, pack
 from data.scenes import STAGE
@@ -30,10 +33,10 @@ from resume import find_checkpoints
 from runlog import Log
 
 
-def launch(*args, ranks=1, restarts=0, **options):
+def launch(*args, ranks=1, restarts=0, script="train.py", **options):
     """train.py as its users start it: through torchrun, or plainly on one rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    command = [*command, "--max-restarts", str(restarts), "train.py"] if ranks > 1 else [sys.executable, "train.py"]
+    command = [*command, "--max-restarts", str(restarts), script] if ranks > 1 else [sys.executable, script]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=env, **pipes, **options)
@@ -41,7 +44,9 @@ def launch(*args, ranks=1, restarts=0, **options):
 
 def finish(process, code=0):
     out, err = process.communicate(timeout=300)
-    assert process.returncode == code, (process.returncode, out, err)
+    if process.returncode != code:
+        print(out, err)  # pytest shows it whole
+    assert process.returncode == code
     return err
 
 
@@ -102,10 +107,10 @@ SPLITS = {  # of 24 rows: ranks -> rows in a micro-batch, for 1, 2 and 4 accumul
 }
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
     """Loss, loss per channel and gradients equal transformers', for 1, 2, 3 ranks by 1, 2, 4 accumulation steps, with hybrid
-    sharding and with activations recomputed."""
+    sharding, with activations recomputed, with blocks compiled."""
     config = random_config(5, num_hidden_layers=2, tie_word_embeddings=tied)
     save_model(random_model(config), tmp_path / "start")
     documents = documents_of(config, [37, 1, 20, 50, 9, 64, 33, 2] * 5, 0)
@@ -118,6 +123,7 @@ def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
         splits = [{"name": f"micro-batch-{size}", "micro_batch": size} for size in sizes]
         splits += [{"name": f"recompute-{how}", "micro_batch": sizes[1], "recompute": how} for how in ("selective", "full")]
         splits += [{"name": "copies", "micro_batch": sizes[1], "shard_ranks": 1}]
+        splits += [{"name": "compiled", "micro_batch": sizes[1], "compile": True}] * (not tied)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command += [str(ROOT / "tests" / "one_step.py"), str(tmp_path), json.dumps(splits)]
         subprocess.run(command, check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -133,6 +139,7 @@ def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
             assert found["line.supervised"] == sum(map(bool, sum((own[1:] for _, own in documents), [])))
 
 
+@pytest.mark.slow
 def test_same_run_on_one_and_two_ranks_and_micro_batches(small, tmp_path):
     """Losses, gradient norms and held-out loss do not depend on ranks or accumulation."""
     runs = {}
@@ -202,7 +209,7 @@ def wait_for(out, steps, process):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path):
     """Ctrl-C or SIGTERM saves and says how to go on, and --resume gives the bytes of an uninterrupted run; it cuts the log."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 20]
@@ -221,22 +228,39 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path)
     same_state(whole, stopped)
 
 
+def seen(file, ranks, steps):
+    """Rows (lists of pieces) that the ranks of a spied run made in each of so many steps, in any order within a step."""
+    made = [[json.loads(line) for line in Path(f"{file}.{rank}").read_text().splitlines()] for rank in range(ranks)]
+    each = sum(map(len, made)) // ranks // steps
+    assert all(len(rows) == each * steps for rows in made)
+    return [sorted(row for rows in made for row in rows[each * step : each * (step + 1)]) for step in range(steps)]
+
+
+@pytest.mark.slow
 def test_resume_on_two_ranks_and_on_other_numbers(small, tmp_path):
-    """Two ranks go on bit for bit; from two ranks to one, and from one to two, losses are the same up to rounding."""
-    arguments = [*small, "--batch-size", 2, "--save-every", 4, "--seed", 3]
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    finish(launch(*arguments, "--out", whole, "--max-steps", 14, "--keep", 9, ranks=2))
-    shutil.copytree(whole, again)
-    for step in (8, 12, 14):  # as a run that died after step 4
-        shutil.rmtree(again / f"step-{step}")
-    shutil.rmtree(again / "final")
-    shutil.copytree(again, tmp_path / "alone")
-    finish(launch(*arguments, "--out", again, "--max-steps", 14, "--keep", 9, "--resume", ranks=2))
-    same_run(whole, again)
-    same_state(whole, again)
-    err = finish(launch(*arguments, "--out", tmp_path / "alone", "--max-steps", 14, "--resume", "--micro-batch", 2))
-    assert "going on from" in err and "step-4" in err
-    same_run(whole, tmp_path / "alone", rel=1e-5)
+    """Two ranks go on bit for bit. From two to one and from one to two, ten steps' losses are the same up to rounding, and so
+    are the very documents of each step: in an epoch none is read twice or missed, wherever the run was cut."""
+    arguments = [*small, "--batch-size", 2, "--save-every", 4, "--seed", 3, "--max-steps", 14, "--keep", 9, "--seq-len", 512]
+    spied = lambda name, *more, ranks: finish(  # noqa: E731
+        launch(tmp_path / f"{name}.rows", *arguments, "--out", tmp_path / name, *more, ranks=ranks, script="tests/spy.py")
+    )
+    for ranks in (1, 2):
+        whole = f"whole-{ranks}"
+        spied(whole, ranks=ranks)
+        rows = seen(tmp_path / f"{whole}.rows", ranks, 14)
+        documents = [tuple(piece) for step in rows for row in step for piece in row]
+        assert len(documents) == len(set(documents)) and len({source for source, *_ in documents}) > 1  # epochs
+        for again in (1, 2):
+            name = f"from-{ranks}-to-{again}"
+            shutil.copytree(tmp_path / whole, tmp_path / name)
+            for made in ("step-8", "step-12", "step-14", "final"):  # as a run that died after step 4
+                shutil.rmtree(tmp_path / name / made)
+            err = spied(name, "--resume", ranks=again)
+            assert "going on from" in err and "step-4" in err
+            same_run(tmp_path / whole, tmp_path / name, rel=0.0 if again == ranks else 1e-5)
+            assert seen(tmp_path / f"{name}.rows", again, 10) == rows[4:]
+            if again == ranks:
+                same_state(tmp_path / whole, tmp_path / name)
 
 
 def workers(process):
@@ -244,6 +268,7 @@ def workers(process):
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_comes_back(small, tmp_path):
     """torchrun --max-restarts starts all ranks again, and they go on from the last checkpoint, with no --resume given."""
     arguments = [*small, "--batch-size", 2, "--max-steps", 12, "--save-every", 3]
@@ -257,6 +282,7 @@ def test_a_killed_rank_comes_back(small, tmp_path):
     same_state(whole, hurt)
 
 
+@pytest.mark.slow
 def test_torchrun_stopped_saves(small, tmp_path):
     """SIGTERM to torchrun reaches the ranks, which save the step they are at and leave."""
     out = tmp_path / "run"
@@ -269,23 +295,28 @@ def test_torchrun_stopped_saves(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(small, tmp_path):
-    """Killed at 20 random moments, saving included: it always goes on, loses at most one interval, and ends the same."""
-    arguments = [*small, "--batch-size", 1, "--max-steps", 60, "--save-every", 2]
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_any_moment(ranks, small, tmp_path):
+    """Killed at 20 random moments, saving included, torchrun or one of its ranks: it always goes on, loses at most one
+    interval, and ends the same."""
+    arguments = [*small, "--batch-size", 2, "--micro-batch", 2 // ranks, "--max-steps", 60, "--save-every", 2]
     whole, hurt, rng = tmp_path / "whole", tmp_path / "hurt", random.Random(0)
-    finish(launch(*arguments, "--out", whole))
+    finish(launch(*arguments, "--out", whole, ranks=ranks))
+    pace = sum(line["seconds"] for line in read_log(whole)) / 60
+    logged = lambda: (hurt / "log.jsonl").read_text().count("\n") if (hurt / "log.jsonl").exists() else 0  # noqa: E731
     for _ in range(20):
-        before = len(read_log(hurt)) if (hurt / "log.jsonl").exists() else 0
-        process = launch(*arguments, "--out", hurt, "--resume")
-        while process.poll() is None and (not hurt.exists() or len((hurt / "log.jsonl").read_text().splitlines()) == before):
+        before = logged()
+        process = launch(*arguments, "--out", hurt, "--resume", ranks=ranks)
+        while process.poll() is None and logged() == before:
             time.sleep(0.01)  # up to its first new step, or to the cut back to the last checkpoint
-        time.sleep(rng.random() * 0.3)
-        process.kill()
-        process.communicate()
+        time.sleep(rng.random() * 8 * pace)  # some steps and savings, whatever the machine's speed
+        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+            os.kill(rng.choice([process.pid, *workers(process)]) if ranks > 1 else process.pid, signal.SIGKILL)
+        process.communicate(timeout=100)  # ends when no rank is left to hold the pipe
         lines, states = read_log(hurt), find_checkpoints(hurt)
         at = int(states[-1].name.removeprefix("step-")) if states else 0
         assert at >= len(lines) - 2
-    finish(launch(*arguments, "--out", hurt, "--resume"))
+    finish(launch(*arguments, "--out", hurt, "--resume", ranks=ranks))
     same_run(whole, hurt)
     same_state(whole, hurt)
 
@@ -320,6 +351,7 @@ def test_an_output_that_is_read_only(small, tmp_path):
     assert f"{out}: not writable; choose another --out" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints(small, tmp_path):
     """One that is altered or cut is found out and named, and the run goes on from the one before, to the same end."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 6, "--save-every", 2, "--keep", 3]
@@ -350,8 +382,11 @@ def test_changed_settings_and_too_few_documents(small, tmp_path):
     assert "--seed was 0, is 7" in err and "Traceback" not in err
     assert (tmp_path / "run" / "step-2" / "progress.json").read_text() == state
     finish(launch(*arguments, "--resume", "--eval-every", 7, "--save-every", 9))
-    err = finish(launch(*small, "--batch-size", 64, "--dry-run", 64), code=2)
-    assert "rows of documents for 64 ranks" in err
+    err = finish(launch(*small, "--batch-size", 64, "--dry-run", 64))  # only a plan: said, not refused
+    assert "rows of documents for 64 ranks" in err and "64 rank(s)" in err
+    none = tmp_path / "none"
+    err = finish(launch(*small, "--seq-len", 100_000, "--batch-size", 2, "--out", none, ranks=2), code=1)  # torchrun's own code
+    assert "error: 1 rows of documents for 2 ranks; use fewer ranks" in err and not none.exists()
 
 
 def test_what_is_not_finite(small, tmp_path, stage_tokenizer):
@@ -423,23 +458,46 @@ def test_no_rank_holds_a_whole_checkpoint(tmp_path):
     assert grown[1][0] > 0.95 and max(grown[2]) < 0.5 + 2e8 / size + 0.02, grown
 
 
+def steps_of(model, batches):
+    """Losses and summed gradients of a few batches."""
+    losses = []
+    for batch in batches:
+        loss, _ = train.loss_sum(model, batch)
+        loss.backward()
+        losses.append(loss.detach())
+    return [*losses, *(p.grad.clone() for p in model.parameters())]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_compiled_blocks_learn_the_same(recompute, monkeypatch):
-    """Blocks captured by torch.compile, recomputation inside, give the loss and gradients of plain ones (no code generated)."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    config = random_config(5, num_hidden_layers=2)
-    batch = train.stack(pack(documents_of(config, [37, 27], 0), 64), "cpu")
+@pytest.mark.parametrize(
+    ("version", "recompute"), [("triton", "none"), ("triton", "selective"), ("triton", "full"), ("torch", "none")]
+)
+def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
+    """Blocks captured by torch.compile, recomputation inside, give the losses and gradients of plain ones (no code generated).
+
+    With the Triton kernels, as on a GPU, a block is one graph; batches with other documents and other numbers of supervised
+    rows soon make no more of them. The twins of a CPU loop over documents, outside the graphs.
+    """
+
+    captured = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=captured, fullgraph=version == "triton"))
+    monkeypatch.setattr(kernels, "_chosen", version)
+    torch._dynamo.reset()
+    config = random_config(5, num_hidden_layers=3, head_dim=16)
+    lengths = ([37, 27], [20, 30], [64], [9, 8, 7], [50, 11])
+    batches = [train.stack(pack(documents_of(config, each, seed), 64), "cpu") for seed, each in enumerate(lengths)]
     found = []
     for compiled in (False, True):
         args = types.SimpleNamespace(dtype="float32", recompute=recompute, compile=compiled, shard_ranks=None)
         model = train.shard_model(config, torch.device("cpu"), args)
         fill(model, RandomWeights(model, 0))
-        loss, _ = train.loss_sum(model, batch)
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in model.parameters())])
-    for plain, captured in zip(*found, strict=True):
-        torch.testing.assert_close(captured, plain, rtol=1e-5, atol=1e-5)
+        found.append(steps_of(model, batches[:3]))
+    frames = captured.frame_count
+    assert 0 < frames <= 3 * (1 if version == "triton" else 5)  # a block: without rows, with so many, with any number
+    steps_of(model, batches[3:])
+    assert captured.frame_count == frames
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_learning_rate_warms_up_and_decays():
@@ -461,6 +519,25 @@ def test_dry_run_allocates_nothing(script, story):
     assert code == 0
     assert f"{parameters:,} parameters" in err
     assert not (story.parent / "none").exists()
+
+
+def test_dry_run_downloads_no_weights(script, small, tmp_path, monkeypatch):
+    """With a Hub id it asks for the config and the tokenizer; the same without --dry-run asks for the weights too."""
+    asked = []
+
+    def snapshot_download(spec, allow_patterns):
+        asked.append((spec, shutil.ignore_patterns(*allow_patterns)(None, os.listdir(small[1]))))  # the names that match
+        shutil.copytree(small[1], tmp_path / "got", ignore=lambda _, names: set(names) - asked[-1][1])
+        return tmp_path / "got"
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    code, _, err = script("train", "--model", "someone/tiny", *small[2:], "--batch-size", 1, "--dry-run")
+    assert code == 0 and "parameters" in err
+    assert asked[0][0] == "someone/tiny" and {"config.json", "tokenizer.model"} <= asked[0][1]
+    assert not any(name.endswith(".safetensors") for name in asked[0][1])
+    shutil.rmtree(tmp_path / "got")
+    find_model("someone/tiny")
+    assert asked[1][1] - asked[0][1] == {"model.safetensors"}
 
 
 def test_events_for_tensorboard(tmp_path, monkeypatch):
