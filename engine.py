@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import kernels
 from cli import UsageError
-from constrain import Grammar, Vocabulary, advance, cost, token_bytes
+from constrain import Grammar, Vocabulary, advance, cost
 from fast_linear import packed
 
 LOGITS = 2**26  # at most so many logits of scored text at a step, 256 MiB in fp32
@@ -685,7 +685,7 @@ class Engine:
         else:
             ids.append(token)
             if s.grammar:
-                s.state = advance(s.state, token_bytes(self.tokenizer, token))
+                s.state = advance(s.state, self.tokenizer.token_bytes(token))
                 s.finish_reason = "stop" if not s.state or len(ids) == s.limit else None
             if self.tokenizer:
                 self.read_text(s)
