@@ -337,7 +337,9 @@ class Engine:
     which is taken only as it is used.
     """
 
-    def __init__(self, model, tokenizer=None, max_batch=64, max_step_tokens=4096, cache_tokens=None, page_size=16, consume=False):
+    def __init__(
+        self, model, tokenizer=None, max_batch=64, max_step_tokens=4096, cache_tokens=None, page_size=16, consume=False
+    ):
         self.tokenizer, self.config = tokenizer, model.config
         self.max_batch, self.max_step_tokens = max_batch, max_step_tokens
         parameter = next(model.parameters())

@@ -858,7 +858,15 @@ def test_bad_prompts_are_refused(prompt, words):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": -1}, {"max_tokens": 0}, {"choices": []}],
+    [
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"max_tokens": 0},
+        {"choices": []},
+    ],
     ids=str,
 )
 def test_impossible_settings_are_refused(settings):
