@@ -2,9 +2,11 @@
 
     model = packed(model)                        # shares embeddings and norms; the model given stays as it was
 
-A step of decoding reads every weight once, and oneDNN reads its blocked layout at nearly the speed of memory where row-major
-weights take up to twice as long. Its results for a row do not depend on how many rows there are, so a text comes out the same
-in any batch. The two private operators are called here and nowhere else; where they are missing or refuse, plain ones serve.
+Linear layers of one step of a 135M model on two cores, packed against row-major, in ms: bfloat16 16 against 24 for 1 row, 33
+against 50 for 16; float32 24 against 18 for 1 row, 27 against 31 for 4, 41 against 43 for 16; the rows of a prompt take as long
+either way. A row's results do not depend on how many rows there are, so a text comes out the same in any batch; that is why 1
+row is no exception. The two private operators are called here and nowhere else; where they are missing or refuse, plain ones
+serve.
 """
 
 import copy
