@@ -38,7 +38,7 @@ class Vocabulary:
     """The bytes of a tokenizer's tokens, sorted: words[i] belongs to ids[i]. Special tokens have none."""
 
     def __init__(self, tokenizer):
-        words = sorted((word, i) for i in range(tokenizer.vocab_size) if (word := token_bytes(tokenizer, i)))
+        words = sorted((word, i) for i in range(tokenizer.vocab_size) if (word := tokenizer.token_bytes(i)))
         self.words, self.ids = [word for word, _ in words], np.array([i for _, i in words])
         if len(missing := {*range(256)} - {word[0] for word in self.words if len(word) == 1}):
             raise UsageError(f"this tokenizer has no token for {len(missing)} of the 256 bytes, so JSON cannot be promised")
@@ -73,18 +73,6 @@ class Vocabulary:
             elif match[1] is None and word[match.end()] == QUOTE:
                 leave.setdefault(word[match.end() + 1 :], []).append(index)
         return np.array(stay, int), np.array(ends, int), leave
-
-
-def token_bytes(tokenizer, i):
-    """The bytes that a token adds to a text; none for special tokens."""
-    if i in tokenizer.names:
-        return b""
-    if hasattr(tokenizer, "tokens"):
-        return tokenizer.tokens.get(i, b"")
-    pieces = tokenizer.pieces
-    if pieces.is_byte(i):
-        return bytes([int(pieces.id_to_piece(i)[3:-1], 16)])
-    return b"" if pieces.is_unknown(i) else pieces.id_to_piece(i).replace("\u2581", " ").encode()
 
 
 class Grammar:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import kernels
 from cli import UsageError
-from constrain import Grammar, Vocabulary, advance, cost, token_bytes
+from constrain import Grammar, Vocabulary, advance, cost
 from fast_linear import packed
 
 LOGITS = 2**26  # at most so many logits of scored text at a step, 256 MiB in fp32
@@ -330,18 +330,21 @@ class Engine:
     """Generates for many prompts at once, with cached keys and values.
 
     model: a Transformer in eval mode, any dtype and device. On a CPU the engine runs a packed twin of it (fast_linear.py), made
-    here: it sees no later change of the weights. tokenizer: may be None where only ids go in and out (no stop ids then).
+    here: it sees no later change of the weights, and with `consume` takes the model apart for it, so that no weight is held
+    twice. tokenizer: may be None where only ids go in and out (no stop ids then).
     max_batch: sequences in flight; max_step_tokens: tokens of prompts taken in at one step, longer ones in parts. cache_tokens:
     room for keys and values, in tokens; by default most of a GPU's free memory, or a quarter of the machine's (8 GiB at most),
     which is taken only as it is used.
     """
 
-    def __init__(self, model, tokenizer=None, max_batch=64, max_step_tokens=4096, cache_tokens=None, page_size=16):
+    def __init__(
+        self, model, tokenizer=None, max_batch=64, max_step_tokens=4096, cache_tokens=None, page_size=16, consume=False
+    ):
         self.tokenizer, self.config = tokenizer, model.config
         self.max_batch, self.max_step_tokens = max_batch, max_step_tokens
         parameter = next(model.parameters())
         self.device, dtype, config = parameter.device, parameter.dtype, model.config
-        self.model = packed(model) if self.device.type == "cpu" else model
+        self.model = packed(model, consume) if self.device.type == "cpu" else model
         shape = (page_size, config.num_key_value_heads, config.head_dim)
         bytes_a_page = 2 * config.num_hidden_layers * page_size * shape[1] * shape[2] * dtype.itemsize
         if cache_tokens is None:
@@ -685,7 +688,7 @@ class Engine:
         else:
             ids.append(token)
             if s.grammar:
-                s.state = advance(s.state, token_bytes(self.tokenizer, token))
+                s.state = advance(s.state, self.tokenizer.token_bytes(token))
                 s.finish_reason = "stop" if not s.state or len(ids) == s.limit else None
             if self.tokenizer:
                 self.read_text(s)

@@ -32,7 +32,7 @@ def load_engine(spec, dtype=None, chat_format=None):
     model = load_model(directory, "cuda" if cuda else "cpu", dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(f"{directory}: {tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model")
-    return Engine(model, tokenizer)
+    return Engine(model, tokenizer, consume=True)
 
 
 # ---- command line -------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def main():
     add("--top-k", type=int, default=0)
     add("--stop", nargs="*", default=[], help="strings that end the text")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
-    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU or a CPU that multiplies it, else float32")
+    add("--dtype", choices=DTYPES, help="default, by what is faster: bfloat16 on a GPU or a CPU with AMX, else float32")
     add("--seed", type=int)
     args = parser.parse_args()
     if args.chat == (args.prompt is not None):
@@ -156,7 +156,9 @@ def main():
         args.temperature, args.top_p, args.top_k, args.max_tokens, tuple(filter(None, args.stop)), args.seed
     )
     found = find_character(args.character, args.scene) if args.character else None
-    dtype = args.dtype or ("bfloat16" if fast_bf16() else None)
+    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or fast_bf16() else "float32")
+    if not args.dtype:
+        cli.note(f"(in {dtype}, the faster on this machine; --dtype takes another)")
     engine = load_engine(args.model or default_actor(), dtype, args.chat_format)
     if found:
         meet(engine, params, args.stats, *found)
