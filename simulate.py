@@ -8,7 +8,8 @@
 The rules are in protocol.py. `--out DIR` gets `settings.json`, all that decides the result; `transcripts.jsonl`, a scene as
 soon as it is finished, in the order of the file at the end; `failures.jsonl` with scenes that could not be finished, if any;
 and until then `replies.jsonl`, every reply as it comes, so that `--resume` asks for none of them again and ends with what an
-uninterrupted run would have written, byte for byte but for the seconds.
+uninterrupted run would have written. The same settings and seed give the same bytes on a CPU, but for the last value of a line,
+`stats.seconds`: to compare two files of transcripts, drop it (`sed 's/"seconds": [0-9.]*}}$//'`).
 """
 
 import contextlib
@@ -219,11 +220,8 @@ def main_next_speaker_eval(args):
         f"{model.name}: {shares['correct']}% of {total:,} next speakers of {len(scenes)} scenes; the last other speaker: "
         f"{shares['last_other']}%; uniform over the cast: {shares['uniform']}%"
     )
-    print(
-        json.dumps(
-            {"model": model.identity, "mode": args.next_speaker_mode, "scenes": len(scenes), **counts, "percent": shares}
-        )
-    )
+    about = {"model": model.identity, "mode": args.next_speaker_mode, "scenes": len(scenes)}
+    print(json.dumps(about | counts | {"percent": shares}))
 
 
 # ---- what to play, and where it goes ------------------------------------------------------------------------------------
@@ -338,6 +336,8 @@ class Stage:
             if cli.stdout.is_terminal and self.column + width > cli.stdout.width:
                 cli.put("\n")
                 self.column = 0
+                if word.isspace():
+                    continue
             for part, style in spans:
                 cli.put(part, "dim italic" if name == ENVIRONMENT else style)
             self.column = width if "\n" in word else self.column + width
@@ -388,13 +388,7 @@ def parse_args():
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     add("--seed", type=int, default=0)
     add("--side-by-side", type=int, default=SIDE_BY_SIDE, metavar="N", help="scenes on stage at once (default: %(default)s)")
-    add(
-        "--concurrency",
-        type=int,
-        default=CONCURRENCY,
-        metavar="N",
-        help="requests to an endpoint at once (default: %(default)s)",
-    )
+    add("--concurrency", type=int, default=CONCURRENCY, metavar="N", help=f"requests to an endpoint at once ({CONCURRENCY})")
     add("--requests-per-minute", type=float, metavar="N", help="to an endpoint, at most")
     args = parser.parse_args()
     if bool(args.scene) + args.list + bool(args.next_speaker_eval) != 1:
@@ -514,10 +508,8 @@ def run(scenes, models, protocol, settings, out, done, args):
                 raise UsageError(f"{len(failures)} scene(s) could not be finished; the first: {failures[0]['error']}")
         except (KeyboardInterrupt, UsageError) as error:
             why = str(error) + ". " if str(error) else ""
-            kept = (
-                f"{len(done)} of {len(scenes)} scenes are in {out}; the same command with --out {out} --resume plays the rest"
-            )
-            raise type(error)(f"{why}{kept}") from None
+            kept = f"{len(done)} of {len(scenes)} scenes are in {out}"
+            raise type(error)(f"{why}{kept}; the same command with --out {out} --resume plays the rest") from None
     order = {(scene.book, scene.i_p, scene.i_c): i for i, scene in enumerate(scenes)}
     done.sort(key=lambda line: order.get((line["book"], line["i_p"], line["i_c"]), len(order)))
     cli.write_lines(out / TRANSCRIPTS, done)
@@ -526,7 +518,11 @@ def run(scenes, models, protocol, settings, out, done, args):
         with cli.write_whole(out / SCRIPT) as file:
             file.write("\n".join(markdown(line) for line in done))
     total = {name: sum(line["stats"][name] for line in done) for name in ("prefilled", "least", "decoded")}
-    least = f" ({total['prefilled'] / total['least']:.3f} of the least possible)" if total["least"] else ""
+    least = (
+        f" ({total['prefilled'] / total['least']:.3f} of the least possible)"
+        if total["least"] and all(m.local for m in models.values())
+        else ""
+    )
     cli.note(
         f"{len(done)} scene(s) in {out / TRANSCRIPTS}: {total['decoded']:,} tokens spoken, {total['prefilled']:,} read{least}. "
         f"Next: python judge.py {out}"

@@ -1,5 +1,6 @@
 """The two protocols side by side, how answers are read, which tokens stay as they were sampled, and what runs leave behind."""
 
+import io
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import usage_error
+from rich.console import Console
 from test_llm import Script, Server
 from test_simulate import in_turn, make_scene, play, read_lines, stage_answer, three_scenes, who, without_seconds  # noqa: F401
 
@@ -565,6 +567,20 @@ def test_a_scene_streams_what_is_played(script, tiny_actor, stage, tmp_path, mon
     assert line["messages"][0]["content"] == "[my secret] (nods) Good day."
     if thoughts == "show":
         assert all(m["content"] in out for m in line["messages"] if m["role"] != "NSP")
+
+
+def test_a_turn_is_wrapped_at_words(stage, monkeypatch):
+    """On a terminal no line is wider than it or begins with the space it was broken at, and no word is lost."""
+    file = io.StringIO()
+    monkeypatch.setattr(cli, "stdout", Console(file=file, force_terminal=True, width=40, highlight=False))
+    monkeypatch.setattr("sys.stdout", file)
+    said, shown = simulate.Stage(stage["the-last-ferry/1"]), file.tell()
+    text = " ".join("word" * (1 + i % 3) for i in range(200))
+    for n in (7, 300, len(text)):
+        said.put("Wick Tarn", text[:n])
+    lines = re.sub("\x1b\\[[0-9;]*m", "", file.getvalue()[shown:]).split("\n")
+    assert " ".join(line.rstrip() for line in lines) == f"Wick Tarn: {text}"
+    assert len(lines) > 20 and all(len(line) <= 40 and not line.startswith(" ") for line in lines)
 
 
 def test_a_script_is_markdown_in_which_nothing_said_is_markup(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811

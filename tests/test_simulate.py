@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -250,10 +251,10 @@ def test_names_that_do_not_serve_fall_back(answer):
     def name(messages, _):
         return messages[-1]["content"].split(":")[0] if answer is None else answer
 
-    def decide(seed):
+    def decide(seed, i_p=0):
         next_speaker = Script(name)
         said, messages, stats = play(
-            make_scene(), Script(lambda *_: "Yes."), None, next_speaker, seed=seed, end_from_round=20, max_rounds=12
+            make_scene(i_p=i_p), Script(lambda *_: "Yes."), None, next_speaker, seed=seed, end_from_round=20, max_rounds=12
         )
         assert stats["fallbacks"] == 11
         roles = [role for role, _ in said]
@@ -264,6 +265,7 @@ def test_names_that_do_not_serve_fall_back(answer):
         return roles
 
     plays = [decide(seed) for seed in range(6)]
+    assert decide(0, i_p=1) != plays[0] != decide(1)  # by the scene and by the seed
     assert {role for roles in plays for role in roles} == {"Ada", "Ben", "Environment"}
     assert plays == [decide(seed) for seed in range(6)] and len(set(map(tuple, plays))) > 3
 
@@ -563,7 +565,9 @@ def test_a_bundled_scene_with_a_checkpoint(script, stage, tiny_actor, tmp_path):
     assert not first["content"].startswith(first["role"])
     assert line["stats"].keys() >= STATS and line["stats"]["decoded"] > 0 and line["stats"]["cached"] > 0
     assert script("simulate", *args, "--out", tmp_path / "b")[0] == 0
-    assert without_seconds(read_lines(tmp_path / "b")) == without_seconds([line])
+    a, b = ((tmp_path / name / "transcripts.jsonl").read_bytes() for name in "ab")
+    drop = functools.partial(re.sub, rb'"seconds": [0-9.]*}}$', b"", flags=re.MULTILINE)
+    assert drop(a) == drop(b) and len(a) - len(drop(a)) < 25
 
 
 @pytest.mark.usefixtures("short_turns")
@@ -626,6 +630,7 @@ def test_through_an_endpoint(script, three_scenes, tmp_path, monkeypatch):
         args = ["--scene", f"{three_scenes}:all", "--actor", "openai:m", "--next-speaker", "openai:n", "--max-rounds", 4]
         code, out, err = script("simulate", *args, "--continue-from", 2, "--out", tmp_path / "a")
     assert code == 0
+    assert "least possible" not in err  # what an endpoint sampled of its prompts nobody knows
     lines = read_lines(tmp_path / "a")
     assert {line["book"] for line in lines} == {scene.book for scene in load_scenes(three_scenes)}
     for line in lines:
