@@ -58,8 +58,11 @@ def find_character(name, spec=None):
     raise UsageError(f"--character {name}: not in the cast; there are {', '.join(sorted(cast))}")
 
 
-def show(pieces, stats=False):
-    """Prints pieces of text as they come, then a line end; returns the whole, or what there is of it at Ctrl-C."""
+def show(pieces, stats=""):
+    """Prints pieces of text as they come, then a line end; returns the whole, or what there is of it at Ctrl-C.
+
+    stats: what to say of the speed besides how many tokens; empty for nothing at all.
+    """
     painter, text, begun, first = cli.Painter(), "", time.perf_counter(), None
     try:
         while True:
@@ -72,7 +75,7 @@ def show(pieces, stats=False):
         cli.put("\n")
         if stats:
             done, now = end.value, time.perf_counter()
-            speed = f"{len(done.ids) / (now - begun):.1f} tokens/s, the first piece after {(first or now) - begun:.2f} s"
+            speed = f"{len(done.ids) / (now - begun):.1f} tokens/s{stats}, the first piece after {(first or now) - begun:.2f} s"
             cli.note(f"({len(done.ids)} tokens, {speed}; {done.cached_tokens} of {done.prompt_tokens} prompt tokens cached)")
     except KeyboardInterrupt:
         pieces.close()
@@ -80,7 +83,7 @@ def show(pieces, stats=False):
     return text
 
 
-def converse(engine, params, messages_of, system=None, name="", stats=False):
+def converse(engine, params, messages_of, system=None, name="", stats=""):
     """Lines from stdin, replies to stdout; an empty line or end of input ends it. messages_of: [[line, reply], ...] -> turns;
     name: who answers, if that is part of each answer."""
     said, retries = [], 0
@@ -138,7 +141,7 @@ def main():
     add("--chat", action="store_true", help="talk with the model, a line at a time")
     add("--character", help="with --chat: whom to meet, of the bundled scenes or of --scene")
     add("--scene", help="with --character: a bundled scene, or FILE, FILE:INDEX of a book or test file")
-    add("--stats", action="store_true", help="tokens a second and cached tokens, after each answer, on stderr")
+    add("--stats", action="store_true", help="tokens a second, the dtype and cached tokens, after each answer, on stderr")
     add("--max-tokens", type=int, default=200)
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     add("--top-p", type=float, default=1.0)
@@ -157,19 +160,18 @@ def main():
     )
     found = find_character(args.character, args.scene) if args.character else None
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or fast_bf16() else "float32")
-    if not args.dtype:
-        cli.note(f"(in {dtype}, the faster on this machine; --dtype takes another)")
+    stats = f" in {dtype}" if args.stats else ""
     engine = load_engine(args.model or default_actor(), dtype, args.chat_format)
     if found:
-        meet(engine, params, args.stats, *found)
+        meet(engine, params, stats, *found)
     elif args.chat:
-        chat(engine, params, args.stats)
+        chat(engine, params, stats)
     else:
         text = "\n".join(cli.lines("", keep=True)) if args.prompt == "-" else args.prompt
         bos = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]
         pieces = engine.stream(bos + engine.tokenizer.encode(text), params, goes_on=True)
         cli.put(text)
-        show(pieces, args.stats)
+        show(pieces, stats)
 
 
 if __name__ == "__main__":

@@ -959,7 +959,7 @@ def test_commands_of_a_chat(script, tiny_actor, monkeypatch):
     expected.append(reply(4))
     assert code == 0 and out == "".join(plain(text) + "\n" for text in expected)
     assert "/retry  " in err and "/fly" in err and "nothing has been said" in err and "Be brief." in err
-    assert len(re.findall(r"tokens/s.*cached", err)) == 3
+    assert len(re.findall(r"tokens/s in float32.*cached", err)) == 3
 
 
 def test_ctrl_c_ends_an_answer_and_not_the_chat(script, tiny_actor, monkeypatch):
