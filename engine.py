@@ -669,8 +669,10 @@ class Engine:
             logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
         if sequence.grammar:
             allowed, costs = sequence.grammar.allowed(sequence.state)
-            allowed = allowed[costs < sequence.limit - len(ids)].tolist()
-            allowed = torch.tensor(allowed + [*self.stop_ids] * (cost(sequence.state) == 0), device=self.device)
+            allowed = allowed[costs < sequence.limit - len(ids)]
+            if cost(sequence.state) == 0:
+                allowed = np.concatenate((allowed, [*self.stop_ids]))
+            allowed = torch.from_numpy(allowed.astype(np.int64)).to(self.device)
             logits = torch.full_like(logits, -torch.inf).index_copy(0, allowed, logits[allowed])
         return logits
 
