@@ -321,6 +321,7 @@ def test_killed_at_any_moment(ranks, small, tmp_path):
     same_state(whole, hurt)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_state_before(small, tmp_path):
     """A checkpoint that cannot be written is one clear line, nothing of it is left, and the one before is good."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 6, "--save-every", 2]
