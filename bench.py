@@ -458,7 +458,7 @@ class SimulationPeer:
     def chat(self, conversations, params, openings):
         from llm import Reply
 
-        replies, stops = [], self.ours.tokenizer.stop_ids
+        replies, stops = [], [*self.ours.tokenizer.stop_ids, *self.ours.markers]
         for messages, each, opening in zip(conversations, params, openings, strict=True):
             prompt, own = self.ours.prompt(messages, opening)
             tokens = torch.tensor([prompt], device=self.model.device)
