@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -461,7 +462,7 @@ class SimulationPeer:
     def chat(self, conversations, params, openings):
         from llm import Reply
 
-        replies, stops = [], self.ours.tokenizer.stop_ids
+        replies, stops = [], [*self.ours.tokenizer.stop_ids, *self.ours.markers]
         for messages, each, opening in zip(conversations, params, openings, strict=True):
             prompt, own = self.ours.prompt(messages, opening)
             tokens = torch.tensor([prompt], device=self.model.device)
@@ -474,8 +475,9 @@ class SimulationPeer:
 
 
 def simulation(args, count=16):
-    """Seconds of so many scenes, greedily: all side by side, and one after the other with the same engine and with the peer,
-    which is the schedule of the code released with the paper. Only runs that say the same, word for word, are compared."""
+    """Seconds of so many scenes, greedily: all side by side, and one after the other, with the same engine or with the peer,
+    which is the schedule of the code released with the paper. Only runs that say the same, word for word, are compared. What
+    is not counted is two rounds of one scene."""
     from checkpoint import load_model, save_model
     from data.scenes import load_stage
     from engine import Engine
@@ -496,9 +498,11 @@ def simulation(args, count=16):
 
     def side(name, make, side_by_side):
         def run():
-            model, ends = make(), {}
+            model, ends, warm = make(), {}, name in played
+            rules = protocol if warm else replace(protocol, max_rounds=2)
             models = dict.fromkeys(("actor", "environment", "next_speaker"), model)
-            perform(scenes, models, protocol, on_end=lambda s, *end: ends.update({s.key: end}), side_by_side=side_by_side)
+            chosen = scenes if warm else scenes[:1]
+            perform(chosen, models, rules, on_end=lambda s, *end: ends.update({s.key: end}), side_by_side=side_by_side)
             played[name] = ends
 
         return run
@@ -511,10 +515,11 @@ def simulation(args, count=16):
         return local
 
     sides = {"ours, side by side": side("ours, side by side", emptied, count)}
-    sides["ours, one by one"] = side("ours, one by one", emptied, 1)
     if args.peer:
         peer = SimulationPeer(local, directory)
         sides["peer, one by one"] = side("peer, one by one", lambda: peer, 1)
+    else:
+        sides["ours, one by one"] = side("ours, one by one", emptied, 1)
     medians, rows = interleave(sides, args.rounds), []
     said = {name: {key: messages for key, (messages, *_) in ends.items()} for name, ends in played.items()}
     different = [name for name in said if said[name] != said["ours, side by side"]]

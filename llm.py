@@ -21,7 +21,7 @@ import re
 import threading
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -71,6 +71,7 @@ class Local:
         self.name, self.engine = str(directory), load_engine(directory)
         self.tokenizer = self.engine.tokenizer
         self.identity = f"{fingerprint(find_model(directory))} {self.engine.device.type} {self.engine.kv.dtype}"
+        self.markers = tuple(self.tokenizer.specials.values())  # none has a place within a turn, so each ends it
         self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)  # a chat's turns are rendered at each of its calls
         self.as_sampled = functools.lru_cache(2**15)(self._as_sampled)
 
@@ -83,6 +84,8 @@ class Local:
         """
         openings = openings or [""] * len(conversations)
         params = params if isinstance(params, list) else [params] * len(conversations)
+        free = [p.choices is None and p.json_schema is None for p in params]
+        params = [replace(p, stop_ids=self.markers) if f else p for p, f in zip(params, free, strict=True)]
         asked = [self.prompt(messages, opening) for messages, opening in zip(conversations, openings, strict=True)]
         takes = min(self.engine.config.max_position_embeddings, self.engine.blocks.num_pages * self.engine.blocks.page_size) - 1
         replies = [None] * len(asked)

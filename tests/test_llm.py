@@ -590,6 +590,18 @@ def test_a_checkpoint_answers_as_its_model_does(tiny_actor, openings):
         assert (reply.text, reply.prompt_tokens, reply.completion_tokens) == (tokenizer.decode(said), len(ids), len(said))
 
 
+def test_a_chat_marker_ends_a_turn(tiny_actor):
+    """A model that samples a special token within its turn, another turn's head say, is not let go on, and no text has it."""
+    model = llm.open_model(tiny_actor)
+    assert set(model.markers) == set(model.tokenizer.specials.values())
+    whole = model.chat([HELLO], SamplingParams(0, max_tokens=8))[0]
+    n = next(i for i in range(1, 8) if whole.ids[i] not in whole.ids[:i])
+    model.markers = (whole.ids[n],)
+    reply = model.chat([HELLO], SamplingParams(0, max_tokens=8))[0]
+    assert (reply.ids, reply.finish_reason) == (whole.ids[:n], "stop")
+    assert reply.text == model.tokenizer.decode(whole.ids[:n])
+
+
 def test_an_endpoint_is_not_given_an_opening():
     """What a reply is to begin with changes nothing in what an endpoint is asked."""
     with Server(lambda *_: "hi") as server:

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -446,6 +447,16 @@ def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(script, three_scene
             ]
             assert len(server.requests) - before <= calls + 3  # three scenes, a call in flight each
         assert deaths == 25
+
+
+def test_a_journal_torn_twice_is_read(tmp_path):
+    """What a kill left of a line is gone before the next is written, so a second kill finds a journal that can be read."""
+    scene, call = make_scene(), SimpleNamespace(occasion="0.0|actor")
+    live, path = SimpleNamespace(scene=scene, call=call), tmp_path / "replies.jsonl"
+    path.write_text('{"a|0": {"text": "x", "finish_reason": "stop"}}\n{"b|0": {"te')
+    simulate.Journal(path).keep([(live, Reply("y", "stop"))])
+    journal = simulate.Journal(path)
+    assert journal.replies.keys() == {"a|0", f"{scene.key}|0.0|actor"} and journal.take(scene, call) == Reply("y", "stop")
 
 
 def test_a_killed_run_of_a_checkpoint_goes_on_too(script, three_scenes, tiny_actor, tmp_path, monkeypatch):  # noqa: F811

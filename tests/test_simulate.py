@@ -308,6 +308,14 @@ def test_continue_from_k_keeps_the_original_lines(stage, k):
         assert actor.asked[0][0][1:] == perspective(given, said[len(given)][0])
 
 
+def test_original_lines_count_as_rounds():
+    """Fewer rounds than lines to continue from: so many lines, nobody asked, and no decision after the last."""
+    actor = Script(lambda *_: "Go on.")
+    said, messages, _ = play(make_scene(), actor, continue_from=5, max_rounds=2)
+    assert said == [("Ada", "original 0"), ("Ben", "original 1")] and not actor.asked
+    assert messages[-1]["role"] == "Ben" and len(messages) == 3
+
+
 def test_continue_from_puts_no_real_line_into_another_mouth(shared):
     """The first three lines of all 100 scenes of the test set are said by those who say them there."""
     file = shared / "coser" / "test" / "id.json"
