@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on the CPU, interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import checkpoint
 import tokenizer
 from data.scenes import load_stage
 from model import ModelConfig, RopeScaling
 
-if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on the CPU, interpreted
-    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # small models: more threads only wait for each other
 
 ROOT = Path(__file__).resolve().parent.parent
