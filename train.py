@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 import checkpoint
 import cli
 import costs
+import kernels
 from cli import UsageError
 from data.packing import CHANNELS, IGNORE, make_row
 from data.scenes import STAGE
@@ -192,6 +193,8 @@ def shard_model(config, device, args):
         for block in blocks:
             block.forward = functools.partial(recompute, block.forward, use_reentrant=False, **options)
     if args.compile:
+        # a loop over documents, which a compiler would unroll anew for each row
+        kernels.attention_torch = torch.compiler.disable(kernels.attention_torch)
         for block in blocks:
             block.forward = torch.compile(block.forward)
     dtype, shards = checkpoint.DTYPES[args.dtype], args.shard_ranks or WORLD_SIZE

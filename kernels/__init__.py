@@ -5,14 +5,11 @@ when it first runs. `use` overrides the choice, for tests and comparisons. What 
 the shapes.
 """
 
-import torch
-
 from kernels.attention import attention_torch
 from kernels.decode import decode_attention_torch
 from kernels.rms_norm import rms_norm_torch
 
 _chosen = None
-attention_torch = torch.compiler.disable(attention_torch)  # a loop over documents, which a compiler would unroll anew each time
 
 
 def use(name):
