@@ -417,7 +417,7 @@ def evaluation_of(file):
 
 
 def parse_args():
-    parser = cli.Parser(__doc__, "python judge.py out/plays/the-last-ferry-1.1")
+    parser = cli.Parser(__doc__, "python simulate.py --scene the-last-ferry/1 --out out/play; python judge.py out/play")
     add = parser.add_argument
     add("performances", nargs="?", metavar="DIR", help="directory of simulate.py, or a simulation file of the release")
     add("--judge", help="checkpoint directory or openai:MODEL; without one there are no new flaw scores")
