@@ -175,13 +175,10 @@ def bench_kernels(args):
 
 def random_actor(device, dtype):
     """A model of random weights, in the shape of one of 135M parameters, on a GPU of LLaMA 3.1 8B."""
-    from checkpoint import build_model
-    from model import PRESETS, ModelConfig
-
     small = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
     small |= dict(vocab_size=49_152, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192)
     large = dict(PRESETS["llama-3.1-8b"], vocab_size=128_256)
-    model = build_model(ModelConfig(**(large if device == "cuda" else small)), device, dtype).eval()
+    model = checkpoint.build_model(ModelConfig(**(large if device == "cuda" else small)), device, dtype).eval()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -234,10 +231,6 @@ def generation(args, runs):
 
     Yields (dtype, bytes of weights, bytes of keys and values a token, {(side, run): (prefill, step)}).
     """
-    import tempfile
-
-    from checkpoint import save_model
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sync = torch.cuda.synchronize if device == "cuda" else lambda: None
     for dtype in (torch.bfloat16,) if device == "cuda" else (torch.float32, torch.bfloat16):
@@ -245,7 +238,7 @@ def generation(args, runs):
         sides = {"ours": Ours(model)}
         if args.peer:
             with tempfile.TemporaryDirectory() as tmp:
-                save_model(model, tmp + "/model")
+                checkpoint.save_model(model, tmp + "/model")
                 sides |= {f"peer, {cache} cache": Peer(model, tmp + "/model", cache) for cache in ("dynamic", "static")}
         times, generator = {}, torch.Generator().manual_seed(0)
         for number in range(args.rounds + 1):

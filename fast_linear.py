@@ -17,7 +17,7 @@ from torch import nn
 
 from model import MLP, Attention, Transformer, rotate, select
 
-ROWS = 16  # what the layout is chosen for; for 1 it would be slow at more, for 16 it is as fast at 1
+ROWS = 16  # what the layout is chosen for; chosen for 1 it would be slow at more
 
 
 def fast_bf16():
