@@ -297,19 +297,22 @@ def prefill(args):
 def training(args):
     """One step of train.py on packed rows against the peer: documents in padded batches of 8, and the same packed rows.
 
-    Rows of 8,192 leave nearly all chats whole; at a 128k vocabulary they are of 4,096, and the padded peer, which would need
-    some 20 GB, is left out.
+    Rows of 8,192 leave nearly all chats whole, rows of 4,096 cut the long ones, which leaves less to pad. At a 128k vocabulary
+    the padded peer, which would need some 20 GB, is left out.
     """
     books = SHARED / "coser" / "books" if (SHARED / "coser").is_dir() else STAGE
-    results, cases = [], {"4k vocabulary": STAGE_TOKENIZER, "128k vocabulary": SHARED / "tokenizers" / "llama3"}
+    llama3, results = SHARED / "tokenizers" / "llama3", []
+    cases = [  # what, rows, of so many tokens, the peers
+        ("4k vocabulary, row of 8,192", STAGE_TOKENIZER, 1, 8192, ["padded", "packed"]),
+        ("4k vocabulary, rows of 4,096", STAGE_TOKENIZER, 2, 4096, ["padded"]),
+        ("128k vocabulary, row of 4,096", llama3, 1, 4096, ["packed"]),
+    ]
     train.start_ranks()
     with tempfile.TemporaryDirectory() as made:
-        for case, path in cases.items():
+        for case, path, *rows, peers in cases:
             if not path.exists():
                 continue
-            peers = ["padded", "packed"][case.startswith("128k") :] if args.peer else []
-            rows = (2, 4096) if case.startswith("128k") else (3, 8192)  # how many, of so many tokens
-            setting, losses = (str(books), str(path), str(Path(made) / case), *rows, peers), {}
+            setting, losses = (str(books), str(path), str(Path(made) / case), *rows, peers if args.peer else []), {}
             sides, tokens = training_sides(*setting)
             noted = {name: functools.partial(note_loss, losses, name, run) for name, run in sides.items()}
             seconds = interleave(noted, args.rounds)

@@ -15,6 +15,7 @@ may add in another order. A seed and a position determine a draw, whatever else 
 
 import hashlib
 import json
+import mmap
 import os
 from dataclasses import dataclass, field
 
@@ -126,6 +127,9 @@ class Sequence:
         return int.from_bytes(digest, "big") / 2**56
 
 
+BLANK, RESERVED, USED = range(3)  # of a page: nothing to lose; the same, but room for the sequence before it; held or known
+
+
 class BlockManager:
     """Which page holds what, and who holds the page.
 
@@ -135,40 +139,62 @@ class BlockManager:
 
     def __init__(self, num_pages, page_size):
         self.num_pages, self.page_size = num_pages, page_size
+        self.state = np.full(num_pages, BLANK, np.int8)
         self.held = {}  # page -> by how many sequences
-        self.free = {}  # pages that nobody holds, in the order in which they will be reused
-        self.fresh = 0  # this page and those after it were never touched
-        self.known = {}  # page -> (digest of what is before it, its tokens)
+        self.free = {}  # known pages that nobody holds, in the order in which they will be reused
+        self.known = {}  # page -> (digest of what is before it, its tokens, digest with them)
         self.following = {}  # digest -> {page: its tokens} of the pages that are known to follow
         self.full = {}  # digest of all tokens up to the end of a full page -> page
 
     def available(self):
-        return len(self.free) + self.num_pages - self.fresh
+        return self.num_pages - len(self.held)
 
-    def take(self, after=None, room=1):
-        """A page to write to: the one after `after` if it has nothing to lose, so that a sequence lies in one piece; else a
-        fresh one with `room` pages, itself included, to grow into; else the oldest."""
-        page = after + 1 if after is not None else None
-        if page not in self.free or page in self.known:
-            if self.fresh < self.num_pages:
-                page, self.fresh = self.fresh, min(self.num_pages, self.fresh + room)
-                self.free |= dict.fromkeys(range(page, self.fresh))
-            else:
-                page = next(iter(self.free))
-        self.forget(page)
-        self.hold(page)
-        return page
+    def continues(self, page, n):
+        """Whether a sequence that ends with this page can have the n after it."""
+        after = self.state[page + 1 : page + 1 + n]
+        return len(after) == n and not (after == USED).any()
 
-    def hold(self, page):
-        self.free.pop(page, None)
-        self.held[page] = self.held.get(page, 0) + 1
+    def gap(self, n, begin=0, end=None):
+        """The first of n blank pages in a row, of the first such between two pages; None where there are none."""
+        blank = self.state[begin:end] == BLANK
+        runs = np.flatnonzero(np.diff(blank, prepend=False, append=False)).reshape(-1, 2)  # where each begins and ends
+        fits = runs[runs[:, 1] - runs[:, 0] >= n, 0]
+        return begin + int(fits[0]) if len(fits) else None
+
+    def take(self, n, after=None, rooms=()):
+        """n pages to write to: those after a page if they have nothing to lose, so that a sequence lies in one piece; else a
+        gap with the first of these rooms to grow into that can be had; else what is blank or oldest."""
+        start = after + 1 if after is not None and self.continues(after, n) else None
+        if start is None:
+            for room in rooms:
+                if start is None and (start := self.gap(n + room)) is not None:
+                    self.state[start : start + n + room] = RESERVED
+            if start is None and (start := self.gap(n)) is None:
+                self.state[self.state == RESERVED] = BLANK
+                start = self.gap(n)
+            for page in [*self.free][: max(0, 2 * n - (self.state == BLANK).sum())] if start is None else ():
+                self.forget(page)
+                if (start := self.gap(n, max(0, page - n + 1), page + n)) is not None:
+                    break
+        pages = np.flatnonzero(self.state == BLANK)[:n].tolist() if start is None else [*range(start, start + n)]
+        self.hold(pages)
+        return pages
+
+    def hold(self, pages):
+        for page in pages:
+            self.free.pop(page, None)
+            self.held[page] = self.held.get(page, 0) + 1
+        self.state[pages] = USED
 
     def release(self, pages):
         for page in reversed(pages):
             self.held[page] -= 1
             if not self.held[page]:
                 del self.held[page]
-                self.free[page] = None
+                if page in self.known:
+                    self.free[page] = None
+                else:
+                    self.state[page] = BLANK
 
     def remember(self, page, before, tokens):
         """Makes known that a page holds these tokens after those of the digest; returns the digest that includes them.
@@ -191,6 +217,9 @@ class BlockManager:
             del self.following[before][page]
             if not self.following[before]:
                 del self.following[before]
+            if page not in self.held:
+                del self.free[page]
+                self.state[page] = BLANK
 
     def find(self, tokens):
         """The longest beginning of tokens that is known: (its full pages, their digests, a page that goes on, how far)."""
@@ -223,7 +252,7 @@ class Span:
     """The queries of one sequence in a step: their rows of q, and the keys that any of them sees."""
 
     rows: slice
-    pages: torch.Tensor  # int64, where these keys are
+    pages: torch.Tensor | list  # int64, where these keys are
     seen: slice  # of the tokens of those pages
     views: tuple | None  # keys and values of every layer in turn, [1, K, seen, D] each, where they lie in one piece
     mask: torch.Tensor | None  # bool [queries, seen], for several queries
@@ -272,16 +301,18 @@ class StepCache:
         if not self.kernel and in_one_piece(pages):
             start = pages[0] * size + first % size
             views = self.kv.flatten(1, 2)[:, start : start + end - first].transpose(1, 2).unsqueeze(1).unbind()
+        else:
+            pages = torch.tensor(pages, device=self.device)
         if end - begin > 1:
             at, keys = (torch.arange(*ends, device=self.device) for ends in ((begin, end), (first, end)))
             mask = (keys <= at[:, None]) & (keys > at[:, None] - (window or end))
-        return Span(rows, torch.tensor(pages, device=self.device), seen, views, mask)
+        return Span(rows, pages, seen, views, mask)
 
     def single(self, singles, rows):
         """One query each: their rows, and a Span each, or a block table and lengths for the kernel."""
         if not singles:
             return None
-        index = slice(None)
+        index = None  # all of them
         if len(singles) < rows:
             index = torch.tensor([rows.start for _, rows, _, _ in singles], device=self.device)
         if not self.kernel:
@@ -293,22 +324,25 @@ class StepCache:
 
     def attend(self, layer, q, k, v, window, rows):
         """q [1, N, H, D], or [rows, H, D] with rows; k and v [1, N, K, D] -> as q."""
-        keys, values = self.kv[2 * layer], self.kv[2 * layer + 1]  # [P, page_size, K, D]
+        keys, values = self.kv[2 * layer : 2 * layer + 2]  # [P, page_size, K, D]
         for pages, new in ((keys, k), (values, v)):
-            pages.flatten(0, 1).index_copy_(0, self.slots, new[0])
+            pages.view(-1, *k.shape[2:]).index_copy_(0, self.slots, new[0])
         singles, fresh, rest = self.everything if rows is None else self.last
-        queries, out = q.flatten(0, -3), torch.empty_like(q).flatten(0, -3)  # [N, H, D]
+        queries = q.flatten(0, -3)  # [N, H, D]
         if singles:
             index, table, lengths = singles
+            asking = queries if index is None else queries[index]
             if lengths is None:  # a product for each key head: the heads of a group are folded into rows
-                folded = queries[index].unflatten(1, (k.shape[2], -1)).unsqueeze(1).unbind()  # [1, K, H / K, D] each
+                folded = asking.view(len(asking), 1, k.shape[2], -1, k.shape[3]).unbind()  # [1, K, H / K, D] each
                 parts = [F.scaled_dot_product_attention(x, *self.seen(layer, s)) for x, s in zip(folded, table, strict=True)]
-                attended = torch.cat(parts).view(-1, *queries.shape[1:])
+                attended = torch.cat(parts)
             else:
-                attended = kernels.decode_attention(queries[index][:, None], keys, values, table, lengths, window)[:, 0]
-            if len(attended) == len(queries):
+                attended = kernels.decode_attention(asking[:, None], keys, values, table, lengths, window)
+            if index is None:
                 return attended.view_as(q)
-            out[index] = attended
+        out = torch.empty_like(queries)
+        if singles:
+            out[index] = attended.view_as(asking)
         if fresh:
             parts = (x[:, fresh] for x in (q, k, v, self.positions))
             out[fresh] = kernels.attention(*parts, window)[0]
@@ -357,8 +391,8 @@ class Engine:
         shape = (2 * config.num_hidden_layers, self.blocks.num_pages, *shape)  # [2 layers, P, page_size, K, D]
         if self.device.type == "cuda":
             self.kv = torch.zeros(shape, dtype=dtype, device=self.device)
-        else:  # zeros of numpy's take no memory until they are touched
-            self.kv = torch.from_numpy(np.zeros(self.blocks.num_pages * bytes_a_page, np.uint8)).view(dtype).view(shape)
+        else:  # takes no memory until it is touched
+            self.kv = torch.frombuffer(mmap.mmap(-1, self.blocks.num_pages * bytes_a_page), dtype=dtype).view(shape)
         self.kernel = self.device.type != "cpu"  # attends by block table; on a CPU, views of pages in one piece are faster
         self.vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size  # a model's may be padded
         self.stop_ids = set(tokenizer.stop_ids) if tokenizer else set()
@@ -525,7 +559,7 @@ class Engine:
                     self.put_away(youngest)
                     self.waiting.insert(0, youngest)
                     continue
-                sequence.block_table.append(self.blocks.take(sequence.block_table[-1]))
+                sequence.block_table += self.blocks.take(1, sequence.block_table[-1])
             self.enlist(batch, coming, sequence, n)
             i += 1
         for sequence in list(self.waiting):
@@ -570,32 +604,36 @@ class Engine:
         following = self.next_page(digests, ids)
         if len(following[1]) == blocks.page_size and following in coming:
             return None
-        for page in [*pages, *([source] if common else [])]:
-            blocks.hold(page)
+        found = [*pages, *([source] if common else [])]
+        blocks.hold(found)
         # a page that nobody else uses and that is true to its end is written on; of others the beginning is copied
         taken = common > 0 and blocks.held[source] == 1 and common == len(blocks.known[source][1])
-        needed = self.pages(len(ids)) - len(pages) - taken
+        total = self.pages(len(ids))
+        needed = total - len(pages) - taken
         if common and not taken and needed > blocks.available():
             blocks.release([source])
-            common = 0
+            found, common = pages, 0
         if needed > blocks.available() - len(self.running):  # each of those may soon need one
-            blocks.release([*pages, *([source] if common else [])])
+            blocks.release(found)
             return False
         kept, copied = [*pages, *([source] if taken else [])], [source] if common and not taken else []
-        scattered = not self.kernel and not sequence.scored and (copied or not in_one_piece(kept))
-        if scattered and blocks.num_pages - blocks.fresh >= self.pages(sequence.limit):
-            kept, copied = [], [*kept, *copied]  # to gather it at each step would cost more
-        table = list(kept)
-        while len(table) < self.pages(len(ids)):
-            table.append(blocks.take(table[-1] if table else None, self.pages(sequence.limit) - len(table)))
-        table[len(kept) :] = sorted(table[len(kept) :])  # old pages come back last first
-        for page, copy in zip(copied, table[len(kept) :], strict=False):
-            self.kv[:, copy] = self.kv[:, page]
+        grown = self.pages(sequence.limit)  # a chat comes back longer: as much again, if there is room enough
+        rooms = (2 * grown - total, grown - total)
+        scattered = kept and (copied or not in_one_piece(kept) or not blocks.continues(kept[-1], needed))
+        if scattered and not self.kernel and not sequence.scored and blocks.gap(grown) is not None:
+            kept, copied, digests = [], found, []  # to gather it at each step would cost more
+        table = kept + blocks.take(total - len(kept), kept[-1] if kept else None, rooms)
+        if copied:
+            self.kv[:, table[len(kept) : len(kept) + len(copied)]] = self.kv[:, copied]
+        if copied is found:  # from now on it is found where it is now
+            for page in copied[: len(copied) - (common > 0 and not taken)]:
+                blocks.forget(page)
         blocks.release(copied)
         sequence.block_table, sequence.digests = table, digests
         sequence.cached = len(pages) * blocks.page_size + common
         sequence.reused = sequence.cached if sequence.reused is None else sequence.reused
         self.stats["reused"] += sequence.cached
+        self.remember(sequence)
         self.waiting.remove(sequence)
         self.running.append(sequence)
         return True

@@ -114,27 +114,29 @@ def rope_frequencies(config, device):
 
 
 def rotary(positions, config):
-    """cos and sin [B, T, 1, D/2], fp32, for positions int [B, T]."""
+    """(cos, cos) and (-sin, sin) of the angles, [B, T, 1, D] fp32, for positions int [B, T]."""
     angles = (positions[:, :, None].float() * rope_frequencies(config, positions.device))[:, :, None]
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def rotate(x, cos, sin):
+    """Turns each pair (x[i], x[i + D/2]) by its angle: x [..., heads, D], cos and sin as in `rotary` -> the shape of x."""
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class _Rotate(torch.autograd.Function):
-    """Turns each pair (x[i], x[i + D/2]) by its angle; what goes back is turned back."""
+    """The same for training: keeps no copy of x, since what goes back is turned back."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        first, second = x.chunk(2, dim=-1)  # [..., heads, D/2] each
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return _Rotate.apply(grad, cos, -sin), None, None
-
-
-rotate = _Rotate.apply  # x [..., heads, D], cos and sin [..., 1, D/2] -> the shape of x
 
 
 def select(x, rows):
@@ -168,9 +170,9 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, positions, cache, rows=None):
         """x [B, T, C] -> [B, T, C]; with rows only their queries are computed, out [N, C]."""
         k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))  # [B, T, K, D]
-        k = rotate(k, cos, sin)
+        k = _Rotate.apply(k, cos, sin)
         x, cos, sin = (select(part, rows) for part in (x, cos, sin))
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [B, T, H, D] or [N, H, D]
+        q = _Rotate.apply(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [B, T, H, D] or [N, H, D]
         if cache is None:
             out = kernels.attention(q, k, v, positions, self.window, rows)
         else:

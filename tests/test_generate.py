@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_config, random_model, usage_error
@@ -23,6 +24,7 @@ from transformers.utils import logging
 
 import checkpoint
 import constrain
+import engine as engine_module
 import tokenizer as tokenizer_module
 from cli import UsageError, plain
 from data import prompts
@@ -192,7 +194,7 @@ def test_the_cache_is_bounded():
         engine.generate([prompt], greedy(1))
     assert [engine.generate([prompt], greedy(1))[0].cached_tokens for prompt in (batch[2], batch[1])] == [19, 19]
     assert engine.generate([batch[0]], greedy(1))[0].cached_tokens < 19
-    assert len(engine.blocks.free) == 50 and not engine.blocks.held
+    assert engine.blocks.available() == 50 and not engine.blocks.held
 
 
 def test_bf16_keeps_its_cache_in_bf16(tiny_actor):
@@ -219,8 +221,16 @@ def test_tables_of_blocks_and_views_agree(seed):
     engine.kernel = True
     assert [c.ids for c in engine.generate(batch, greedy(30))] == expected
     engine = Engine(model, page_size=4, cache_tokens=1000)
-    engine.blocks.free, engine.blocks.fresh = dict.fromkeys(random.Random(seed).sample(range(250), 250)), 250
+    rng = random.Random(seed)
+    engine.blocks.take = lambda n, *_: scattered(engine.blocks, n, rng)
     assert [c.ids for c in engine.generate(batch, greedy(30))] == expected
+
+
+def scattered(blocks, n, rng):
+    """Blank pages anywhere."""
+    pages = rng.sample(np.flatnonzero(blocks.state == engine_module.BLANK).tolist(), n)
+    blocks.hold(pages)
+    return pages
 
 
 def bounded(engine, steps):
@@ -238,7 +248,7 @@ def bounded(engine, steps):
 def everything_given_back(engine):
     blocks = engine.blocks
     assert not (engine.waiting or engine.running or blocks.held) and blocks.available() == blocks.num_pages
-    assert len(blocks.free) + blocks.num_pages - blocks.fresh == blocks.num_pages
+    assert blocks.free.keys() == blocks.known.keys() == {*np.flatnonzero(blocks.state == engine_module.USED).tolist()}
     assert all(blocks.known[page][2] == digest for digest, page in blocks.full.items())
     assert sorted(p for pages in blocks.following.values() for p in pages) == sorted(blocks.known)
 
