@@ -462,16 +462,21 @@ class Engine:
                 self.cancel(sequence)
 
     def sequences(self, prompt, params):
-        """What a request runs as: one Sequence, or for choices a scored one each.
+        """What a request runs as: one Sequence, or for choices a scored one each, which together walk the trie of their tokens.
 
-        A choice that is the beginning of another counts with the end of the turn after it, the others without.
+        In the order of their tokens each is scored from where it leaves the one before it, so every edge of the trie once. A
+        choice that is the beginning of another counts with the end of the turn after it, the others without.
         """
         if not params.choices:
             return [self.sequence(prompt, params)]
         ids = [self.tokenizer.encode(choice) for choice in params.choices]
         ends = [any(one is not other and other[: len(one)] == one for other in ids) for one in ids]
-        stop = self.tokenizer.stop_ids[:1]
-        return [self.sequence(prompt, params, one + stop * end) for one, end in zip(ids, ends, strict=True)]
+        paths = [one + self.tokenizer.stop_ids[:1] * end for one, end in zip(ids, ends, strict=True)]
+        shared, before = {}, []
+        for path in sorted(paths):
+            shared[tuple(path)], before = common_prefix(before, path), path
+        split = [(path, shared[tuple(path)]) for path in paths]
+        return [self.sequence([*prompt, *path[:at]], params, path[at:]) for path, at in split]
 
     def sequence(self, prompt, params, continuation=None):
         """A prompt as a Sequence. UsageError if it is empty, not made of the model's tokens, or can never fit."""
@@ -510,18 +515,21 @@ class Engine:
     def choose(self, lines):
         """The Completion of scored choices: probabilities are those of the choices' tokens after the prompt, divided by their
         sum. Temperature 0 takes the likeliest; others draw from the probabilities to the power of 1 / temperature."""
-        first, params = lines[0], lines[0].params
-        logits = torch.tensor([sum(line.logprobs) for line in lines], dtype=torch.float64)
+        root, params = min(lines, key=lambda line: line.prompt_tokens), lines[0].params
+        prompt_tokens, walked, path = root.prompt_tokens, {}, []
+        for line in sorted(lines, key=lambda line: line.ids):  # what it shares with the one before it was scored there
+            walked[line] = path = path[: line.prompt_tokens - prompt_tokens] + line.logprobs
+        logits = torch.tensor([sum(walked[line]) for line in lines], dtype=torch.float64)
         probabilities = logits.softmax(-1).tolist()
         picked = int(logits.argmax())
         if params.temperature > 0:
             drawn = ((logits - logits.max()) / params.temperature).softmax(-1).cumsum(-1)
-            picked = int((drawn <= first.uniform() * drawn[-1]).sum())
+            picked = int((drawn <= lines[0].uniform() * drawn[-1]).sum())
         line, text = lines[picked], params.choices[picked]
-        n = len(self.tokenizer.encode(text))
+        ids = line.ids[prompt_tokens:][: len(self.tokenizer.encode(text))]
         named = dict(zip(params.choices, probabilities, strict=True))
-        logprobs = line.logprobs[:n] if params.logprobs else None
-        return Completion(line.generated[:n], text, "stop", line.prompt_tokens, first.reused, logprobs, named)
+        logprobs = walked[line][: len(ids)] if params.logprobs else None
+        return Completion(ids, text, "stop", prompt_tokens, root.reused, logprobs, named)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 

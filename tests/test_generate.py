@@ -648,6 +648,20 @@ def test_several_stop_ids(chatter):
 NAMES = ["Hanne", "Hanne Brod", "Jory", "<END CHAT>", "Environment"]
 
 
+def test_choices_share_a_trie(chatter):
+    """Every edge of the trie of the choices' tokens is scored once, however many choices run through it."""
+    model, tokenizer, prompt, _ = chatter
+    end = tokenizer.stop_ids[:1]
+    paths = [tokenizer.encode(name) for name in NAMES]
+    paths = [path + end * any(other != path and other[: len(path)] == path for other in paths) for path in paths]
+    edges = {tuple(path[:n]) for path in paths for n in range(1, len(path) + 1)}
+    assert len(edges) < sum(map(len, paths))
+    engine, params = Engine(model, tokenizer), greedy(1, choices=NAMES)
+    lines = engine.sequences(prompt, params)
+    assert sum(len(line.ids) - line.prompt_tokens for line in lines) == len(edges)
+    assert sorted(line.ids[len(prompt) :] for line in lines) == sorted(paths)
+
+
 def test_choices(chatter):
     """Probabilities are those of an uncached pass over each choice's tokens, the end of the turn included where another goes
     on from it; greedy takes the likeliest, draws follow them."""
