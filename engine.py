@@ -392,7 +392,8 @@ class Engine:
         if self.device.type == "cuda":
             self.kv = torch.zeros(shape, dtype=dtype, device=self.device)
         else:  # takes no memory until it is touched
-            self.kv = torch.frombuffer(mmap.mmap(-1, self.blocks.num_pages * bytes_a_page), dtype=dtype).view(shape)
+            room = mmap.mmap(-1, self.blocks.num_pages * bytes_a_page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.kv = torch.frombuffer(room, dtype=dtype).view(shape)
         self.kernel = self.device.type != "cpu"  # attends by block table; on a CPU, views of pages in one piece are faster
         self.vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size  # a model's may be padded
         self.stop_ids = set(tokenizer.stop_ids) if tokenizer else set()
