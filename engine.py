@@ -155,7 +155,7 @@ class BlockManager:
         return len(after) == n and not (after == USED).any()
 
     def gap(self, n, begin=0, end=None):
-        """The first of n blank pages in a row, of the first such between two pages; None where there are none."""
+        """The first of n blank pages in a row, the lowest such among pages begin to end; None where there are none."""
         blank = self.state[begin:end] == BLANK
         runs = np.flatnonzero(np.diff(blank, prepend=False, append=False)).reshape(-1, 2)  # where each begins and ends
         fits = runs[runs[:, 1] - runs[:, 0] >= n, 0]
@@ -163,7 +163,8 @@ class BlockManager:
 
     def take(self, n, after=None, rooms=()):
         """n pages to write to: those after a page if they have nothing to lose, so that a sequence lies in one piece; else a
-        gap with the first of these rooms to grow into that can be had; else what is blank or oldest."""
+        gap with the first of these rooms to grow into that can be had; else what is blank or oldest. Without rooms no more
+        is forgotten than is needed; with them up to n pages more, to lie in one piece."""
         start = after + 1 if after is not None and self.continues(after, n) else None
         if start is None:
             for room in rooms:
@@ -172,7 +173,7 @@ class BlockManager:
             if start is None and (start := self.gap(n)) is None:
                 self.state[self.state == RESERVED] = BLANK
                 start = self.gap(n)
-            for page in [*self.free][: max(0, 2 * n - (self.state == BLANK).sum())] if start is None else ():
+            for page in [*self.free][: max(0, n * (1 + bool(rooms)) - (self.state == BLANK).sum())] if start is None else ():
                 self.forget(page)
                 if (start := self.gap(n, max(0, page - n + 1), page + n)) is not None:
                     break
@@ -627,7 +628,7 @@ class Engine:
             return False
         kept, copied = [*pages, *([source] if taken else [])], [source] if common and not taken else []
         grown = self.pages(sequence.limit)  # a chat comes back longer: as much again, if there is room enough
-        rooms = (2 * grown - total, grown - total)
+        rooms = () if self.kernel else (2 * grown - total, grown - total)
         scattered = kept and (copied or not in_one_piece(kept) or not blocks.continues(kept[-1], needed))
         if scattered and not self.kernel and not sequence.scored and blocks.gap(grown) is not None:
             kept, copied, digests = [], found, []  # to gather it at each step would cost more

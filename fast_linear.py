@@ -19,7 +19,7 @@ from torch import nn
 from model import MLP, Attention, RMSNorm, Transformer, rotate, select
 
 ROWS = 16  # what the layout is chosen for; chosen for 1 it would be slow at more
-SMALL = 2**21  # bytes of a weight
+SMALL, NARROW = 2**21, 1024  # bytes and inputs of a weight; with more inputs some numbers of rows are added up in two parts
 
 
 def fast_bf16():
@@ -40,26 +40,22 @@ class PackedLinear(nn.Module):
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         biases = [layer.bias.detach() for layer in layers if getattr(layer, "bias", None) is not None]
         self.bias = torch.cat(biases) if biases else None
-        self.multiply = self.plain
+        self.layout = "rows"
+        if self.weight.dtype == torch.float32 and self.weight.nbytes <= SMALL and self.weight.shape[1] <= NARROW:
+            self.weight, self.layout = self.weight.T.contiguous(), "columns"
+            return
         try:
             types = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
-            if self.weight.dtype == torch.float32 and self.weight.nbytes <= SMALL:
-                self.weight, self.multiply = self.weight.T.contiguous(), self.columns
-            elif self.weight.dtype in types:
-                self.weight, self.multiply = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS), self.blocks
+            if self.weight.dtype in types:
+                self.weight, self.layout = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS), "blocks"
         except (AttributeError, RuntimeError):
             pass  # no oneDNN in this torch
 
     def forward(self, x):
-        return self.multiply(x)
-
-    def plain(self, x):
-        return F.linear(x, self.weight, self.bias)
-
-    def blocks(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-    def columns(self, x):
+        if self.layout == "rows":
+            return F.linear(x, self.weight, self.bias)
+        if self.layout == "blocks":
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         rows = x.flatten(0, -2)
         several = rows.expand(2, -1) if len(rows) == 1 else rows  # one row alone would be added up in another order
         out = torch.mm(several, self.weight) if self.bias is None else torch.addmm(self.bias, several, self.weight)

@@ -29,6 +29,7 @@ import tokenizer as tokenizer_module
 from cli import UsageError, plain
 from data import prompts
 from data.chats import perspective, system_prompt
+from fast_linear import packed
 from generate import Engine, SamplingParams, find_character, load_engine
 from model import RopeScaling
 
@@ -231,6 +232,17 @@ def scattered(blocks, n, rng):
     pages = rng.sample(np.flatnonzero(blocks.state == engine_module.BLANK).tolist(), n)
     blocks.hold(pages)
     return pages
+
+
+@pytest.mark.parametrize("shape", [(512, 256), (256, 704), (960, 576), (1408, 256), (1536, 576)])
+def test_a_row_has_the_same_bits_in_any_batch(shape):
+    """However many rows are multiplied at once, whichever layout the weight has."""
+    layer = torch.nn.Linear(*reversed(shape), bias=False).requires_grad_(False)
+    x = torch.randn(64, shape[1])
+    together = packed(layer)(x)
+    torch.testing.assert_close(together, layer(x))
+    for n in (1, 2, 5, 16, 33):
+        assert torch.equal(packed(layer)(x[:n]), together[:n])
 
 
 def bounded(engine, steps):
