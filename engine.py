@@ -17,6 +17,7 @@ import hashlib
 import json
 import mmap
 import os
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,6 +29,8 @@ from cli import UsageError
 from constrain import Grammar, Vocabulary, advance, cost
 from fast_linear import packed
 
+# memory that counts only as it is touched, in a fork too; Python has no name for the last of these before 3.13
+UNTOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0)
 LOGITS = 2**26  # at most so many logits of scored text at a step, 256 MiB in fp32
 
 
@@ -392,8 +395,8 @@ class Engine:
         shape = (2 * config.num_hidden_layers, self.blocks.num_pages, *shape)  # [2 layers, P, page_size, K, D]
         if self.device.type == "cuda":
             self.kv = torch.zeros(shape, dtype=dtype, device=self.device)
-        else:  # takes no memory until it is touched
-            room = mmap.mmap(-1, self.blocks.num_pages * bytes_a_page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        else:
+            room = mmap.mmap(-1, self.blocks.num_pages * bytes_a_page, flags=UNTOUCHED)
             self.kv = torch.frombuffer(room, dtype=dtype).view(shape)
         self.kernel = self.device.type != "cpu"  # attends by block table; on a CPU, views of pages in one piece are faster
         self.vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size  # a model's may be padded

@@ -73,13 +73,13 @@ class Local:
         self.identity = f"{fingerprint(find_model(directory))} {self.engine.device.type} {self.engine.kv.dtype}"
         self.markers = tuple(self.tokenizer.specials.values())  # none has a place within a turn, so each ends it
         self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)  # a chat's turns are rendered at each of its calls
-        self.as_sampled = functools.lru_cache(2**15)(self._as_sampled)
+        self.as_sampled = functools.lru_cache(2**15)(functools.partial(as_sampled, self.tokenizer.decode, self.encode))
 
     def chat(self, conversations, params, openings=None, on_piece=None):
         """conversations: lists of messages; params: one SamplingParams for all, or one each. Returns a list of Reply.
 
         openings: the text each reply is to begin with; it is not part of the Reply. An endpoint cannot be made to, and is not.
-        A message may carry `sampled`, the ids that a Reply had, with the `opening` it was asked for: see `_as_sampled`.
+        A message may carry `sampled`, the ids that a Reply had, with the `opening` it was asked for: see `as_sampled`.
         on_piece: called with the text of a single conversation's reply piece by piece, as it comes.
         """
         openings = openings or [""] * len(conversations)
@@ -118,15 +118,16 @@ class Local:
             rendered.append({**message, "ids": ids})
         return self.tokenizer.render(rendered, add_generation_prompt=True)[0] + self.encode(opening), own
 
-    def _as_sampled(self, content, opening, sampled):
-        """(ids of an own turn, how many of them were sampled): the opening, then as many of the sampled tokens as say what the
-        content says, then the rest of the content, encoded. White space after the opening stays as it was sampled."""
-        spoken = content.removeprefix(opening).lstrip()
-        for n in range(len(sampled), 0, -1):
-            text = self.tokenizer.decode(sampled[:n]).lstrip()
-            if text and spoken.startswith(text):
-                return [*self.encode(opening), *sampled[:n], *self.encode(spoken[len(text) :])], n
-        return self.encode(content), 0
+
+def as_sampled(decode, encode, content, opening, sampled):
+    """(ids of an own turn, how many of them were sampled): the opening, then as many of the sampled tokens as say what the
+    content says, then the rest of the content, encoded. White space after the opening stays as it was sampled."""
+    spoken = content.removeprefix(opening).lstrip()
+    for n in range(len(sampled), 0, -1):
+        text = decode(sampled[:n]).lstrip()
+        if text and spoken.startswith(text):
+            return [*encode(opening), *sampled[:n], *encode(spoken[len(text) :])], n
+    return encode(content), 0
 
 
 def drain(stream, on_piece):

@@ -1,12 +1,15 @@
 """The engine: greedy as in transformers, the same alone or in any company, draws that follow their distribution; the script."""
 
 import copy
+import gc
 import io
 import json
+import os
 import random
 import re
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -31,6 +34,7 @@ from data import prompts
 from data.chats import perspective, system_prompt
 from fast_linear import packed
 from generate import Engine, SamplingParams, find_character, load_engine
+from llm import open_model
 from model import RopeScaling
 
 logging.disable_progress_bar()
@@ -196,6 +200,30 @@ def test_the_cache_is_bounded():
     assert [engine.generate([prompt], greedy(1))[0].cached_tokens for prompt in (batch[2], batch[1])] == [19, 19]
     assert engine.generate([batch[0]], greedy(1))[0].cached_tokens < 19
     assert engine.blocks.available() == 50 and not engine.blocks.held
+
+
+def test_caches_take_no_memory_until_they_are_used():
+    """Room for more tokens than the machine has memory for, and a process that has it can still fork."""
+    model = random_model(random_config(1))
+    engines, memory = [], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    while sum(engine.kv.nbytes for engine in engines) <= memory:
+        engines.append(Engine(model))
+    if not (child := os.fork()):
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_an_engine_goes_with_its_last_name(tiny_actor):
+    """No reference cycle keeps weights and cache until the collector runs."""
+    gc.disable()
+    try:
+        model = open_model(tiny_actor)
+        model.chat([[{"role": "user", "content": "hello"}]], greedy(3))
+        gone = weakref.ref(model.engine)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_bf16_keeps_its_cache_in_bf16(tiny_actor):
