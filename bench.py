@@ -219,7 +219,7 @@ class Ours:
     def start(self, prompts, new):
         from engine import SamplingParams
 
-        self.sequences = [self.engine.add(prompt, SamplingParams(0, max_tokens=new)) for prompt in prompts]
+        self.sequences = [self.engine.add(prompt, SamplingParams(0, max_tokens=new))[0] for prompt in prompts]
         while any(len(s.ids) == s.prompt_tokens for s in self.sequences):
             self.step()
 
@@ -452,24 +452,31 @@ class SimulationPeer:
     def __init__(self, local, directory):
         from transformers import AutoModelForCausalLM
 
-        self.ours = local
+        self.ours, self.line = local, []
         dtype, device = local.engine.kv.dtype, local.engine.device
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
 
+    def ask(self, *asked):
+        self.line.append(asked)
+
     @torch.inference_mode()
-    def chat(self, conversations, params, openings):
+    def step(self):
         from llm import Reply
 
-        replies, stops = [], [*self.ours.tokenizer.stop_ids, *self.ours.markers]
-        for messages, each, opening in zip(conversations, params, openings, strict=True):
-            prompt, own = self.ours.prompt(messages, opening)
-            tokens = torch.tensor([prompt], device=self.model.device)
-            options = dict(max_new_tokens=each.max_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
-            ids = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, len(prompt) :].tolist()
-            end = "stop" if ids[-1] in stops else "length"
-            ids = ids[:-1] if end == "stop" else ids
-            replies.append(Reply(self.ours.tokenizer.decode(ids), end, len(prompt), len(ids), 0, ids, own_tokens=own))
-        return replies
+        if not self.line:
+            return []
+        key, messages, params, opening = self.line.pop(0)
+        stops = [*self.ours.tokenizer.stop_ids, *self.ours.markers]
+        prompt, own = self.ours.prompt(messages, opening)
+        tokens = torch.tensor([prompt], device=self.model.device)
+        options = dict(max_new_tokens=params.max_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
+        ids = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, len(prompt) :].tolist()
+        end = "stop" if ids[-1] in stops else "length"
+        ids = ids[:-1] if end == "stop" else ids
+        return [(key, Reply(self.ours.tokenizer.decode(ids), end, len(prompt), len(ids), 0, ids, own_tokens=own))]
+
+    def drop(self):
+        self.line = []
 
 
 def simulation(args, count=16):

@@ -412,7 +412,7 @@ class Engine:
         params = params if isinstance(params, list) else [params] * len(prompts)
         lines = [self.sequences(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
         self.finish([sequence for line in lines for sequence in line])
-        return [self.choose(line) if line[0].params.choices else self.completion(*line) for line in lines]
+        return [self.completion(line) for line in lines]
 
     def score(self, prompts, continuations):
         """Log-probability (nats) of each continuation after its prompt, both token ids -> list of floats."""
@@ -429,7 +429,8 @@ class Engine:
             done = self.generate([prompt], params)[0]
             yield done.text
             return done
-        sequence, shown = self.add(prompt, params), 0
+        line, shown = self.add(prompt, params), 0
+        sequence = line[0]
         sequence.goes_on, sequence.anchor = goes_on, sequence.anchor - goes_on
         try:
             while sequence.finish_reason is None:
@@ -441,20 +442,22 @@ class Engine:
             if len(sequence.text) > shown:
                 yield sequence.text[shown:]
         finally:  # the reader may have left
-            self.cancel(sequence)
-        return self.completion(sequence)
+            self.cancel(line)
+        return self.completion(line)
 
     def add(self, prompt, params):
-        """Puts a prompt in line for the next steps; returns its Sequence."""
-        self.waiting += self.sequences(prompt, params)
-        return self.waiting[-1]
+        """Puts a prompt in line for the next steps; returns the line of Sequences it runs as, for `completion` and `cancel`."""
+        line = self.sequences(prompt, params)
+        self.waiting += line
+        return line
 
-    def cancel(self, sequence):
-        """Takes a sequence out, wherever it is, and gives its pages back."""
-        for line in (self.waiting, self.running):
-            if sequence in line:
-                line.remove(sequence)
-                self.put_away(sequence)
+    def cancel(self, sequences):
+        """Takes sequences out, wherever they are, and gives their pages back."""
+        for sequence in sequences:
+            for line in (self.waiting, self.running):
+                if sequence in line:
+                    line.remove(sequence)
+                    self.put_away(sequence)
 
     def finish(self, sequences):
         """Runs these, and what else is in flight, until these are done."""
@@ -463,8 +466,7 @@ class Engine:
             while any(sequence.finish_reason is None for sequence in sequences):
                 self.step()
         finally:  # Ctrl-C leaves nothing behind
-            for sequence in sequences:
-                self.cancel(sequence)
+            self.cancel(sequences)
 
     def sequences(self, prompt, params):
         """What a request runs as: one Sequence, or for choices a scored one each, which together walk the trie of their tokens.
@@ -513,27 +515,33 @@ class Engine:
             self.grammars[key] = Grammar(schema, self.vocabulary)
         return self.grammars[key]
 
-    def completion(self, s):
+    def completion(self, line):
+        """The Completion of a line of Sequences, None as long as one of them is not at its end."""
+        if any(sequence.finish_reason is None for sequence in line):
+            return None
+        if line[0].params.choices:
+            return self.choose(line)
+        [s] = line
         logprobs = s.logprobs if s.params.logprobs else None
         return Completion(s.generated, s.text, s.finish_reason, s.prompt_tokens, s.reused, logprobs)
 
-    def choose(self, lines):
+    def choose(self, line):
         """The Completion of scored choices: probabilities are those of the choices' tokens after the prompt, divided by their
         sum. Temperature 0 takes the likeliest; others draw from the probabilities to the power of 1 / temperature."""
-        root, params = min(lines, key=lambda line: line.prompt_tokens), lines[0].params
+        root, params = min(line, key=lambda choice: choice.prompt_tokens), line[0].params
         prompt_tokens, walked, path = root.prompt_tokens, {}, []
-        for line in sorted(lines, key=lambda line: line.ids):  # what it shares with the one before it was scored there
-            walked[line] = path = path[: line.prompt_tokens - prompt_tokens] + line.logprobs
-        logits = torch.tensor([sum(walked[line]) for line in lines], dtype=torch.float64)
+        for choice in sorted(line, key=lambda choice: choice.ids):  # what it shares with the one before it was scored there
+            walked[choice] = path = path[: choice.prompt_tokens - prompt_tokens] + choice.logprobs
+        logits = torch.tensor([sum(walked[choice]) for choice in line], dtype=torch.float64)
         probabilities = logits.softmax(-1).tolist()
         picked = int(logits.argmax())
         if params.temperature > 0:
             drawn = ((logits - logits.max()) / params.temperature).softmax(-1).cumsum(-1)
-            picked = int((drawn <= lines[0].uniform() * drawn[-1]).sum())
-        line, text = lines[picked], params.choices[picked]
-        ids = line.ids[prompt_tokens:][: len(self.tokenizer.encode(text))]
+            picked = int((drawn <= line[0].uniform() * drawn[-1]).sum())
+        choice, text = line[picked], params.choices[picked]
+        ids = choice.ids[prompt_tokens:][: len(self.tokenizer.encode(text))]
         named = dict(zip(params.choices, probabilities, strict=True))
-        logprobs = walked[line][: len(ids)] if params.logprobs else None
+        logprobs = walked[choice][: len(ids)] if params.logprobs else None
         return Completion(ids, text, "stop", prompt_tokens, root.reused, logprobs, named)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
@@ -557,8 +565,7 @@ class Engine:
             self.remember(sequence)
         for (sequence, _), (token, logprob) in zip(owners, results, strict=True):
             self.advance(sequence, token, logprob)
-        for sequence in [s for s, _ in batch if s.finish_reason]:
-            self.cancel(sequence)
+        self.cancel([sequence for sequence, _ in batch if sequence.finish_reason])
 
     def schedule(self):
         """[(sequence, number of its tokens to run)]: those in flight first, the oldest before the younger, then new ones."""

@@ -73,38 +73,62 @@ class Local:
         self.identity = f"{fingerprint(find_model(directory))} {self.engine.device.type} {self.engine.kv.dtype}"
         self.markers = tuple(self.tokenizer.specials.values())  # none has a place within a turn, so each ends it
         self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)  # a chat's turns are rendered at each of its calls
+        self.asked, self.refused = {}, []  # key -> (what the engine has in line, tokens it sampled itself); (key, Reply)
         self.as_sampled = functools.lru_cache(2**15)(functools.partial(as_sampled, self.tokenizer.decode, self.encode))
 
-    def chat(self, conversations, params, openings=None, on_piece=None):
+    def chat(self, conversations, params, openings=None):
         """conversations: lists of messages; params: one SamplingParams for all, or one each. Returns a list of Reply.
 
         openings: the text each reply is to begin with; it is not part of the Reply. An endpoint cannot be made to, and is not.
         A message may carry `sampled`, the ids that a Reply had, with the `opening` it was asked for: see `as_sampled`.
-        on_piece: called with the text of a single conversation's reply piece by piece, as it comes.
         """
         openings = openings or [""] * len(conversations)
         params = params if isinstance(params, list) else [params] * len(conversations)
-        free = [p.choices is None and p.json_schema is None for p in params]
-        params = [replace(p, stop_ids=self.markers) if f else p for p, f in zip(params, free, strict=True)]
-        asked = [self.prompt(messages, opening) for messages, opening in zip(conversations, openings, strict=True)]
+        replies = {}
+        try:
+            for i, asked in enumerate(zip(conversations, params, openings, strict=True)):
+                self.ask(i, *asked)
+            while len(replies) < len(conversations):
+                replies.update(self.step())
+        finally:
+            self.drop()
+        return [replies[i] for i in range(len(conversations))]
+
+    def ask(self, key, messages, params, opening=""):
+        """Puts a conversation in line, as `chat`; `step` will give its reply under this key."""
+        ids, own = self.prompt(messages, opening)
         takes = min(self.engine.config.max_position_embeddings, self.engine.blocks.num_pages * self.engine.blocks.page_size) - 1
-        replies = [None] * len(asked)
-        for i, (ids, _) in enumerate(asked):
-            needed = len(ids) + max(len(self.encode(choice)) for choice in params[i].choices or [""])
-            needed += 64 if params[i].json_schema is not None else 0  # a schema's shortest text has to fit as well
-            if needed > takes:
-                replies[i] = Reply(
-                    "", "error", len(ids), error=f"a prompt of {needed:,} tokens, and {self.name} takes {takes:,}"
-                )
-        left = [i for i, reply in enumerate(replies) if reply is None]
-        if on_piece and len(left) == 1:
-            done = [drain(self.engine.stream(asked[left[0]][0], params[left[0]]), on_piece)]
-        else:
-            done = self.engine.generate([asked[i][0] for i in left], [params[i] for i in left])
-        for i, c in zip(left, done, strict=True):
-            counts = (c.prompt_tokens, len(c.ids), c.cached_tokens)
-            replies[i] = Reply(c.text, c.finish_reason, *counts, c.ids, c.probabilities, own_tokens=asked[i][1])
-        return replies
+        needed = len(ids) + max(len(self.encode(choice)) for choice in params.choices or [""])
+        needed += 64 if params.json_schema is not None else 0  # a schema's shortest text has to fit as well
+        if needed > takes:
+            error = f"a prompt of {needed:,} tokens, and {self.name} takes {takes:,}"
+            self.refused.append((key, Reply("", "error", len(ids), error=error)))
+            return
+        if params.choices is None and params.json_schema is None:
+            params = replace(params, stop_ids=self.markers)
+        self.asked[key] = self.engine.add(ids, params), own
+
+    def step(self):
+        """Lets all conversations in line go on by a step of the engine -> [(key, Reply)] of those that are at their end."""
+        done, self.refused = self.refused, []
+        if not done and self.asked:
+            self.engine.step()
+            for key, (line, own) in list(self.asked.items()):
+                if c := self.engine.completion(line):
+                    counts = (c.prompt_tokens, len(c.ids), c.cached_tokens)
+                    done.append((key, Reply(c.text, c.finish_reason, *counts, c.ids, c.probabilities, own_tokens=own)))
+                    del self.asked[key]
+        return done
+
+    def said(self, key):
+        """The text of a reply so far, in whole characters."""
+        return self.asked[key][0][0].text
+
+    def drop(self):
+        """Takes all conversations out of line."""
+        for line, _ in self.asked.values():
+            self.engine.cancel(line)
+        self.asked, self.refused = {}, []
 
     def prompt(self, messages, opening=""):
         """(ids of the conversation up to a reply that begins with opening, how many of them this model has sampled)."""
@@ -128,15 +152,6 @@ def as_sampled(decode, encode, content, opening, sampled):
         if text and spoken.startswith(text):
             return [*encode(opening), *sampled[:n], *encode(spoken[len(text) :])], n
     return encode(content), 0
-
-
-def drain(stream, on_piece):
-    """Calls on_piece with all a generator yields; returns what it returns."""
-    while True:
-        try:
-            on_piece(next(stream))
-        except StopIteration as end:
-            return end.value
 
 
 def fingerprint(directory):

@@ -14,7 +14,6 @@ uninterrupted run would have written. The same settings and seed give the same b
 
 import contextlib
 import fcntl
-import functools
 import hashlib
 import html
 import itertools
@@ -76,7 +75,7 @@ class Journal:
         return Reply(**reply) if reply else None
 
     def keep(self, answered):
-        """Puts the replies to [(Live, Reply)] on the disk, those of a batch all or none."""
+        """Puts the replies to [(Live, Reply)] on the disk, those of a step all or none."""
         good = {f"{live.scene.key}|{live.call.occasion}": asdict(reply) for live, reply in answered if reply.error is None}
         if self.path and good:
             cli.append_line(self.path, good)
@@ -87,17 +86,19 @@ def _nothing(*_):
 
 
 def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_failure=_nothing, on_reply=_nothing,
-            on_piece=None, journal=None, side_by_side=SIDE_BY_SIDE):  # fmt: skip
-    """Plays scenes, so many side by side: as one leaves, the next enters.
+            on_text=None, journal=None, side_by_side=SIDE_BY_SIDE):  # fmt: skip
+    """Plays scenes, so many side by side: as one leaves, the next enters, and each goes on as soon as its own reply is there.
 
-    All calls that wait for the same local model go to it in one batch; a scene that waits for an endpoint goes on as soon as
-    its own answer is there. models: {role: model}. on_message(scene, message) at each thing said; on_end(scene, messages,
-    stats, seconds) or on_failure(scene, messages so far, error) once for each; on_reply(reply) at each reply of a model;
-    on_piece(call, text) for the pieces of a turn while it is spoken, where a single scene waits for a local model.
+    What scenes ask of a local model runs in one batch, step by step; endpoints are asked by a thread each. models: {role:
+    model}. on_message(scene, message) at each thing said; on_end(scene, messages, stats, seconds) or on_failure(scene,
+    messages so far, error) once for each; on_reply(reply) at each reply of a model; on_text(call, text) with what has been
+    spoken of a turn by a local model, as it grows.
     """
     journal = journal or Journal()
     scenes, live, arrived = iter(scenes), [], queue.Queue()
-    ready, waiting, out = [], [], 0  # (Live, what to send it); Live with a call to ask; calls at endpoints
+    ready, waiting = [], []  # (Live, what to send it); Live with a call to ask
+    inside, out = set(), 0  # Live with a call at a local model; calls at endpoints
+    local = {id(model): model for model in models.values() if model.local}.values()
 
     def advance(it, sent):
         """Lets a scene go on until it waits for a reply that is not in the journal, or has ended."""
@@ -122,6 +123,7 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
 
     def answered(pairs):
         journal.keep(pairs)
+        inside.difference_update(it for it, _ in pairs)
         for it, reply in pairs:
             on_reply(reply)
             ready.append((it, (reply, False)))
@@ -132,36 +134,41 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
         except BaseException as error:
             arrived.put((it, error))
 
-    while True:
-        while ready or len(live) < side_by_side:
-            if not ready:
-                if (scene := next(scenes, None)) is None:
-                    break
-                live.append(Live(scene, play(scene, protocol), [], time.perf_counter()))
-                ready.append((live[-1], None))
-            advance(*ready.pop(0))
-        if not live:
-            return
-        asked, waiting = waiting, []
-        for model in {id(model): model for model in models.values()}.values():
-            mine = [it for it in asked if models[it.call.role] is model]
-            if not model.local:
-                for it in mine:  # a daemon, so that Ctrl-C need not wait for it
+    try:
+        while True:
+            while ready or len(live) < side_by_side:
+                if not ready:
+                    if (scene := next(scenes, None)) is None:
+                        break
+                    live.append(Live(scene, play(scene, protocol), [], time.perf_counter()))
+                    ready.append((live[-1], None))
+                advance(*ready.pop(0))
+            if not live:
+                return
+            asked, waiting = waiting, []
+            for it in asked:
+                model = models[it.call.role]
+                if model.local:
+                    model.ask(it, it.call.messages, it.call.params, it.call.opening)
+                    inside.add(it)
+                else:  # a daemon, so that Ctrl-C need not wait for it
                     threading.Thread(target=fetch, args=(it, model), daemon=True).start()
-                out += len(mine)
-            elif mine:
-                calls = [it.call for it in mine]
-                more = {}
-                if on_piece and len(live) == 1 and calls[0].role != "next_speaker":
-                    more["on_piece"] = functools.partial(on_piece, calls[0])
-                replies = model.chat([c.messages for c in calls], [c.params for c in calls], [c.opening for c in calls], **more)
-                answered(list(zip(mine, replies, strict=True)))
-        while out and (not ready or not arrived.empty()):  # at least one answer, and all that are there
-            it, reply = arrived.get()
-            out -= 1
-            if isinstance(reply, BaseException):
-                raise reply
-            answered([(it, reply)])
+                    out += 1
+            while not ready:
+                for model in local:
+                    answered(model.step())
+                for it in inside if on_text else ():
+                    if it.call.role != "next_speaker":
+                        on_text(it.call, models[it.call.role].said(it))
+                while out and not (arrived.empty() and (ready or inside)):
+                    it, reply = arrived.get()
+                    out -= 1
+                    if isinstance(reply, BaseException):
+                        raise reply
+                    answered([(it, reply)])
+    finally:  # Ctrl-C leaves nothing behind
+        for model in local:
+            model.drop()
 
 
 # ---- who speaks next, against the books ---------------------------------------------------------------------------------
@@ -300,20 +307,17 @@ class Stage:
         self.cast, self.thoughts = [*scene.speaking_characters, ENVIRONMENT], thoughts
         actors = [name for name in scene.speaking_characters if name != ENVIRONMENT]
         self.styles = {name: f"bold {self.COLOURS[i % len(self.COLOURS)]}" for i, name in enumerate(actors)}
-        self.occasion, self.said, self.shown = None, "", ""
+        self.shown = ""
         cli.stdout.rule(Text(cli.plain(scene.book)), style="dim") if cli.stdout.is_terminal else cli.put(scene.book + "\n")
         cli.stdout.print(cli.plain(scene.scenario) + "\n", style="italic", markup=False)
 
-    def hear(self, call, piece):
-        """A piece of a turn that is being spoken: what will surely stay of it is shown, so no line that may be another's."""
-        if call.occasion != self.occasion:
-            self.occasion, self.said = call.occasion, ""
-        self.said += piece
-        *lines, line = self.said.split("\n")
+    def hear(self, call, said):
+        """What has been spoken of a turn: what will surely stay of it is shown, so no line that may be another's."""
+        *lines, line = said.split("\n")
         start = line.strip("*# \t")
         name = next((n for n in self.cast if n.startswith(start) or (start.startswith(n) and ":" not in start)), None)
         beginning = name is not None and len(start) < len(name) + 3
-        sure = re.sub(r"\S+$", "", "\n".join(lines) if beginning else self.said)  # whole words, so that they can be wrapped
+        sure = re.sub(r"\S+$", "", "\n".join(lines) if beginning else said)  # whole words, so that they can be wrapped
         self.put(call.agent, clean_reply(sure, call.agent, self.cast))
 
     def show(self, message):
@@ -503,7 +507,7 @@ def run(scenes, models, protocol, settings, out, done, args):
         try:
             journal = Journal(out / REPLIES)
             hear = alone.hear if alone else None
-            perform(left, models, protocol, **hooks, on_piece=hear, journal=journal, side_by_side=args.side_by_side)
+            perform(left, models, protocol, **hooks, on_text=hear, journal=journal, side_by_side=args.side_by_side)
             if failures:
                 raise UsageError(f"{len(failures)} scene(s) could not be finished; the first: {failures[0]['error']}")
         except (KeyboardInterrupt, UsageError) as error:

@@ -125,7 +125,7 @@ def test_limits_of_a_step_are_kept():
     model = random_model(random_config(2))
     batch = random_prompts(model, 0, [9, 9, 9, 40, 5, 9, 9, 9])
     engine = Engine(model, max_batch=3, max_step_tokens=20)
-    sequences, taken, running = [engine.add(prompt, greedy(n + 2)) for n, prompt in enumerate(batch)], [], []
+    sequences, taken, running = [engine.add(prompt, greedy(n + 2))[0] for n, prompt in enumerate(batch)], [], []
     while any(s.finish_reason is None for s in sequences):
         before = engine.stats["prefilled"], engine.stats["decoded"]
         engine.step()
@@ -329,11 +329,11 @@ def soak(requests, seed):
                 stop_ids=tuple(rng.sample(range(100), rng.choice([0, 0, 3]))),
                 logprobs=rng.random() < 0.2,
             )
-            asked.append((prompt, params, engine.add(prompt, params)))
+            asked.append((prompt, params, *engine.add(prompt, params)))
         if asked and rng.random() < 0.1:
             victim = rng.choice(asked[-20:])[2]
             cancelled += victim.finish_reason is None and (victim in engine.waiting or victim in engine.running)
-            engine.cancel(victim)
+            engine.cancel([victim])
         engine.step()
     everything_given_back(engine)
     assert cancelled > requests / 50
@@ -871,12 +871,12 @@ def test_cancelling_a_prompt_half_read():
     model = random_model(random_config(2))
     long, other = random_prompts(model, 0, [50, 5])
     engine = Engine(model, page_size=4, max_step_tokens=10)
-    beside, victim = engine.add(other, greedy(20)), engine.add(long, greedy(5))
+    [beside], [victim] = engine.add(other, greedy(20)), engine.add(long, greedy(5))
     engine.step()
     engine.step()
     assert 0 < victim.cached < len(long)
     read = victim.cached
-    engine.cancel(victim)
+    engine.cancel([victim])
     while beside.finish_reason is None:
         engine.step()
     assert beside.generated == alone(model, other, greedy(20)).ids

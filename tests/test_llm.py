@@ -89,7 +89,18 @@ class Script:
     name, local, identity = "script", True, "script"
 
     def __init__(self, say):
-        self.say, self.asked, self.openings, self.batches = say, [], [], []
+        self.say, self.asked, self.openings, self.batches, self.line = say, [], [], [], []
+
+    def ask(self, key, messages, params, opening=""):
+        self.line.append((key, messages, params, opening))
+
+    def step(self):
+        keys, *asked = zip(*self.line, strict=True) if self.line else [()] * 4
+        self.line = []
+        return list(zip(keys, self.chat(*map(list, asked)), strict=True)) if keys else []
+
+    def drop(self):
+        self.line = []
 
     def chat(self, conversations, params, openings=None):
         params = params if isinstance(params, list) else [params] * len(conversations)

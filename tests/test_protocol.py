@@ -364,17 +364,19 @@ def test_every_agents_tokens_are_read_once(tiny_actor, stage):
     """On a real engine: what it says it read is what the scenes count, and at most 2% above the least possible, which is what
     rendering each agent's last chat gives."""
     model = llm.open_model(tiny_actor)
-    asked, last = model.chat, {}
+    asking, stepping, prompts_of, last = model.ask, model.step, {}, {}
 
-    def chat(conversations, params, openings=None):
-        replies = asked(conversations, params, openings)
-        for messages, opening, reply in zip(conversations, openings, replies, strict=True):
-            prompt, own = model.prompt(messages, opening)
-            last[messages[0]["content"]] = len(prompt) - own
-            assert reply.prompt_tokens == len(prompt)
-        return replies
+    def ask(key, messages, params, opening):
+        prompt, own = model.prompt(messages, opening)
+        prompts_of[key], last[messages[0]["content"]] = prompt, len(prompt) - own
+        asking(key, messages, params, opening)
 
-    model.chat = chat
+    def step():
+        done = stepping()
+        assert all(reply.prompt_tokens == len(prompts_of[key]) for key, reply in done)
+        return done
+
+    model.ask, model.step = ask, step
     ends = []
     scenes = [stage["the-last-ferry/1"], stage["ward-c/1"], stage["three-keys/3"]]
     protocol = Protocol(max_rounds=10, max_tokens=24, next_speaker_tokens=4, temperature=0.8)
@@ -554,20 +556,27 @@ def test_another_checkpoint_at_the_same_path_is_another_model(script, tiny_actor
 
 @pytest.mark.parametrize("thoughts", ["show", "hide"])
 def test_a_scene_streams_what_is_played(script, tiny_actor, stage, tmp_path, monkeypatch, thoughts):
-    """Piece by piece or at once, the screen has each turn as the transcript has it, or without the thoughts."""
+    """Letter by letter, the screen has each turn as the transcript has it, or without the thoughts."""
     said = ["[my secret] (nods) Good day.\n\nWick Tarn: not mine", " Well.\n[a\nsecret] Then go."]
     shown = []
 
     class Model(Script):
-        def chat(self, conversations, params, openings=None, on_piece=None):
-            (messages,) = conversations
+        spoken = 0
+
+        def step(self):
+            [(key, messages, *_)] = self.line
             if messages[0]["content"].startswith("You watch"):
-                return [Reply("Wick Tarn", "stop")]
-            text = said[len(shown) % 2]
-            shown.append(text)
-            for letter in text:
-                on_piece(letter)
-            return [Reply(text, "stop")]
+                self.line, text = [], "Wick Tarn"
+            elif self.spoken < len(text := said[len(shown) % 2]):
+                self.spoken += 1
+                return []
+            else:
+                shown.append(text)
+                self.line, self.spoken = [], 0
+            return [(key, Reply(text, "stop"))]
+
+        def said(self, key):
+            return said[len(shown) % 2][: self.spoken]
 
     monkeypatch.setattr(simulate, "open_model", lambda *_, **__: Model(None))
     args = ["--scene", "the-last-ferry/1", "--actor", "x", "--max-rounds", 2, "--thoughts", thoughts]
@@ -639,6 +648,23 @@ def test_a_slow_endpoint_holds_up_its_own_scene_alone():
             return super().chat(conversations, params, openings)
 
     models = dict.fromkeys(ROLES, Remote(lambda m, _: "random" if m[0]["content"].startswith("You watch") else "Yes."))
+    perform(scenes, models, Protocol(max_rounds=6), on_end=lambda scene, *_: ended.append(scene.scenario))
+    assert ended == ["Quick.", "Slow."]
+
+
+def test_a_long_turn_holds_up_its_own_scene_alone():
+    """The same of a local model: a scene goes on as soon as its own reply is there, whatever else is being spoken."""
+    scenes, ended = [make_scene(i_p=0, scenario="Slow."), make_scene(i_p=1, scenario="Quick.")], []
+
+    class Model(Script):
+        def step(self):
+            slow = [asked for asked in self.line if "Slow." in asked[1][0]["content"] and not ended]
+            self.line = [asked for asked in self.line if asked not in slow]
+            done = super().step()
+            self.line = slow
+            return done
+
+    models = dict.fromkeys(ROLES, Model(lambda m, _: "random" if m[0]["content"].startswith("You watch") else "Yes."))
     perform(scenes, models, Protocol(max_rounds=6), on_end=lambda scene, *_: ended.append(scene.scenario))
     assert ended == ["Quick.", "Slow."]
 
