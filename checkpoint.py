@@ -284,7 +284,11 @@ def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 *
 
         def flush():
             shards.append(list(shard))
-            save_file(shard, temporary / f"{len(shards) - 1}.safetensors", metadata={"format": "pt"})
+            file = temporary / f"{len(shards) - 1}.safetensors"
+            file.touch()
+            mode = file.stat().st_mode  # that of every new file; safetensors would let nobody else read it
+            save_file(shard, file, metadata={"format": "pt"})
+            file.chmod(mode)
 
         total = 0
         for name, parameter in model.named_parameters():

@@ -259,7 +259,7 @@ class Span:
     pages: torch.Tensor | list  # int64, where these keys are
     seen: slice  # of the tokens of those pages
     views: tuple | None  # keys and values of every layer in turn, [1, K, seen, D] each, where they lie in one piece
-    mask: torch.Tensor | None  # bool [queries, seen], for several queries
+    mask: torch.Tensor | None  # [queries, seen], for several queries: bool, or what is to be added to the scores
 
 
 class StepCache:
@@ -310,6 +310,8 @@ class StepCache:
         if end - begin > 1:
             at, keys = (torch.arange(*ends, device=self.device) for ends in ((begin, end), (first, end)))
             mask = (keys <= at[:, None]) & (keys > at[:, None] - (window or end))
+            if not self.kernel:  # a CPU adds a mask, and would make this one of the other in every layer
+                mask = torch.zeros(mask.shape, dtype=self.kv.dtype).masked_fill_(~mask, -torch.inf)
         return Span(rows, pages, seen, views, mask)
 
     def single(self, singles, rows):
@@ -318,7 +320,10 @@ class StepCache:
             return None
         index = None  # all of them
         if len(singles) < rows:
-            index = torch.tensor([rows.start for _, rows, _, _ in singles], device=self.device)
+            places = [rows.start for _, rows, _, _ in singles]
+            index = slice(places[0], places[-1] + 1)  # all that decode are in the row's beginning
+            if index.stop - index.start > len(places):
+                index = torch.tensor(places, device=self.device)
         if not self.kernel:
             return index, [self.span(*single) for single in singles], None
         widest = max(len(sequence.block_table) for sequence, *_ in singles)

@@ -62,6 +62,7 @@ def test_what_is_saved_comes_back(seed, max_shard_bytes, tmp_path):
     checkpoint.save_model(model, tmp_path / "model", max_shard_bytes=max_shard_bytes)
     assert_same(checkpoint.load_model(tmp_path / "model"), model)
     assert os.listdir(tmp_path) == ["model"]
+    assert len({file.stat().st_mode for file in (tmp_path / "model").iterdir()}) == 1  # whoever may read one may read all
     shards = [load_file(file) for file in (tmp_path / "model").glob("*.safetensors")]
     assert sum(map(len, shards)) == len(dict(model.named_parameters()))
     assert all(len(shard) == 1 or sum(t.nbytes for t in shard.values()) <= max_shard_bytes for shard in shards)
