@@ -214,7 +214,7 @@ class Ours:
     def __init__(self, model):
         from engine import Engine
 
-        self.engine = Engine(model, max_batch=256)
+        self.engine = Engine(model, max_batch=256, lookup=False)  # a token a step, as the peer
 
     def start(self, prompts, new):
         from engine import SamplingParams

@@ -9,6 +9,9 @@ other in a single row, parts of prompts beside single tokens. Keys and values li
 with the same tokens, until it is the oldest and its room is needed. Sequences join and leave at every step; when pages run out
 the youngest is put back in line and computed again later.
 
+Whoever repeats himself is guessed at: tokens that may follow run along with the last one, and those that are then chosen are
+kept, which changes the number of steps and nothing else.
+
 Greedy text is the same alone, in any batch, and with any part of it found in the cache, up to the rounding of attention, which
 may add in another order. A seed and a position determine a draw, whatever else is in the batch.
 """
@@ -28,6 +31,7 @@ import kernels
 from cli import UsageError
 from constrain import Grammar, Vocabulary, advance, cost
 from fast_linear import packed
+from pages import BlockManager, common_prefix, in_one_piece, last_piece
 
 # memory that counts only as it is touched, in a fork too; Python has no name for the last of these before 3.13
 UNTOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0)
@@ -109,6 +113,11 @@ class Sequence:
     grammar: Grammar | None = None
     state: tuple | None = None  # of the grammar
     seen: torch.Tensor | None = None  # bool [V], for the repetition penalty
+    guessed: list = field(default_factory=list)  # tokens that were thought to come next
+    draft: list = field(default_factory=list)  # those of them that are run at this step, with the one before them
+    trust: int = 0  # how many to guess
+    places: dict = field(default_factory=dict)  # three tokens -> where what last followed them stands
+    indexed: int = 0  # tokens of which places knows
     finish_reason: str | None = None
 
     @property
@@ -124,131 +133,10 @@ class Sequence:
         """Which tokens the next n to be run are, counted from 0."""
         return range(self.cached, self.cached + n)
 
-    def uniform(self):
-        """A number in [0, 1) that depends on the seed and on how many tokens there are, and on nothing else."""
-        digest = hashlib.blake2b(f"{self.seed}|{len(self.ids)}".encode(), digest_size=7).digest()
+    def uniform(self, at):
+        """A number in [0, 1) for the token after the one at a place; it depends on the seed and the place, and nothing else."""
+        digest = hashlib.blake2b(f"{self.seed}|{at + 1}".encode(), digest_size=7).digest()
         return int.from_bytes(digest, "big") / 2**56
-
-
-BLANK, RESERVED, USED = range(3)  # of a page: nothing to lose; the same, but room for the sequence before it; held or known
-
-
-class BlockManager:
-    """Which page holds what, and who holds the page.
-
-    A page is known by the digest of all tokens before it and by its own tokens, which may be fewer than fit. Pages given back
-    join the end of `free`, of each sequence the last page first: the oldest is reused first, and what follows it before it.
-    """
-
-    def __init__(self, num_pages, page_size):
-        self.num_pages, self.page_size = num_pages, page_size
-        self.state = np.full(num_pages, BLANK, np.int8)
-        self.held = {}  # page -> by how many sequences
-        self.free = {}  # known pages that nobody holds, in the order in which they will be reused
-        self.known = {}  # page -> (digest of what is before it, its tokens, digest with them)
-        self.following = {}  # digest -> {page: its tokens} of the pages that are known to follow
-        self.full = {}  # digest of all tokens up to the end of a full page -> page
-
-    def available(self):
-        return self.num_pages - len(self.held)
-
-    def continues(self, page, n):
-        """Whether a sequence that ends with this page can have the n after it."""
-        after = self.state[page + 1 : page + 1 + n]
-        return len(after) == n and not (after == USED).any()
-
-    def gap(self, n, begin=0, end=None):
-        """The first of n blank pages in a row, the lowest such among pages begin to end; None where there are none."""
-        blank = self.state[begin:end] == BLANK
-        runs = np.flatnonzero(np.diff(blank, prepend=False, append=False)).reshape(-1, 2)  # where each begins and ends
-        fits = runs[runs[:, 1] - runs[:, 0] >= n, 0]
-        return begin + int(fits[0]) if len(fits) else None
-
-    def take(self, n, after=None, rooms=()):
-        """n pages to write to: those after a page if they have nothing to lose, so that a sequence lies in one piece; else a
-        gap with the first of these rooms to grow into that can be had; else what is blank or oldest. Without rooms no more
-        is forgotten than is needed; with them up to n pages more, to lie in one piece."""
-        start = after + 1 if after is not None and self.continues(after, n) else None
-        if start is None:
-            for room in rooms:
-                if start is None and (start := self.gap(n + room)) is not None:
-                    self.state[start : start + n + room] = RESERVED
-            if start is None and (start := self.gap(n)) is None:
-                self.state[self.state == RESERVED] = BLANK
-                start = self.gap(n)
-            for page in [*self.free][: max(0, n * (1 + bool(rooms)) - (self.state == BLANK).sum())] if start is None else ():
-                self.forget(page)
-                if (start := self.gap(n, max(0, page - n + 1), page + n)) is not None:
-                    break
-        pages = np.flatnonzero(self.state == BLANK)[:n].tolist() if start is None else [*range(start, start + n)]
-        self.hold(pages)
-        return pages
-
-    def hold(self, pages):
-        for page in pages:
-            self.free.pop(page, None)
-            self.held[page] = self.held.get(page, 0) + 1
-        self.state[pages] = USED
-
-    def release(self, pages):
-        for page in reversed(pages):
-            self.held[page] -= 1
-            if not self.held[page]:
-                del self.held[page]
-                if page in self.known:
-                    self.free[page] = None
-                else:
-                    self.state[page] = BLANK
-
-    def remember(self, page, before, tokens):
-        """Makes known that a page holds these tokens after those of the digest; returns the digest that includes them.
-
-        Where another page holds the same, that one stays known.
-        """
-        digest = chain(before, tokens)
-        if tokens not in self.following.get(before, {}).values():
-            self.forget(page)
-            self.known[page] = before, tokens, digest
-            self.following.setdefault(before, {})[page] = tokens
-            if len(tokens) == self.page_size:
-                self.full[digest] = page
-        return digest
-
-    def forget(self, page):
-        if page in self.known:
-            before, _, digest = self.known.pop(page)
-            self.full.pop(digest, None)
-            del self.following[before][page]
-            if not self.following[before]:
-                del self.following[before]
-            if page not in self.held:
-                del self.free[page]
-                self.state[page] = BLANK
-
-    def find(self, tokens):
-        """The longest beginning of tokens that is known: (its full pages, their digests, a page that goes on, how far)."""
-        pages, digests, size, before = [], [], self.page_size, b""
-        while len(rest := tokens[len(pages) * size : (len(pages) + 1) * size]) == size:
-            if (digest := chain(before, rest)) not in self.full:
-                break
-            pages.append(self.full[digest])
-            digests.append(before := digest)
-        common = {page: common_prefix(known, rest) for page, known in self.following.get(before, {}).items()}
-        best = max(common, key=common.get, default=None)
-        return pages, digests, best, common.get(best, 0)
-
-
-def chain(before, tokens):
-    """The digest of a prefix and the page of tokens after it."""
-    return hashlib.blake2b(before + np.array(tokens, np.int64).tobytes(), digest_size=16).digest()
-
-
-def common_prefix(a, b):
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def in_one_piece(pages):
-    return pages == [*range(pages[0], pages[0] + len(pages))] if pages else True
 
 
 @dataclass
@@ -377,11 +265,19 @@ class Engine:
     twice. tokenizer: may be None where only ids go in and out (no stop ids then).
     max_batch: sequences in flight; max_step_tokens: tokens of prompts taken in at one step, longer ones in parts. cache_tokens:
     room for keys and values, in tokens; by default most of a GPU's free memory, or a quarter of the machine's (8 GiB at most),
-    which is taken only as it is used.
+    which is taken only as it is used. lookup: whether to guess tokens (see `guess`); by default on a CPU.
     """
 
     def __init__(
-        self, model, tokenizer=None, max_batch=64, max_step_tokens=4096, cache_tokens=None, page_size=16, consume=False
+        self,
+        model,
+        tokenizer=None,
+        max_batch=64,
+        max_step_tokens=4096,
+        cache_tokens=None,
+        page_size=16,
+        consume=False,
+        lookup=None,
     ):
         self.tokenizer, self.config = tokenizer, model.config
         self.max_batch, self.max_step_tokens = max_batch, max_step_tokens
@@ -404,10 +300,11 @@ class Engine:
             room = mmap.mmap(-1, self.blocks.num_pages * bytes_a_page, flags=UNTOUCHED)
             self.kv = torch.frombuffer(room, dtype=dtype).view(shape)
         self.kernel = self.device.type != "cpu"  # attends by block table; on a CPU, views of pages in one piece are faster
+        self.lookup = not self.kernel if lookup is None else lookup
         self.vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size  # a model's may be padded
         self.stop_ids = set(tokenizer.stop_ids) if tokenizer else set()
         self.waiting, self.running = [], []
-        self.stats = {"prefilled": 0, "reused": 0, "decoded": 0}
+        self.stats = dict.fromkeys(("prefilled", "reused", "decoded", "drafted", "accepted"), 0)
         self.grammars = {}
 
     # ---- requests ----------------------------------------------------------------------------------------------------
@@ -542,7 +439,7 @@ class Engine:
         picked = int(logits.argmax())
         if params.temperature > 0:
             drawn = ((logits - logits.max()) / params.temperature).softmax(-1).cumsum(-1)
-            picked = int((drawn <= line[0].uniform() * drawn[-1]).sum())
+            picked = int((drawn <= line[0].uniform(len(line[0].ids) - 1) * drawn[-1]).sum())
         choice, text = line[picked], params.choices[picked]
         ids = choice.ids[prompt_tokens:][: len(self.tokenizer.encode(text))]
         named = dict(zip(params.choices, probabilities, strict=True))
@@ -564,12 +461,15 @@ class Engine:
         logits = self.run(batch, wanted)[: len(owners), : self.vocab_size]
         results = self.sample(logits, owners) if owners else []
         for sequence, n in batch:
+            n -= len(sequence.draft)
             decoding = n == 1 and sequence.cached >= sequence.prompt_tokens and not sequence.scored
             self.stats["prefilled"] += 0 if decoding else n
+            self.stats["drafted"] += len(sequence.draft)
             sequence.cached += n
             self.remember(sequence)
-        for (sequence, _), (token, logprob) in zip(owners, results, strict=True):
-            self.advance(sequence, token, logprob)
+        for (sequence, at), (token, logprob) in zip(owners, results, strict=True):
+            if at < sequence.cached or self.accept(sequence, at):
+                self.advance(sequence, token, logprob)
         self.cancel([sequence for sequence, _ in batch if sequence.finish_reason])
 
     def schedule(self):
@@ -585,7 +485,9 @@ class Engine:
                     self.waiting.insert(0, youngest)
                     continue
                 sequence.block_table += self.blocks.take(1, sequence.block_table[-1])
-            self.enlist(batch, coming, sequence, n)
+            sequence.draft = self.guess(sequence) if n == sequence.pending == 1 and self.lookup else []
+            self.rows -= len(sequence.draft)
+            self.enlist(batch, coming, sequence, n + len(sequence.draft))
             i += 1
         for sequence in list(self.waiting):
             if len(self.running) >= self.max_batch or self.budget < 1:
@@ -613,6 +515,28 @@ class Engine:
         if n:
             batch.append((sequence, n))
 
+    def guess(self, s):
+        """Tokens that may come next: those that followed the last three where they stood last, over and over. Whoever repeats
+        himself, or others, is spared steps (prompt lookup decoding, Saxena 2023). As many as would have been right of late."""
+        if s.scored or s.grammar or s.params.repetition_penalty != 1:  # these depend on the token before
+            return []
+        ids, room = s.ids, len(s.block_table) * self.blocks.page_size
+        came = ids[s.indexed :]
+        right = common_prefix(s.guessed, came)
+        s.trust = s.trust + right if right == min(len(s.guessed), len(came)) else s.trust // 2
+        s.places.update((tuple(ids[i - 3 : i]), i) for i in range(max(s.prompt_tokens + 3, s.indexed), len(ids)))
+        s.indexed, at = len(ids), s.places.get(tuple(ids[-3:]))
+        s.guessed = [ids[at + i % (len(ids) - at)] for i in range(max(1, s.trust))] if at is not None else []
+        return s.guessed[: min(room - len(ids), s.limit - len(ids) - 1, self.rows // 2)] if s.trust > 1 else []
+
+    def accept(self, s, at):
+        """Whether the first token of the draft, at this place, is what was chosen since; the draft goes on behind it."""
+        token = s.draft.pop(0)
+        right = not s.finish_reason and at < len(s.ids) and token == s.ids[at]
+        s.cached += right
+        self.stats["accepted"] += right
+        return right
+
     def next_page(self, digests, ids):
         """What the first page that is not known would be known by."""
         size = self.blocks.page_size
@@ -631,8 +555,10 @@ class Engine:
             return None
         found = [*pages, *([source] if common else [])]
         blocks.hold(found)
-        # a page that nobody else uses and that is true to its end is written on; of others the beginning is copied
-        taken = common > 0 and blocks.held[source] == 1 and common == len(blocks.known[source][1])
+        # a page that nobody else uses is written on, if it is true to its end or the last of a chat, which may have gone on in
+        # another way; of others the beginning is copied
+        _, tokens, digest = blocks.known[source] if common else (None, (), None)
+        taken = common > 0 and blocks.held[source] == 1 and (common == len(tokens) or digest not in blocks.following)
         total = self.pages(len(ids))
         needed = total - len(pages) - taken
         if common and not taken and needed > blocks.available():
@@ -641,6 +567,8 @@ class Engine:
         if needed > blocks.available() - len(self.running):  # each of those may soon need one
             blocks.release(found)
             return False
+        if taken and common < len(tokens):
+            blocks.forget(source)
         kept, copied = [*pages, *([source] if taken else [])], [source] if common and not taken else []
         grown = self.pages(sequence.limit)  # a chat comes back longer: as much again, if there is room enough
         rooms = () if self.kernel else (2 * grown - total, grown - total)
@@ -650,8 +578,8 @@ class Engine:
         table = kept + blocks.take(total - len(kept), kept[-1] if kept else None, rooms)
         if copied:
             self.kv[:, table[len(kept) : len(kept) + len(copied)]] = self.kv[:, copied]
-        if copied is found:  # from now on it is found where it is now
-            for page in copied[: len(copied) - (common > 0 and not taken)]:
+        if copied is found and taken:  # a chat that has moved; what it shared with others is theirs as well
+            for page in last_piece(copied):
                 blocks.forget(page)
         blocks.release(copied)
         sequence.block_table, sequence.digests = table, digests
@@ -680,7 +608,7 @@ class Engine:
 
     def run(self, batch, wanted):
         """Logits [wanted tokens, V] of the model; of one token where none are wanted."""
-        tokens = [i for s, n in batch for i in s.ids[s.cached : s.cached + n]]
+        tokens = [i for s, n in batch for i in (*s.ids[s.cached : s.cached + n], *s.draft)]
         rows, row = [], 0
         if all(begin == end for begin, end in wanted):
             first = batch[0][0].cached
@@ -706,7 +634,7 @@ class Engine:
         drawn = [i for i, (s, _) in enumerate(owners) if s.params.temperature > 0 and not s.scored]
         if drawn:
             tokens[drawn] = draw(
-                chosen[drawn].float(), [owners[i][0].params for i in drawn], [owners[i][0].uniform() for i in drawn]
+                chosen[drawn].float(), [owners[i][0].params for i in drawn], [owners[i][0].uniform(owners[i][1]) for i in drawn]
             )
         given = {i: s.ids[at + 1] for i, (s, at) in enumerate(owners) if s.scored}
         if given:

@@ -9,7 +9,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     py_modules=["checkpoint", "cli", "constrain", "costs", "engine", "fast_linear", "generate", "judge", "llm", "loss"]
-    + ["metrics", "model", "protocol", "report", "resume", "runlog", "simulate", "tokenizer", "train"],
+    + ["metrics", "model", "pages", "protocol", "report", "resume", "runlog", "simulate", "tokenizer", "train"],
     packages=["data", "kernels"],
     package_data={"data": ["published_results.json", "report.html", "stage/*", "stage/actor/*"]},
     install_requires=[

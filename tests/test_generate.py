@@ -27,7 +27,6 @@ from transformers.utils import logging
 
 import checkpoint
 import constrain
-import engine as engine_module
 import tokenizer as tokenizer_module
 from cli import UsageError, plain
 from data import prompts
@@ -36,6 +35,7 @@ from fast_linear import packed
 from generate import Engine, SamplingParams, find_character, load_engine
 from llm import open_model
 from model import RopeScaling
+from pages import BLANK, USED, in_one_piece
 
 logging.disable_progress_bar()
 
@@ -190,6 +190,22 @@ def test_a_chat_that_grows_is_never_read_twice(page_size):
         known = len(history) - 1  # the last token said was never run
 
 
+def test_chats_with_the_same_beginning_do_not_move_each_other():
+    """Each lies in one piece where it can grow, at all its returns in the same place: the first as it was begun, the second
+    where it went when it turned out to be another."""
+    model, [shared, *own] = random_model(random_config(2)), random_prompts(random_model(random_config(2)), 3, [40, 6, 7, 8])
+    engine, chats, tables = Engine(model, page_size=4), [shared + ids for ids in own], []
+    running = engine.run
+    engine.run = lambda batch, wanted: tables.append(batch[0][0].block_table) or running(batch, wanted)
+    for _ in range(4):
+        for i, chat in enumerate(chats):
+            done = engine.generate([chat], greedy(5))[0]
+            assert done.ids == alone(model, chat, greedy(5)).ids
+            chats[i] = chat + done.ids[:3] + [i + 1] * 5  # goes on in another way than it was told
+    tables = [table for table in tables if table]
+    assert all(map(in_one_piece, tables)) and len({table[0] for table in tables}) == 3
+
+
 def test_the_cache_is_bounded():
     """Where room runs out the oldest of what nobody holds goes first."""
     model = random_model(random_config(2))
@@ -255,9 +271,34 @@ def test_tables_of_blocks_and_views_agree(seed):
     assert [c.ids for c in engine.generate(batch, greedy(30))] == expected
 
 
+@pytest.mark.parametrize("kernel", [False, True])
+def test_what_is_guessed_changes_nothing(kernel):
+    """Drafts of what was said before save steps, and neither tokens, nor their log-probabilities, nor where a text ends."""
+    model = random_model(random_config(3))
+    batch = random_prompts(model, 0, [3, 20, 9, 30, 5])
+    params = [greedy(90), greedy(61), SamplingParams(0.2, seed=1, max_tokens=90, logprobs=True)]
+    looping = alone(model, batch[0], params[0]).ids
+    params += [SamplingParams(0.4, top_k=4, seed=2, max_tokens=70), greedy(90, stop_ids=(looping[-1],))]
+    sides = []
+    for lookup in (False, True):
+        engine = Engine(model, page_size=8, cache_tokens=4000, lookup=lookup)
+        engine.kernel = kernel
+        turns, running = [], engine.run
+        engine.run = lambda b, w, turns=turns, running=running: turns.extend(b) or running(b, w)
+        sides.append((engine.generate(batch, params), len(turns), engine.stats["accepted"]))
+        everything_given_back(engine)
+        again = engine.generate([batch[0] + looping[:40]], greedy(20))[0]  # what is found in the cache is what was accepted
+        assert again.ids == looping[40:60] and again.cached_tokens >= 35
+    (without, most, none), (with_, fewer, accepted) = sides
+    assert none == 0 < accepted and fewer == most - accepted
+    for a, b in zip(without, with_, strict=True):
+        assert (a.ids, a.finish_reason, a.prompt_tokens) == (b.ids, b.finish_reason, b.prompt_tokens)
+    assert with_[2].logprobs == pytest.approx(without[2].logprobs, abs=1e-4)
+
+
 def scattered(blocks, n, rng):
     """Blank pages anywhere."""
-    pages = rng.sample(np.flatnonzero(blocks.state == engine_module.BLANK).tolist(), n)
+    pages = rng.sample(np.flatnonzero(blocks.state == BLANK).tolist(), n)
     blocks.hold(pages)
     return pages
 
@@ -288,8 +329,8 @@ def bounded(engine, steps):
 def everything_given_back(engine):
     blocks = engine.blocks
     assert not (engine.waiting or engine.running or blocks.held) and blocks.available() == blocks.num_pages
-    assert blocks.free.keys() == blocks.known.keys() == {*np.flatnonzero(blocks.state == engine_module.USED).tolist()}
-    assert all(blocks.known[page][2] == digest for digest, page in blocks.full.items())
+    assert blocks.free.keys() == blocks.known.keys() == {*np.flatnonzero(blocks.state == USED).tolist()}
+    assert all(blocks.known[page][2] == digest for digest, pages in blocks.full.items() for page in pages)
     assert sorted(p for pages in blocks.following.values() for p in pages) == sorted(blocks.known)
 
 
