@@ -116,7 +116,7 @@ class Sequence:
     guessed: list = field(default_factory=list)  # tokens that were thought to come next
     draft: list = field(default_factory=list)  # those of them that are run at this step, with the one before them
     trust: int = 0  # how many to guess
-    places: dict = field(default_factory=dict)  # three tokens -> where what last followed them stands
+    places: dict = field(default_factory=dict)  # three tokens that were generated -> where what last followed them stands
     indexed: int = 0  # tokens of which places knows
     finish_reason: str | None = None
 
@@ -516,14 +516,16 @@ class Engine:
             batch.append((sequence, n))
 
     def guess(self, s):
-        """Tokens that may come next: those that followed the last three where they stood last, over and over. Whoever repeats
-        himself, or others, is spared steps (prompt lookup decoding, Saxena 2023). As many as would have been right of late."""
+        """Tokens that may come next: those that followed the last three where they were said last, over and over; as many as
+        would have been right of late, up to the page's end. Whoever repeats himself is spared steps (prompt lookup decoding,
+        Saxena 2023, within the reply)."""
         if s.scored or s.grammar or s.params.repetition_penalty != 1:  # these depend on the token before
             return []
         ids, room = s.ids, len(s.block_table) * self.blocks.page_size
         came = ids[s.indexed :]
         right = common_prefix(s.guessed, came)
-        s.trust = s.trust + right if right == min(len(s.guessed), len(came)) else s.trust // 2
+        all_right = right == min(len(s.guessed), len(came))
+        s.trust = min(s.trust + right, self.blocks.page_size) if all_right else s.trust // 2
         s.places.update((tuple(ids[i - 3 : i]), i) for i in range(max(s.prompt_tokens + 3, s.indexed), len(ids)))
         s.indexed, at = len(ids), s.places.get(tuple(ids[-3:]))
         s.guessed = [ids[at + i % (len(ids) - at)] for i in range(max(1, s.trust))] if at is not None else []

@@ -298,6 +298,8 @@ class Endpoint:
                 pause = pause if asked is None else asked
             left = begun + DEADLINE - time.monotonic()
             pause = min(pause, LONGEST_PAUSE)
+            if pause >= 5 and attempt < tries - 1:
+                cli.note(f"{self.name}: {trouble}; asked again in {pause:.0f} s")
             if attempt == tries - 1 or pause >= left or stopped.wait(pause):
                 break
         self.down = True

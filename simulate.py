@@ -448,7 +448,8 @@ def begin(out, settings, resume):
         raise UsageError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
     if done or begun:
         old = cli.read_json(out / SETTINGS) if begun else done[0]["settings"]
-        if changed := sorted(name for name in {*settings, *old} if settings.get(name) != old.get(name)):
+        known = {name for name in settings if f"{name}_identity" in settings}  # what a model is, not where it lies
+        if changed := sorted(name for name in {*settings, *old} - known if settings.get(name) != old.get(name)):
             raise UsageError(f"{out}: was played with other settings ({', '.join(changed)}); choose another --out")
     with cli.write_whole(out / SETTINGS) as file:
         json.dump(settings, file, indent=1)

@@ -244,10 +244,14 @@ def test_retry_after_of_another_form_leaves_the_usual_pause(asked, pauses):
     assert len(pauses) == 1 and 0.007 <= pauses[0] <= 0.013
 
 
-def test_no_pause_is_endless(pauses):
-    """A server that asks for a day gets a minute."""
-    with Server(lambda _, n: "at last" if n else (429, {}, {"Retry-After": "86400"})) as server:
+def test_no_pause_is_endless(pauses, capsys):
+    """A server that asks for a day gets a minute, and whoever waits is told why, without the key."""
+    with Server(
+        lambda _, n: "at last" if n else (429, {"error": {"message": f"busy {KEY}"}}, {"Retry-After": "86400"})
+    ) as server:
         ask(server)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "openai:m: HTTP 429: busy ***; asked again in 60 s" in told and KEY not in told
     assert pauses == [llm.LONGEST_PAUSE] and llm.LONGEST_PAUSE <= 120
 
 

@@ -533,13 +533,15 @@ def test_two_runs_never_share_files(script, three_scenes, tmp_path, monkeypatch)
 
 
 def test_another_checkpoint_at_the_same_path_is_another_model(script, tiny_actor, tmp_path, monkeypatch):
-    """The settings hold a hash of its files, so --resume does not go on with other weights."""
+    """The settings hold a hash of its files, so --resume does not go on with other weights; the same elsewhere are the same."""
     import shutil
 
     monkeypatch.setattr(simulate, "Protocol", lambda **kw: Protocol(max_tokens=4, next_speaker_tokens=2, **kw))
     shutil.copytree(tiny_actor, tmp_path / "model")
     args = ["--scene", "ward-c/1", "--actor", tmp_path / "model", "--max-rounds", 1, "--out", tmp_path / "a"]
     assert script("simulate", *args)[0] == 0
+    shutil.copytree(tiny_actor, tmp_path / "moved")
+    assert script("simulate", *args, "--actor", tmp_path / "moved", "--resume")[0] == 0
     before = llm.fingerprint(tmp_path / "model")
     (tmp_path / "model" / "manifest.json").unlink()
     plain = llm.fingerprint(tmp_path / "model")
