@@ -453,7 +453,8 @@ def test_no_rank_holds_a_whole_checkpoint(tmp_path):
     for ranks in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
         command += [str(tmp_path / "load.py"), str(ROOT), str(tmp_path / "large")]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
         grown[ranks] = [round(each / size, 2) for each in json.loads(done.stdout.splitlines()[-1])]
     print(f"peak growth over {size / 1e9:.2f} GB of weights: {grown}")
     assert grown[1][0] > 0.95 and max(grown[2]) < 0.5 + 2e8 / size + 0.02, grown
