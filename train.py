@@ -36,6 +36,7 @@ from cli import UsageError
 from data.packing import CHANNELS, IGNORE, make_row
 from data.scenes import STAGE
 from data.stream import Stream, parse_mix
+from fast_linear import fast_bf16
 from model import PRESETS, ModelConfig, Transformer
 from resume import agreed, find_checkpoints, last_good, load_state, save_state
 from runlog import Log
@@ -167,9 +168,7 @@ def start_ranks():
 
 def native_bfloat16():
     """Whether this machine multiplies bf16 matrices faster than fp32 ones, rather than emulating them."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else fast_bf16()
 
 
 KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}  # by selective recomputation
