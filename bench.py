@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -77,8 +78,11 @@ def report(title, rows, path=None):
     for name in rows[0]:
         table.add_column(name)
     for row in rows:
-        table.add_row(*(f"{value:,.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-    cli.stdout.print(table, width=None if cli.stdout.is_terminal else 120, crop=False)
+        floats = {
+            name: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for name, value in row.items() if type(value) is float
+        }
+        table.add_row(*(str(value) for value in {**row, **floats}.values()))
+    (cli.stdout if cli.stdout.is_terminal else Console(width=120)).print(table)
     line = json.dumps({"benchmark": title, "command": f"python {' '.join(sys.argv)}", "torch": torch.__version__, "rows": rows})
     print(line)
     if path:
