@@ -10,7 +10,7 @@ with the same tokens, until it is the oldest and its room is needed. Sequences j
 the youngest is put back in line and computed again later.
 
 Whoever repeats himself is guessed at: tokens that may follow run along with the last one, and those that are then chosen are
-kept, which changes the number of steps and nothing else.
+kept, which saves steps and changes no text.
 
 Greedy text is the same alone, in any batch, and with any part of it found in the cache, up to the rounding of attention, which
 may add in another order. A seed and a position determine a draw, whatever else is in the batch.
@@ -153,8 +153,8 @@ class Span:
 class StepCache:
     """The cache of one forward pass: writes the new keys and values to their pages, and attends over all there are.
 
-    batch: (sequence, tokens of it) in the order of the row: single tokens, then whole prompts, then parts. wanted: of each,
-    the tokens (from, to) whose logits are wanted.
+    batch: (sequence, tokens of it) in the order of the row: single tokens, then whole prompts, then parts of prompts and tokens
+    with a draft behind them. wanted: of each, the tokens (from, to) whose logits are wanted.
     """
 
     def __init__(self, engine, batch, wanted):
@@ -350,7 +350,7 @@ class Engine:
     def add(self, prompt, params):
         """Puts a prompt in line for the next steps; returns the line of Sequences it runs as, for `completion` and `cancel`."""
         line = self.sequences(prompt, params)
-        self.waiting += line
+        self.waiting += [sequence for sequence in line if sequence.finish_reason is None]
         return line
 
     def cancel(self, sequences):
@@ -363,7 +363,7 @@ class Engine:
 
     def finish(self, sequences):
         """Runs these, and what else is in flight, until these are done."""
-        self.waiting += sequences
+        self.waiting += [sequence for sequence in sequences if sequence.finish_reason is None]
         try:
             while any(sequence.finish_reason is None for sequence in sequences):
                 self.step()
@@ -379,13 +379,12 @@ class Engine:
         if not params.choices:
             return [self.sequence(prompt, params)]
         ids = [self.tokenizer.encode(choice) for choice in params.choices]
-        ends = [any(one is not other and other[: len(one)] == one for other in ids) for one in ids]
+        ends = [any(one != other and other[: len(one)] == one for other in ids) for one in ids]
         paths = [one + self.tokenizer.stop_ids[:1] * end for one, end in zip(ids, ends, strict=True)]
-        shared, before = {}, []
-        for path in sorted(paths):
-            shared[tuple(path)], before = common_prefix(before, path), path
-        split = [(path, shared[tuple(path)]) for path in paths]
-        return [self.sequence([*prompt, *path[:at]], params, path[at:]) for path, at in split]
+        shared, before = [0] * len(paths), []
+        for i in sorted(range(len(paths)), key=paths.__getitem__):
+            shared[i], before = common_prefix(before, paths[i]), paths[i]
+        return [self.sequence([*prompt, *path[:at]], params, path[at:]) for path, at in zip(paths, shared, strict=True)]
 
     def sequence(self, prompt, params, continuation=None):
         """A prompt as a Sequence. UsageError if it is empty, not made of the model's tokens, or can never fit."""
@@ -473,7 +472,8 @@ class Engine:
         self.cancel([sequence for sequence, _ in batch if sequence.finish_reason])
 
     def schedule(self):
-        """[(sequence, number of its tokens to run)]: those in flight first, the oldest before the younger, then new ones."""
+        """[(sequence, number of its tokens to run, its draft included)]: those in flight first, the oldest before the younger,
+        then new ones."""
         self.budget, self.rows, batch, coming, i = self.max_step_tokens, max(1, LOGITS // self.vocab_size), [], set(), 0
         while i < len(self.running):
             sequence = self.running[i]
@@ -519,7 +519,7 @@ class Engine:
         """Tokens that may come next: those that followed the last three where they were said last, over and over; as many as
         would have been right of late, up to the page's end. Whoever repeats himself is spared steps (prompt lookup decoding,
         Saxena 2023, within the reply)."""
-        if s.scored or s.grammar or s.params.repetition_penalty != 1:  # these depend on the token before
+        if s.scored or s.grammar or s.params.repetition_penalty != 1:  # what these allow changes with each token
             return []
         ids, room = s.ids, len(s.block_table) * self.blocks.page_size
         came = ids[s.indexed :]
@@ -529,7 +529,8 @@ class Engine:
         s.places.update((tuple(ids[i - 3 : i]), i) for i in range(max(s.prompt_tokens + 3, s.indexed), len(ids)))
         s.indexed, at = len(ids), s.places.get(tuple(ids[-3:]))
         s.guessed = [ids[at + i % (len(ids) - at)] for i in range(max(1, s.trust))] if at is not None else []
-        return s.guessed[: min(room - len(ids), s.limit - len(ids) - 1, self.rows // 2)] if s.trust > 1 else []
+        most = min(room - len(ids), s.limit - len(ids) - 1, self.rows // 2)  # others want rows as well
+        return s.guessed[:most] if s.trust > 1 else []
 
     def accept(self, s, at):
         """Whether the first token of the draft, at this place, is what was chosen since; the draft goes on behind it."""
@@ -557,8 +558,8 @@ class Engine:
             return None
         found = [*pages, *([source] if common else [])]
         blocks.hold(found)
-        # a page that nobody else uses is written on, if it is true to its end or the last of a chat, which may have gone on in
-        # another way; of others the beginning is copied
+        # a page that nobody else uses is written on, if it is true to its end, or the last of a chat: that has likely gone on
+        # in another way, and else loses no more than the page; of others the beginning is copied
         _, tokens, digest = blocks.known[source] if common else (None, (), None)
         taken = common > 0 and blocks.held[source] == 1 and (common == len(tokens) or digest not in blocks.following)
         total = self.pages(len(ids))
@@ -604,7 +605,7 @@ class Engine:
         """Gives the pages of a sequence back."""
         self.remember(sequence, partly=True)
         self.blocks.release(sequence.block_table)
-        sequence.block_table, sequence.digests, sequence.cached = [], [], 0
+        sequence.block_table, sequence.digests, sequence.cached, sequence.draft = [], [], 0, []
         if sequence.scored and not sequence.finish_reason:
             sequence.logprobs = []
 

@@ -80,7 +80,8 @@ class Local:
         """conversations: lists of messages; params: one SamplingParams for all, or one each. Returns a list of Reply.
 
         openings: the text each reply is to begin with; it is not part of the Reply. An endpoint cannot be made to, and is not.
-        A message may carry `sampled`, the ids that a Reply had, with the `opening` it was asked for: see `as_sampled`.
+        A message may carry `sampled`, the ids that a Reply had, with the `opening` it was asked for: see `as_sampled`. Nothing
+        else may be in line.
         """
         openings = openings or [""] * len(conversations)
         params = params if isinstance(params, list) else [params] * len(conversations)
@@ -120,7 +121,7 @@ class Local:
                     del self.asked[key]
         return done
 
-    def said(self, key):
+    def spoken(self, key):
         """The text of a reply so far, in whole characters."""
         return self.asked[key][0][0].text
 
@@ -298,7 +299,7 @@ class Endpoint:
                 pause = pause if asked is None else asked
             left = begun + DEADLINE - time.monotonic()
             pause = min(pause, LONGEST_PAUSE)
-            if pause >= 5 and attempt < tries - 1:
+            if 5 <= pause < left and attempt < tries - 1:
                 cli.note(f"{self.name}: {trouble}; asked again in {pause:.0f} s")
             if attempt == tries - 1 or pause >= left or stopped.wait(pause):
                 break
@@ -371,7 +372,8 @@ def default_actor():
 
 
 def open_model(spec, **options):
-    """`openai:MODEL`, `openai:MODEL@URL` or a checkpoint directory -> a model with `name`, `local`, `identity` and `chat`.
+    """`openai:MODEL`, `openai:MODEL@URL` or a checkpoint directory -> a model with `name`, `local`, `identity` and `chat`; one
+    that is local also has `ask`, `step`, `spoken` and `drop`.
 
     options: those of Endpoint (answers, concurrency, per_minute); a checkpoint has no use for them.
     """

@@ -105,7 +105,7 @@ class BlockManager:
                 break
             digests.append(before := digest)
         common = {page: common_prefix(known, rest) for page, known in self.following.get(before, {}).items()}
-        best = max(common, key=common.get, default=None)
+        best = max(reversed(common), key=common.get, default=None)  # the newest of those that are as good
         pages, after = [], best if common.get(best) else None
         for digest in reversed(digests):
             same = self.full[digest]

@@ -159,7 +159,7 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
                     answered(model.step())
                 for it in inside if on_text else ():
                     if it.call.role != "next_speaker":
-                        on_text(it.call, models[it.call.role].said(it))
+                        on_text(it.call, models[it.call.role].spoken(it))
                 while out and not (arrived.empty() and (ready or inside)):
                     it, reply = arrived.get()
                     out -= 1

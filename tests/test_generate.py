@@ -743,6 +743,23 @@ def test_choices_share_a_trie(chatter):
     assert sorted(line.ids[len(prompt) :] for line in lines) == sorted(paths)
 
 
+def test_choices_of_the_same_tokens(chatter, monkeypatch):
+    """Two that a tokenizer normalises to the same are as likely as each other, and nothing of them stays in line."""
+    model, tokenizer, prompt, _ = chatter
+    engine, encode = Engine(model, tokenizer, max_batch=2), tokenizer.encode
+    expected = engine.generate([prompt], greedy(1, choices=["Hanne", "Wick Tarn"]))[0].probabilities
+    monkeypatch.setattr(tokenizer, "encode", lambda text: encode(text.replace("~", "")))
+    for _ in range(3):
+        line = engine.add(prompt, greedy(1, choices=["Hanne", "Wick Tarn", "Hanne~"]))
+        for _ in range(20):
+            engine.step()
+        everything_given_back(engine)
+        found = engine.completion(line).probabilities
+        assert found["Hanne"] == found["Hanne~"]
+        assert found["Hanne"] / found["Wick Tarn"] == pytest.approx(expected["Hanne"] / expected["Wick Tarn"], rel=1e-3)
+        assert engine.generate([prompt], greedy(3))[0].ids
+
+
 def test_choices(chatter):
     """Probabilities are those of an uncached pass over each choice's tokens, the end of the turn included where another goes
     on from it; greedy takes the likeliest, draws follow them."""

@@ -255,6 +255,14 @@ def test_no_pause_is_endless(pauses, capsys):
     assert pauses == [llm.LONGEST_PAUSE] and llm.LONGEST_PAUSE <= 120
 
 
+def test_a_pause_that_outlasts_the_deadline_is_not_announced(pauses, monkeypatch, capsys):
+    """Nothing is asked again then."""
+    monkeypatch.setattr(llm, "DEADLINE", 6)
+    with Server(lambda *_: (429, {}, {"Retry-After": "30"})) as server:
+        assert "did not answer" in refusal(server)
+    assert len(server.requests) == 1 and "asked again" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_what_more_tries_cannot_mend_ends_at_once(status, pauses):
     """A refusal is not asked again; the line has the model, the address, the status and the server's own words."""

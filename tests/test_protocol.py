@@ -563,22 +563,22 @@ def test_a_scene_streams_what_is_played(script, tiny_actor, stage, tmp_path, mon
     shown = []
 
     class Model(Script):
-        spoken = 0
+        letters = 0
 
         def step(self):
             [(key, messages, *_)] = self.line
             if messages[0]["content"].startswith("You watch"):
                 self.line, text = [], "Wick Tarn"
-            elif self.spoken < len(text := said[len(shown) % 2]):
-                self.spoken += 1
+            elif self.letters < len(text := said[len(shown) % 2]):
+                self.letters += 1
                 return []
             else:
                 shown.append(text)
-                self.line, self.spoken = [], 0
+                self.line, self.letters = [], 0
             return [(key, Reply(text, "stop"))]
 
-        def said(self, key):
-            return said[len(shown) % 2][: self.spoken]
+        def spoken(self, key):
+            return said[len(shown) % 2][: self.letters]
 
     monkeypatch.setattr(simulate, "open_model", lambda *_, **__: Model(None))
     args = ["--scene", "the-last-ferry/1", "--actor", "x", "--max-rounds", 2, "--thoughts", thoughts]
