@@ -31,6 +31,7 @@ import kernels
 from cli import UsageError
 from constrain import Grammar, Vocabulary, advance, cost
 from fast_linear import packed
+from lookup import Lookup
 from pages import BlockManager, common_prefix, in_one_piece, last_piece
 
 # memory that counts only as it is touched, in a fork too; Python has no name for the last of these before 3.13
@@ -113,11 +114,8 @@ class Sequence:
     grammar: Grammar | None = None
     state: tuple | None = None  # of the grammar
     seen: torch.Tensor | None = None  # bool [V], for the repetition penalty
-    guessed: list = field(default_factory=list)  # tokens that were thought to come next
-    draft: list = field(default_factory=list)  # those of them that are run at this step, with the one before them
-    trust: int = 0  # how many to guess
-    places: dict = field(default_factory=dict)  # three tokens that were generated -> where what last followed them stands
-    indexed: int = 0  # tokens of which places knows
+    lookup: Lookup = field(default_factory=Lookup)
+    draft: list = field(default_factory=list)  # guessed tokens that are run at this step, with the one before them
     finish_reason: str | None = None
 
     @property
@@ -144,7 +142,7 @@ class Span:
     """The queries of one sequence in a step: their rows of q, and the keys that any of them sees."""
 
     rows: slice
-    pages: torch.Tensor | list  # int64, where these keys are
+    pages: torch.Tensor | list  # int64, where these keys are; nobody asks for it where there are views
     seen: slice  # of the tokens of those pages
     views: tuple | None  # keys and values of every layer in turn, [1, K, seen, D] each, where they lie in one piece
     mask: torch.Tensor | None  # [queries, seen], for several queries: bool, or what is to be added to the scores
@@ -209,7 +207,7 @@ class StepCache:
         index = None  # all of them
         if len(singles) < rows:
             places = [rows.start for _, rows, _, _ in singles]
-            index = slice(places[0], places[-1] + 1)  # all that decode are in the row's beginning
+            index = slice(places[0], places[-1] + 1)  # single tokens are the row's beginning
             if index.stop - index.start > len(places):
                 index = torch.tensor(places, device=self.device)
         if not self.kernel:
@@ -265,7 +263,7 @@ class Engine:
     twice. tokenizer: may be None where only ids go in and out (no stop ids then).
     max_batch: sequences in flight; max_step_tokens: tokens of prompts taken in at one step, longer ones in parts. cache_tokens:
     room for keys and values, in tokens; by default most of a GPU's free memory, or a quarter of the machine's (8 GiB at most),
-    which is taken only as it is used. lookup: whether to guess tokens (see `guess`); by default on a CPU.
+    which is taken only as it is used. lookup: whether to guess tokens (see lookup.py); by default on a CPU.
     """
 
     def __init__(
@@ -300,6 +298,7 @@ class Engine:
             room = mmap.mmap(-1, self.blocks.num_pages * bytes_a_page, flags=UNTOUCHED)
             self.kv = torch.frombuffer(room, dtype=dtype).view(shape)
         self.kernel = self.device.type != "cpu"  # attends by block table; on a CPU, views of pages in one piece are faster
+        self.room = min(config.max_position_embeddings, self.blocks.num_pages * page_size)  # tokens a sequence can have
         self.lookup = not self.kernel if lookup is None else lookup
         self.vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size  # a model's may be padded
         self.stop_ids = set(tokenizer.stop_ids) if tokenizer else set()
@@ -389,7 +388,7 @@ class Engine:
     def sequence(self, prompt, params, continuation=None):
         """A prompt as a Sequence. UsageError if it is empty, not made of the model's tokens, or can never fit."""
         ids, scored = [*prompt, *(continuation or [])], continuation is not None
-        room = min(self.config.max_position_embeddings, self.blocks.num_pages * self.blocks.page_size)
+        room = self.room
         if not prompt or len(ids) > room - (not scored):
             what = "model takes" if room == self.config.max_position_embeddings else "cache has room for"
             raise UsageError(f"a prompt of {len(ids)} tokens; the {what} 1 to {room - (not scored)}")
@@ -516,21 +515,12 @@ class Engine:
             batch.append((sequence, n))
 
     def guess(self, s):
-        """Tokens that may come next: those that followed the last three where they were said last, over and over; as many as
-        would have been right of late, up to the page's end. Whoever repeats himself is spared steps (prompt lookup decoding,
-        Saxena 2023, within the reply)."""
+        """Tokens that may come next, as many as there is room for on the last page."""
         if s.scored or s.grammar or s.params.repetition_penalty != 1:  # what these allow changes with each token
             return []
-        ids, room = s.ids, len(s.block_table) * self.blocks.page_size
-        came = ids[s.indexed :]
-        right = common_prefix(s.guessed, came)
-        all_right = right == min(len(s.guessed), len(came))
-        s.trust = min(s.trust + right, self.blocks.page_size) if all_right else s.trust // 2
-        s.places.update((tuple(ids[i - 3 : i]), i) for i in range(max(s.prompt_tokens + 3, s.indexed), len(ids)))
-        s.indexed, at = len(ids), s.places.get(tuple(ids[-3:]))
-        s.guessed = [ids[at + i % (len(ids) - at)] for i in range(max(1, s.trust))] if at is not None else []
-        most = min(room - len(ids), s.limit - len(ids) - 1, self.rows // 2)  # others want rows as well
-        return s.guessed[:most] if s.trust > 1 else []
+        room = len(s.block_table) * self.blocks.page_size - len(s.ids)
+        most = min(room, s.limit - len(s.ids) - 1, self.rows // 2)  # others want rows as well
+        return s.lookup.guess(s.ids, s.prompt_tokens, self.blocks.page_size)[:most]
 
     def accept(self, s, at):
         """Whether the first token of the draft, at this place, is what was chosen since; the draft goes on behind it."""

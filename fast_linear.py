@@ -107,8 +107,8 @@ def packed(module, consume=False):
     elif isinstance(module, MLP):
         twin.__class__, parts = PackedMLP, (module.gate_proj, module.up_proj)
         twin._modules = {"gate_up": PackedLinear(*parts), "down_proj": PackedLinear(module.down_proj)}
-    elif isinstance(module, RMSNorm):
-        twin.__class__ = PackedRMSNorm if module.weight.dtype == torch.float32 else RMSNorm
+    elif isinstance(module, RMSNorm) and module.weight.dtype == torch.float32:
+        twin.__class__ = PackedRMSNorm
     else:
         twin._modules = {name: packed(child, consume) for name, child in module._modules.items() if name != "lm_head"}
     if isinstance(module, Transformer):

@@ -8,7 +8,19 @@ setup(
     description="CoSER in pure PyTorch: train an actor, put it on stage, judge it",
     license="MIT",
     python_requires=">=3.11",
-    py_modules=["checkpoint", "cli", "constrain", "costs", "engine", "fast_linear", "generate", "judge", "llm", "loss"]
+    py_modules=[
+        "checkpoint",
+        "cli",
+        "constrain",
+        "costs",
+        "engine",
+        "fast_linear",
+        "generate",
+        "judge",
+        "llm",
+        "lookup",
+        "loss",
+    ]
     + ["metrics", "model", "pages", "protocol", "report", "resume", "runlog", "simulate", "tokenizer", "train"],
     packages=["data", "kernels"],
     package_data={"data": ["published_results.json", "report.html", "stage/*", "stage/actor/*"]},
