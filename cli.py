@@ -45,9 +45,9 @@ class Parser(argparse.ArgumentParser):
 def run(main):
     """Runs `main()`, turning usage errors into one line and exit code 2, and Ctrl-C into exit code 130.
 
-    Of several ranks only the first speaks.
+    Of the ranks on a machine only the first speaks.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         sys.exit(main())
     except UsageError as error:
@@ -91,7 +91,9 @@ def write_whole(path, mode="w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)
         temporary.unlink(missing_ok=True)
         raise
 

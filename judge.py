@@ -21,6 +21,7 @@ import math
 import re
 import time
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import cli
@@ -62,8 +63,11 @@ def read_performances(path, scenes_file=None):
             found = [(Scene(**line["scene"]), line["messages"], dict(line["settings"])) for line in lines]
         else:
             found = _release_performances(cli.read_json(file, list), file, scenes_file)
-        for scene, messages, _ in found:
+        for scene, messages, settings in found:
             scripts(scene, messages)
+            for each in fields(Scene):
+                _check(each.name, getattr(scene, each.name), each.type)
+            _check("actor", settings.get("actor"), (str, type(None)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{file}: not what simulate.py or the release writes ({type(error).__name__}: {error})") from None
     played = [p for p in found if any(m["role"] != NEXT_SPEAKER and m["content"].strip() for m in p[1])]
@@ -212,7 +216,7 @@ def _whole(value):
 # ---- judging ------------------------------------------------------------------------------------------------------------
 
 
-def judge_all(wanted, model, rubric, keep, seed=0, repeats=1, temperature=0.0, group=8, before=()):
+def judge_all(wanted, model, rubric, keep, seed=0, repeats=1, temperature=0.0, group=8, before=(), on_reply=lambda: None):
     """Asks about every dimension of every performance, `repeats` times, a group of scenes at once; then keep(key, dimensions).
 
     wanted: {key: (scene, messages, settings)}. before: {key: dimensions} of an earlier run: what was invalid then is asked with
@@ -238,7 +242,7 @@ def judge_all(wanted, model, rubric, keep, seed=0, repeats=1, temperature=0.0, g
                 )
                 for call in todo
             ]
-            for call, reply in zip(todo, model.chat(asked, params) if todo else (), strict=True):
+            for call, reply in zip(todo, model.chat(asked, params, on_reply=on_reply) if todo else (), strict=True):
                 tries[call] += reply.error is None  # what never was answered is asked as if for the first time
                 try:
                     found[call] = parse_flaws(reply.text, call[1], rubric["severity"])
@@ -295,23 +299,30 @@ def judge_run(performances, out, args, model):
     cli.make_dir(out.parent)
     cli.write_lines(out, [line for key, line in recorded.items() if key in done or key not in wanted])
     with cli.progress() as bar:
-        task, told = bar.add_task("judging", total=len(wanted), completed=len(done)), time.monotonic()
+        task, told, answers = bar.add_task("judging", total=len(wanted), completed=len(done)), time.monotonic(), []
+
+        def update():
+            nonlocal told
+            bar.update(task, completed=len(done), description=f"judging, {len(answers)} answers" if model else "judging")
+            if not cli.stderr.is_terminal and time.monotonic() - told > EVERY:
+                cli.note(f"{len(done)} of {len(wanted)} scenes judged" + f", {len(answers)} answers" * bool(model))
+                told = time.monotonic()
+
+        def heard():
+            answers.append(True)
+            update()
 
         def keep(key, dimensions=()):
-            nonlocal told
             recorded[key] = verdict_line(key, wanted[key], who, args.length_weight, dict(dimensions))
             cli.append_line(out, recorded[key])
             done.add(key)
-            bar.update(task, completed=len(done))
-            if not cli.stderr.is_terminal and time.monotonic() - told > EVERY:
-                cli.note(f"{len(done)} of {len(wanted)} scenes judged")
-                told = time.monotonic()
+            update()
 
         try:
             left = {key: performance for key, performance in wanted.items() if key not in done}
             if model:
                 group = max(SIDE_BY_SIDE, args.concurrency)
-                judge_all(left, model, rubric, keep, args.seed, args.repeats, args.temperature, group, before)
+                judge_all(left, model, rubric, keep, args.seed, args.repeats, args.temperature, group, before, heard)
             for key in () if model else left:
                 keep(key)
         except (KeyboardInterrupt, UsageError) as error:
@@ -346,7 +357,7 @@ def rescore(path, weight=LENGTH_WEIGHT):
         after = [verdict["score"] for line in lines for verdict in line["dimensions"].values()]
         pairs = [(old, new) for old, new in zip(before, after, strict=True) if new is not None]
         same = sum(abs(old - new) <= 1e-9 for old, new in pairs)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UsageError(f"{path}: not a file of recorded verdicts ({type(error).__name__}: {error})") from None
     if not lines:
         raise UsageError(f"{path}: no recorded verdict in it")
@@ -356,11 +367,20 @@ def rescore(path, weight=LENGTH_WEIGHT):
 def _check_types(line):
     """ValueError where a line of verdicts holds what no score can be computed from, such as a severity that is no integer."""
     kinds = dict(book=str, i_p=int, i_c=int, turns=int, dimensions=dict, settings=(dict, type(None)))
-    kinds |= dict.fromkeys(("judge", "rubric"), (str, type(None)))
-    wrong = [name for name, kind in kinds.items() if not isinstance(line.get(name), kind)]
-    flaws = [] if wrong else [flaw for verdict in line["dimensions"].values() for flaw in verdict.get("flaws", ())]
-    if wrong or any(type(flaw["severity"]) is not int for flaw in flaws):
-        raise ValueError(f"{wrong[0] if wrong else 'severity'} is of a wrong type")
+    kinds |= dict.fromkeys(("judge", "rubric", "performance"), (str, type(None))) | {"seed": (int, type(None))}
+    for name, kind in kinds.items():
+        _check(name, line.get(name), kind)
+    _check("actor", (line.get("settings") or {}).get("actor"), (str, type(None)))
+    for name in report.METRICS.values():
+        _check(name, line.get(name, 0.0), (int, float))
+    for flaw in (flaw for verdict in line["dimensions"].values() for flaw in verdict.get("flaws", ())):
+        for name, kind in dict(severity=int, instance=str, type=str).items():
+            _check(name, flaw[name], kind)
+
+
+def _check(name, value, kind):
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} is of a wrong type")
 
 
 def _recorded_case(key, case, path):
@@ -374,11 +394,15 @@ def _recorded_case(key, case, path):
 
 
 def read_verdicts(path, weight):
-    """Recorded verdict lines of a directory that was judged, or of a file of verdicts."""
+    """Recorded verdict lines of a directory that was judged, of what is there now; or of a file of verdicts."""
     file = Path(path) / VERDICTS if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UsageError(f"{path}: not judged yet; python judge.py {path} --judge MODEL does it")
-    return rescore(file, weight)[0]
+    lines = rescore(file, weight)[0]
+    if not (file.parent / TRANSCRIPTS).exists() or file.name != VERDICTS:
+        return lines
+    there = {digest(scene.to_dict(), messages) for scene, messages, _ in read_performances(file.parent)}
+    return [line for line in lines if line["performance"] in there]
 
 
 # ---- can a judge be trusted? --------------------------------------------------------------------------------------------
@@ -401,7 +425,10 @@ def calibrate(args):
     runs |= {name: [(scene, make(scene), {"actor": name}) for scene in chosen.values()] for name, make in controls.items()}
     out = Path(args.out) if args.out else cli.OUT / "calibration" / re.sub(r"[^A-Za-z0-9.]+", "-", args.judge).strip("-")
     model = open_judge(args, out)
-    judged = {name: judge_run(run, out / f"{name}.jsonl", args, model) for name, run in runs.items()}
+    judged = {}
+    for name, run in runs.items():
+        cli.note(f"{name}, {len(run)} scenes")
+        judged[name] = judge_run(run, out / f"{name}.jsonl", args, model)
     recorded = {
         f.name.removesuffix(".simulation.json"): rescore(f.with_name(evaluation_of(f)), args.length_weight)[0] for f in files
     }
@@ -466,7 +493,8 @@ def main():
     else:
         path = Path(args.performances)
         performances = read_performances(path, args.scenes)[: args.limit]
-        out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else cli.OUT / "verdicts" / f"{path.stem}.jsonl"
+        elsewhere = cli.OUT / "verdicts" / f"{path.stem}.{digest(str(path.resolve()))[:8]}.jsonl"
+        out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else elsewhere
         theirs = read_verdicts(args.versus, args.length_weight) if args.versus else None
         model = open_judge(args, out.parent)
         if model and theirs:  # before anything is asked

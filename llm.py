@@ -76,12 +76,12 @@ class Local:
         self.asked, self.refused = {}, []  # key -> (what the engine has in line, tokens it sampled itself); (key, Reply)
         self.as_sampled = functools.lru_cache(2**15)(functools.partial(as_sampled, self.tokenizer.decode, self.encode))
 
-    def chat(self, conversations, params, openings=None):
+    def chat(self, conversations, params, openings=None, on_reply=lambda: None):
         """conversations: lists of messages; params: one SamplingParams for all, or one each. Returns a list of Reply.
 
         openings: the text each reply is to begin with; it is not part of the Reply. An endpoint cannot be made to, and is not.
         A message may carry `sampled`, the ids that a Reply had, with the `opening` it was asked for: see `as_sampled`. Nothing
-        else may be in line.
+        else may be in line. on_reply() is called at each reply.
         """
         openings = openings or [""] * len(conversations)
         params = params if isinstance(params, list) else [params] * len(conversations)
@@ -90,7 +90,10 @@ class Local:
             for i, asked in enumerate(zip(conversations, params, openings, strict=True)):
                 self.ask(i, *asked)
             while len(replies) < len(conversations):
-                replies.update(self.step())
+                done = self.step()
+                replies.update(done)
+                for _ in done:
+                    on_reply()
         finally:
             self.drop()
         return [replies[i] for i in range(len(conversations))]
@@ -215,7 +218,7 @@ class Endpoint:
         self.down = False  # a request has just failed in all its tries: until one is answered, each gets a single one
         self.client = httpx.Client(headers={"Authorization": f"Bearer {self.key}"}, limits=httpx.Limits(max_connections=None))
 
-    def chat(self, conversations, params, openings=None):
+    def chat(self, conversations, params, openings=None, on_reply=lambda: None):
         """As `Local.chat`; what a reply is to begin with is not passed on, since the interface has no place for it."""
         params = params if isinstance(params, list) else [params] * len(conversations)
         stopped, todo = threading.Event(), iter(range(len(conversations)))
@@ -226,6 +229,7 @@ class Endpoint:
                 try:
                     with self.slots:
                         replies[i] = self.ask(conversations[i], params[i], stopped)
+                    on_reply()
                 except BaseException as error:  # for good: the others need not go on trying
                     errors.append(error)
                     stopped.set()

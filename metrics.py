@@ -120,14 +120,21 @@ def _lcs_words(x, y):
 # ---- how sure -----------------------------------------------------------------------------------------------------------
 
 
-def bootstrap(values, resamples=10_000, seed=0):
-    """(mean, low, high): the 95% percentile interval (Efron 1979) of a mean over scenes; without one (None) below two."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return (float(values[0]) if len(values) else None), None, None
-    drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))
-    low, high = np.percentile(values[drawn].mean(axis=1), [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
+def bootstrap(values, resamples=10_000, seed=0, scenes=None):
+    """(mean, low, high): the 95% percentile interval (Efron 1979) of a mean over scenes; without one (None) below two.
+
+    scenes: which each value is of, where a scene has several: scenes are then drawn with all their values.
+    """
+    if not len(values):
+        return None, None, None
+    _, scene = np.unique(range(len(values)) if scenes is None else scenes, return_inverse=True)
+    sums, counts = np.bincount(scene, values), np.bincount(scene)
+    mean = float(sums.sum() / len(values))
+    if len(sums) < 2:
+        return mean, None, None
+    drawn = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), [2.5, 97.5])
+    return mean, float(low), float(high)
 
 
 def paired(ours, theirs):

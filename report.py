@@ -199,13 +199,14 @@ def compare_judges(judged, recorded):
 
 def better_of_two(both, key):
     """How often `key` and the recorded score agree on which of two models did better on a scene; a tie of `key`'s is half."""
-    agree = []
+    agree, scenes = [], []
     for one, two in itertools.combinations(both.values(), 2):
         for scene in one.keys() & two.keys():
             (a, old_a), (b, old_b) = one[scene], two[scene]
             if old_a["score"] != old_b["score"]:
                 agree.append((np.sign(a[key] - b[key]) * np.sign(old_a["score"] - old_b["score"]) + 1) / 2)
-    mean, low, high = bootstrap(agree)
+                scenes.append(str(scene))
+    mean, low, high = bootstrap(agree, scenes=scenes)
     return {"share": mean, "low": low, "high": high, "pairs": len(agree)}
 
 

@@ -76,8 +76,10 @@ def save_state(directory, model, optimizer, progress, keep=2):
                 remove(directory)  # there only if it was found damaged
                 os.rename(temporary, directory)
                 sync_directory(directory.parent)
-                for old in find_checkpoints(directory.parent)[:-keep]:
-                    remove(old)
+                found = find_checkpoints(directory.parent)
+                older = found[: found.index(directory) + 1]  # what is newer was found damaged
+                for path in {*found} - {*older[-keep:]}:
+                    remove(path)
     except UsageError as error:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)

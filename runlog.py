@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
 import cli
 from cli import UsageError
 
@@ -15,7 +17,7 @@ class Log:
         self.lines = [line for line in lines if line["step"] <= kept]
         cli.write_lines(self.path, self.lines)
         self.board = _open_tensorboard(out, kept) if tensorboard else None
-        self.bar = cli.progress()
+        self.bar = cli.progress(MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         self.task = self.bar.add_task("training", total=steps, completed=kept)
         self.bar.start()
 

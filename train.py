@@ -46,9 +46,9 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # of torchrun --max-restarts
 
 # What a flag is when it is not given: for the stage actor (one row a rank), and as published for CoSER (paper, section 5).
-STAGE_RECIPE = dict(seq_len=2048, batch_size=WORLD_SIZE, epochs=7.0, lr=2e-3, weight_decay=0.1)
+STAGE_RECIPE = dict(seq_len=2048, epochs=7.0, lr=2e-3, weight_decay=0.1)
 PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_decay=0.0)
-MAY_BE_0 = ("warmup", "weight_decay", "seed", "held_out_books")
+MAY_BE_0 = ("warmup", "weight_decay", "held_out_books")
 # what may change from one resume to the next, since it changes nothing of what is learnt
 FREE = ("resume", "out", "dry_run", "save_every", "keep", "eval_every", "tensorboard", "peak_tflops", "skip_nonfinite")
 FREE += ("micro_batch", "shard_ranks", "recompute", "compile", "eval_rows", "cache", "strict")
@@ -95,17 +95,19 @@ def parse_args():
     add("--peak-tflops", type=float, help="of one device, for its utilisation (default: known for A100, H100 and H200)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.model == "stage" and args.batch_size is None:
+        args.batch_size = args.dry_run or WORLD_SIZE
     for name, value in (STAGE_RECIPE if args.model == "stage" else PAPER_RECIPE).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, value in vars(args).items():
-        if type(value) in (int, float) and not (value > 0 or name in MAY_BE_0):
-            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {value}")
-    if args.seq_len < 2:
-        raise UsageError(f"--seq-len must be above 1, not {args.seq_len}")
+        least = 0 if name in MAY_BE_0 else "above 0"
+        if type(value) in (int, float) and name != "seed" and not (0 < value < math.inf or value == least):
+            raise UsageError(f"--{name.replace('_', '-')} must be {'at least 0' if least == 0 else least}, not {value}")
+    if args.seq_len < 2 or args.warmup > 1 or abs(args.seed) >= 2**63:
+        raise UsageError("--seq-len must be above 1, --warmup a share from 0 to 1, --seed a number of 63 bits")
     args.dtype = args.dtype or ("bfloat16" if native_bfloat16() else "float32")
     args.recompute = args.recompute or ("none" if args.model == "stage" else "full")
-    args.resume = args.resume or RESTARTS > 0
     return args
 
 
@@ -362,9 +364,11 @@ def main():
     world = args.dry_run or WORLD_SIZE
     check_ranks(args, world, rows)
     begun = find_checkpoints(args.out) or (Path(args.out) / "log.jsonl").exists()
-    if begun and not (args.resume or args.dry_run):
+    if begun and not (args.resume or args.dry_run or started_again(args.out)):
         raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
     if RANK == 0:
+        if args.seq_len > config.max_position_embeddings:
+            cli.note(f"warning: rows of {args.seq_len} tokens, but the model takes {config.max_position_embeddings}")
         cli.note("\n".join([*stream.report.lines(), describe(config, args, stream, steps, world)]))
     if args.dry_run:
         return
@@ -375,6 +379,14 @@ def main():
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def started_again(out):
+    """Whether torchrun --max-restarts has started us again in a run that it began itself; rank 0 finds out for all."""
+    if RANK or not RESTARTS:
+        return RESTARTS > 0
+    file = Path(out) / "run.json"
+    return file.exists() and cli.read_json(file).get("launcher") == os.getppid()
 
 
 def check_ranks(args, world, rows):
@@ -421,7 +433,7 @@ def train(args, config, tokenizer, directory, stream, steps, device):
     model = shard_model(config, device, args)
     optimizer = make_optimizer(model, args)
     settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    settings |= {"model_shape": str(config), "data": f"{len(stream.files)} files, hash {stream.content[:12]}"}
+    settings |= {"model_shape": str(config), "data": f"{len(stream.files)} files, hash {stream.identity[:12]}"}
     progress = go_on(out, model, optimizer, stream, settings)
     if progress is None:
         progress = {"step": 0, "skipped": 0, "settings": settings}
@@ -443,7 +455,7 @@ def train(args, config, tokenizer, directory, stream, steps, device):
     log = failure = None
     with agreed():
         if RANK == 0:
-            versions = {"torch": torch.__version__, "ranks": WORLD_SIZE, "device": str(device)}
+            versions = {"torch": torch.__version__, "ranks": WORLD_SIZE, "device": str(device), "launcher": os.getppid()}
             with cli.write_whole(out / "run.json") as file:
                 json.dump({**settings, **versions, "model_config": dataclasses.asdict(config)}, file, indent=1)
             log = Log(out, steps, progress["step"], args.tensorboard)

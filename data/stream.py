@@ -112,9 +112,10 @@ def build_store(path, items, tokenise, what, report):
 
 
 def _start_worker():
-    """A worker leaves signals to its parent. It holds the lock too, but where the parent dies its pipes end, and it does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A worker leaves signals to its parent: those that torchrun or a terminal send to a whole group of processes do not reach
+    it. It holds the lock too, but where the parent dies its pipes end, and it does."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the pool ends it
 
 
 def _work(item):
@@ -205,11 +206,14 @@ class Stream:
         here = Path(__file__).parent
         self.maker = digest(*(here / name for name in CODE), tokenizer.file, tokenizer.chat_format)
         self.content = digest(*self.files)
+        self.identity = digest(self.content, *self.mix, tokenizer.file, tokenizer.chat_format)  # of all that is read
         self.stores = {}
         self.report = Report()
         for source in (0, *(-1 - i for i in range(len(self.mix)))):
             self.report.update(self.store(source).report["counts"])
             self.report.examples |= self.store(source).report["examples"]
+            if not len(self.store(source).lengths) and source < 0:
+                raise UsageError(f"{mix[-1 - source][0]}: no row that the chat format {tokenizer.chat_format} has a form for")
         if strict and self.report:
             what, where = next(iter(self.report.examples.items()))
             raise UsageError(f"{where}: {what} (--strict)")

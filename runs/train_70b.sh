@@ -8,8 +8,9 @@
 # 48 ranks take a row each. SHARD: the ranks over which one copy of the model is spread (all by default); with 24 of 48,
 # there are two copies, and only their gradients cross between the two groups.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 # seconds from Ctrl-C to the end of the step and its checkpoint; torchrun's own are 30
 
-: "${BOOKS:?the CoSER books: a directory or files}"
+: "${BOOKS:?the CoSER books: a directory, or files without spaces in their names}"
 : "${GENERAL:?general SFT data, JSONL of messages; half of the tokens come from it}"
 case " $* " in
 *" --dry-run"*) launch=(python) ;;
@@ -19,4 +20,4 @@ esac
 
 "${launch[@]}" train.py --model "${MODEL:-meta-llama/Llama-3.1-70B-Instruct}" --data $BOOKS --mix "$GENERAL:0.5" \
     --out "${OUT:-out/coser-70b}" --seq-len 16384 --batch-size 48 --epochs 8 --lr 1e-5 \
-    ${SHARD:+--shard-ranks "$SHARD"} --recompute full --compile --resume "$@"
+    ${SHARD:+--shard-ranks "$SHARD"} --dtype bfloat16 --recompute full --compile --resume "$@"

@@ -7,12 +7,13 @@
 #   BOOKS=books/ GENERAL=general.jsonl runs/train_8b.sh --without-thoughts    the ablation; further arguments go to train.py
 #   BOOKS=books/ GENERAL=general.jsonl runs/train_8b.sh --dry-run 8           parameters, memory, tokens and steps, no more
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 # seconds from Ctrl-C to the end of the step and its checkpoint; torchrun's own are 30
 
-: "${BOOKS:?the CoSER books: a directory or files}"
+: "${BOOKS:?the CoSER books: a directory, or files without spaces in their names}"
 : "${GENERAL:?general SFT data, JSONL of messages; half of the tokens come from it}"
 launch=(torchrun --nproc_per_node "${GPUS:-8}" --max-restarts 3)
 case " $* " in *" --dry-run"*) launch=(python) ;; esac
 
 "${launch[@]}" train.py --model "${MODEL:-meta-llama/Llama-3.1-8B-Instruct}" --data $BOOKS --mix "$GENERAL:0.5" \
     --out "${OUT:-out/coser-8b}" --seq-len 16384 --batch-size 48 --epochs 8 --lr 1e-5 \
-    --recompute full --compile --resume "$@"
+    --dtype bfloat16 --recompute full --compile --resume "$@"

@@ -1101,12 +1101,15 @@ def test_every_recorded_simulation_finds_its_scene(gca, shared):
 @pytest.mark.parametrize(
     "change",
     [{"book": ["a"]}, {"i_p": "1"}, {"judge": {}}, {"rubric": []}, {"settings": []}, {"turns": None}, {"dimensions": []}]
-    + [{"dimensions": {"A": {"flaws": [{"severity": bad}], "score": 3}}} for bad in (float("nan"), 2.5, "3", None, True)],
+    + [{"bleu": "0.1"}, {"rouge_l": None}, {"seed": [1]}, {"settings": {"actor": []}}, {"performance": []}]
+    + [{"dimensions": {"A": {"flaws": [FLAW | {"severity": bad}]}}} for bad in (float("nan"), 2.5, "3", None, True, 10**400)]
+    + [{"dimensions": {"A": {"flaws": [FLAW | {"instance": 3}]}}}, {"dimensions": {"A": {"flaws": [{"severity": 3}]}}}],
     ids=str,
 )
 def test_verdicts_that_give_no_score_are_one_line(script, tmp_path, change):
     """Neither a table nor a zero comes of a line with other types, as a severity that is not a number would give."""
-    line = {**dict.fromkeys(judge.VERDICT_KEYS, 1), "book": "a", "judge": "x", "dimensions": {"A": {"flaws": [], "score": 1}}}
+    line = dict.fromkeys(judge.VERDICT_KEYS, 1) | {"book": "a", "judge": "x", "performance": "p"}
+    line["dimensions"] = {"A": {"flaws": [], "score": 1}}
     for value in (line, line | change):
         (tmp_path / "v.jsonl").write_text(json.dumps(value) + "\n")
         for option in ("--rescore", "--table"):

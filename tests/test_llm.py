@@ -102,7 +102,7 @@ class Script:
     def drop(self):
         self.line = []
 
-    def chat(self, conversations, params, openings=None):
+    def chat(self, conversations, params, openings=None, on_reply=lambda: None):
         params = params if isinstance(params, list) else [params] * len(conversations)
         self.openings += openings or [""] * len(conversations)
         self.batches.append(len(conversations))

@@ -222,7 +222,7 @@ def test_choices_are_the_cast_and_their_probabilities_are_kept():
     asked = []
 
     class Chooser(Script):
-        def chat(self, conversations, params, openings=None):
+        def chat(self, conversations, params, openings=None, on_reply=lambda: None):
             (p,) = params
             asked.append(p.choices)
             return [Reply(p.choices[0], "stop", probabilities={name: 1 / len(p.choices) for name in p.choices})]
@@ -642,7 +642,7 @@ def test_a_slow_endpoint_holds_up_its_own_scene_alone():
     class Remote(Script):
         local = False
 
-        def chat(self, conversations, params, openings=None):
+        def chat(self, conversations, params, openings=None, on_reply=lambda: None):
             if "Slow." in conversations[0][0]["content"] and not ended:
                 deadline = time.monotonic() + 20
                 while not ended and time.monotonic() < deadline:

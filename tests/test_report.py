@@ -36,6 +36,8 @@ def test_the_bootstrap_covers_what_it_should():
     assert wide[2] - wide[1] > 2.5 * (narrow[2] - narrow[1])
     _, low, high = bootstrap(np.resize([40.0, 80.0], 100))
     assert low == pytest.approx(60 - 1.96 * 2, abs=0.5) and high == pytest.approx(60 + 1.96 * 2, abs=0.5)
+    several = bootstrap(np.repeat([1.0, 2, 3, 7], 3), scenes=np.repeat(range(4), 3))  # three times the same tells no more
+    assert several == pytest.approx(bootstrap([1, 2, 3, 7]), abs=1e-9)
     assert (
         bootstrap([1, 2, 3]) == bootstrap([1, 2, 3])
         and bootstrap([7]) == (7, None, None)
@@ -154,8 +156,8 @@ def test_the_leaderboard(script, two, shared, monkeypatch):
 def test_verdicts_of_two_judges_in_one_file_are_two_tables(script, two):
     """However they came together."""
     file, other = two / "a" / "verdicts.jsonl", two / "b" / "verdicts.jsonl"
-    file.write_text(file.read_text() + other.read_text().replace("openai:j", "openai:k"))
-    tables = json.loads(script("judge", "--table", two / "a", "--json")[1])["tables"]
+    (two / "both.jsonl").write_text(file.read_text() + other.read_text().replace("openai:j", "openai:k"))
+    tables = json.loads(script("judge", "--table", two / "both.jsonl", "--json")[1])["tables"]
     assert [(table["judge"], table["rows"][0]["scenes"]) for table in tables] == [("openai:j", 6), ("openai:k", 6)]
 
 

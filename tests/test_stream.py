@@ -542,6 +542,7 @@ def slow(*args):
 data.stream.build_store = slow
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background has it ignored
 tok = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
+signal.signal(signal.SIGTERM, lambda *_: None)  # as train.py, which stops when the step is done
 print("ready", flush=True)
 sys.stdin.readline()
 stream = data.stream.Stream([sys.argv[1]], tok, 2048, cache=sys.argv[2])
@@ -571,6 +572,17 @@ def test_of_several_processes_one_builds(tmp_path):
     assert sorted(map(len, said)) == [1, 1, 2] and len({lines[-1] for lines in said}) == 1
     lock, made = sorted((tmp_path / "cache").iterdir())
     assert lock.name == ".lock" and made.is_dir() and not made.suffix
+
+
+def test_a_signal_to_the_whole_group_stops_no_worker(tmp_path):
+    """As torchrun passes SIGTERM on: who handles it, as train.py does, gets all its chats all the same."""
+    process = child(STAGE, tmp_path)
+    go(process)
+    while not list(tmp_path.glob("*.tmp/tokens")):
+        assert process.poll() is None
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.communicate(timeout=60)[0].splitlines()[-1].split()[0].isdigit() and process.returncode == 0
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])

@@ -374,10 +374,43 @@ def test_damaged_checkpoints(small, tmp_path):
     assert "each of its 3 checkpoints is damaged" in err and "Traceback" not in err
 
 
+SAVES = """
+import sys, torch, train, resume
+train.start_ranks()
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.AdamW(model.parameters())
+for step, keep in ((2, 9), (4, 9), (6, 9), (3, 1)):
+    resume.save_state(f"{sys.argv[1]}/step-{step}", model, optimizer, {}, keep)
+"""
+
+
+def test_what_a_run_went_back_behind_is_not_kept(tmp_path):
+    """A run that goes on from an old checkpoint, since the newer ones are damaged, never removes its own in favour of those."""
+    subprocess.run([sys.executable, "-c", SAVES, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["step-3"]
+
+
+def test_a_restart_goes_on_only_in_its_own_run(tmp_path, monkeypatch):
+    """torchrun --max-restarts starts a run again; one that was there before it and was refused is not gone on with."""
+    assert not train.started_again(tmp_path)
+    monkeypatch.setattr(train, "RESTARTS", 1)
+    assert not train.started_again(tmp_path)
+    for launcher, again in ((os.getppid(), True), (1, False), (None, False)):
+        (tmp_path / "run.json").write_text(json.dumps({"launcher": launcher}))
+        assert train.started_again(tmp_path) == again
+
+
 def test_changed_settings_and_too_few_documents(small, tmp_path):
     """A resume with other settings says what was and is; more ranks than rows are refused; what does not matter may change."""
-    arguments = [*small, "--batch-size", 1, "--max-steps", 2, "--out", tmp_path / "run"]
+    general = tmp_path / "general.jsonl"
+    turns = [{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "Nobody at all, and that is all."}]
+    general.write_text(json.dumps({"messages": turns}) + "\n")
+    arguments = [*small, "--batch-size", 1, "--max-steps", 2, "--mix", f"{general}:0.01", "--out", tmp_path / "run"]
     finish(launch(*arguments))
+    said = general.read_text()
+    general.write_text(said.replace("Nobody", "Somebody"))
+    assert "--data was" in finish(launch(*arguments, "--resume"), code=2)
+    general.write_text(said)
     state = (tmp_path / "run" / "step-2" / "progress.json").read_text()
     err = finish(launch(*arguments, "--seed", 7, "--resume"), code=2)
     assert "--seed was 0, is 7" in err and "Traceback" not in err
@@ -582,6 +615,16 @@ def test_bad_input_is_one_line_and_exit_2(script, small, story, tmp_path):
     assert "no such checkpoint directory" in usage_error(script("train", *base, "--model", "llama-4"))
     assert "--batch-size 3" in usage_error(script("train", *base, "--data", story, "--batch-size", 3, "--micro-batch", 2))
     assert "--lr must be above 0" in usage_error(script("train", *base, "--lr", 0))
+    wrong = [
+        ("--epochs", "inf"),
+        ("--warmup", "nan"),
+        ("--warmup", -1),
+        ("--warmup", 3),
+        ("--weight-decay", -1),
+        ("--seed", 10**20),
+    ]
+    for flag, value in wrong:
+        assert flag in usage_error(script("train", *base, flag, value))
     assert "tokenizer.model" in usage_error(script("train", *base, "--tokenizer", tmp_path))
     assert "--tokenizer" in usage_error(script("train", *base, "--model", "llama-3.1-8b"))
     assert "--seq-len" in usage_error(script("train", *base, "--seq-len", 1))
