@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from unicodedata import category
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -177,8 +178,8 @@ THOUGHT, ACTION = "dim", "italic"
 
 
 def plain(text):
-    """Text without the control characters that could move a cursor, ring a bell or change colours."""
-    return "".join(c if c in "\n\t" or c.isprintable() else "\ufffd" for c in text)
+    """Text without the control characters that could move a cursor, ring a bell, change colours or the direction of a line."""
+    return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" or category(c) == "Zs" else "\ufffd" for c in text)
 
 
 def put(text, style=""):

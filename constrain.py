@@ -43,9 +43,9 @@ class Vocabulary:
         if len(missing := {*range(256)} - {word[0] for word in self.words if len(word) == 1}):
             raise UsageError(f"this tokenizer has no token for {len(missing)} of the 256 bytes, so JSON cannot be promised")
 
-    def walk(self, state, step, low=0, high=None, depth=0):
-        """(index, state) for the words in [low, high) that step(state, byte) accepts beyond their first `depth` bytes."""
-        words, todo = self.words, [(state, low, len(self.words) if high is None else high, depth)]
+    def walk(self, state):
+        """(index, state after it) for the words that may come in a state, byte by byte, so each beginning once."""
+        words, todo = self.words, [(state, 0, len(self.words), 0)]
         while todo:
             state, low, high, depth = todo.pop()
             while low < high and len(words[low]) == depth:
@@ -59,10 +59,14 @@ class Vocabulary:
                     todo.append((after, low, end, depth + 1))
                 low = end
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (as long as the vocabulary, which lives as long as its engine)
-    def inside(self, escaped):
-        """What words do inside a string, after a backslash or not: indices of those that stay there; for each, whether it
-        ends on a backslash; and for each text that follows a closing quote within a word, the indices of such words."""
+    @functools.cached_property
+    def inside(self):
+        """What words do inside a string, [not after a backslash, after one]: see `within`."""
+        return [self.within(escaped) for escaped in (False, True)]
+
+    def within(self, escaped):
+        """Indices of the words that stay in the string; for each, whether it ends on a backslash; and for each text that
+        follows a closing quote within a word, the indices of such words."""
         stay, ends, leave = [], [], {}
         for index, word in enumerate(self.words):
             word = b"\\" * escaped + word
@@ -90,12 +94,12 @@ class Grammar:
             words, out = self.vocabulary, []
             stay = ends = np.array([], int)
             if state and state[-1][0] == "string":
-                stay, ends, leave = words.inside(state[-1][1])
+                stay, ends, leave = words.inside[state[-1][1]]
                 for text, indices in leave.items():
                     if (after := advance(state[:-1], text)) is not None:
                         out += [(i, cost(after)) for i in indices]
             else:
-                out = [(i, cost(after)) for i, after in words.walk(state, step)]
+                out = [(i, cost(after)) for i, after in words.walk(state)]
             indices = np.concatenate((stay, np.array([i for i, _ in out], int)))
             costs = np.concatenate((ends + cost((*state[:-1], STRING)), np.array([c for _, c in out], int)))
             self.known[state] = words.ids[indices], costs
@@ -192,16 +196,18 @@ def compile_schema(schema, path="schema"):
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         if not isinstance(values, list) or not values:
             raise UsageError(f"json_schema: {path}.enum is {values!r}, not a list with something in it")
-        return (text(*sorted({json.dumps(value, ensure_ascii=False) for value in values})),)
+        return (text(*sorted({as_json(value, path) for value in values})),)
     kind = schema.get("type")
-    if kind not in KNOWN:
+    if not isinstance(kind, str) or kind not in KNOWN:
         raise UsageError(f"json_schema: {path}.type is {kind!r}; there are {', '.join(KNOWN)}, or give enum")
     if unknown := sorted(schema.keys() - KNOWN[kind] - ANYWHERE):
         raise UsageError(f"json_schema: {path}.{unknown[0]} is not supported")
     if kind == "object":
-        frames, before = [], "{"
-        for name, value in schema.get("properties", {}).items():
-            frames += [text(f"{before}{json.dumps(name, ensure_ascii=False)}: "), *compile_schema(value, f"{path}.{name}")]
+        frames, before, properties = [], "{", schema.get("properties", {})
+        if not isinstance(properties, dict):
+            raise UsageError(f"json_schema: {path}.properties is {properties!r}, not an object")
+        for name, value in properties.items():
+            frames += [text(f"{before}{as_json(name, path)}: "), *compile_schema(value, f"{path}.{name}")]
             before = ", "
         return (*frames, text("}" if frames else "{}"))
     if kind == "array":
@@ -213,6 +219,15 @@ def compile_schema(schema, path="schema"):
         check_bounds(path, low, high)
         return (("integer", low, high, b""),)
     return {"string": (text('"'), STRING), "boolean": (text("true", "false"),), "null": (text("null"),)}[kind]
+
+
+def as_json(value, path):
+    try:
+        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        written.encode()
+        return written
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"json_schema: {path}: {value!r} cannot be written as JSON ({error})") from None
 
 
 def check_bounds(path, low, high):

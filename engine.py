@@ -18,6 +18,7 @@ may add in another order. A seed and a position determine a draw, whatever else 
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import sys
@@ -63,14 +64,22 @@ class SamplingParams:
     json_schema: dict | None = None
 
     def __post_init__(self):
-        seed = self.seed or 0
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 < self.max_tokens and 0 <= seed < 2**63):
-            raise UsageError(f"temperature, top_k and seed from 0, 0 < top_p <= 1 and max_tokens from 1 are needed; got {self}")
-        if not (0 <= self.min_p <= 1 and self.repetition_penalty > 0):
-            raise UsageError(f"0 <= min_p <= 1 and a repetition_penalty above 0 are needed; got {self}")
+        for name, good, what in (
+            ("temperature", 0 <= self.temperature < math.inf, "a number from 0"),
+            ("top_p", 0 < self.top_p <= 1, "a share above 0, at most 1"),
+            ("top_k", self.top_k >= 0, "a number from 0"),
+            ("max_tokens", self.max_tokens > 0, "a number from 1"),
+            ("seed", 0 <= (self.seed or 0) < 2**63, "a number from 0 to 2^63 - 1"),
+            ("min_p", 0 <= self.min_p <= 1, "a share from 0 to 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100"),
+            ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of texts, none empty"),
+        ):
+            if not good:
+                raise UsageError(f"{name} is {what}, not {getattr(self, name)!r}")
         if (self.choices is not None) + (self.json_schema is not None) + bool(self.stop or self.stop_ids) > 1:
             raise UsageError("choices, json_schema and stop (or stop_ids) each say where a text ends; give one of them")
-        if self.choices is not None and not (self.choices and all(self.choices) and len({*self.choices}) == len(self.choices)):
+        choices = [choice for choice in {*(self.choices or ())} if isinstance(choice, str) and choice]
+        if self.choices is not None and (not choices or len(choices) < len(self.choices)):
             raise UsageError(f"choices are different texts, none empty; got {self.choices}")
 
 
@@ -127,10 +136,6 @@ class Sequence:
         """Tokens that are to be run. The last of a scored text predicts nothing that is asked for."""
         return len(self.ids) - self.scored - self.cached
 
-    def next(self, n):
-        """Which tokens the next n to be run are, counted from 0."""
-        return range(self.cached, self.cached + n)
-
     def uniform(self, at):
         """A number in [0, 1) for the token after the one at a place; it depends on the seed and the place, and nothing else."""
         digest = hashlib.blake2b(f"{self.seed}|{at + 1}".encode(), digest_size=7).digest()
@@ -158,7 +163,8 @@ class StepCache:
     def __init__(self, engine, batch, wanted):
         self.kv, self.device, self.window = engine.kv, engine.device, engine.config.sliding_window
         self.size, self.kernel = engine.blocks.page_size, engine.kernel
-        places = [(p, s.block_table[p // self.size] * self.size + p % self.size) for s, n in batch for p in s.next(n)]
+        new = [(s, p) for s, n in batch for p in range(s.cached, s.cached + n)]
+        places = [(p, s.block_table[p // self.size] * self.size + p % self.size) for s, p in new]
         self.positions, self.slots = torch.tensor(places, device=self.device).T.contiguous()
         self.positions = self.positions[None]  # [1, N]
         every = [(s, s.cached, s.cached + n) for s, n in batch]
@@ -277,6 +283,8 @@ class Engine:
         consume=False,
         lookup=None,
     ):
+        if min(max_batch, max_step_tokens, page_size, page_size if cache_tokens is None else cache_tokens // page_size) < 1:
+            raise UsageError("an engine has room for a sequence, a token of a prompt at a step, and a page of its cache")
         self.tokenizer, self.config = tokenizer, model.config
         self.max_batch, self.max_step_tokens = max_batch, max_step_tokens
         parameter = next(model.parameters())
@@ -336,9 +344,11 @@ class Engine:
         try:
             while sequence.finish_reason is None:
                 self.step()
-                sure = len(sequence.text) + 1 - max(map(len, params.stop), default=1)  # a stop string may have begun
+                text = sequence.text  # at whose end a stop string may have begun
+                begun = (n for stop in params.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+                sure = len(text) - max(begun, default=0)
                 if sequence.finish_reason is None and sure > shown:
-                    yield sequence.text[shown:sure]
+                    yield text[shown:sure]
                     shown = sure
             if len(sequence.text) > shown:
                 yield sequence.text[shown:]
@@ -359,6 +369,8 @@ class Engine:
                 if sequence in line:
                     line.remove(sequence)
                     self.put_away(sequence)
+        if not (self.waiting or self.running) and self.blocks.held:  # Ctrl-C came while pages changed hands
+            self.blocks = BlockManager(self.blocks.num_pages, self.blocks.page_size)
 
     def finish(self, sequences):
         """Runs these, and what else is in flight, until these are done."""
@@ -714,7 +726,7 @@ def draw(logits, params, uniform):
     device, V = logits.device, logits.shape[1]
     columns = [[p.temperature, p.top_p, p.min_p, u] for p, u in zip(params, uniform, strict=True)]
     temperature, top_p, min_p, uniform = torch.tensor(columns, dtype=torch.float64, device=device).unsqueeze(-1).unbind(1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(1e-30, 1e30).float()
     if some := [i for i, p in enumerate(params) if 0 < p.top_k < V]:
         k = torch.tensor([[params[i].top_k - 1] for i in some], device=device)
         least = logits[some].topk(max(params[i].top_k for i in some)).values.gather(1, k)

@@ -59,11 +59,12 @@ def find_character(name, spec=None):
 
 
 def show(pieces, stats=""):
-    """Prints pieces of text as they come, then a line end; returns the whole, or what there is of it at Ctrl-C.
+    """Prints pieces of text as they come, then a line end; returns the text, or what there is of it at Ctrl-C, and the
+    Completion, then None.
 
     stats: what to say of the speed besides how many tokens; empty for nothing at all.
     """
-    painter, text, begun, first = cli.Painter(), "", time.perf_counter(), None
+    painter, text, begun, first, done = cli.Painter(), "", time.perf_counter(), None, None
     try:
         while True:
             piece = next(pieces)
@@ -73,20 +74,25 @@ def show(pieces, stats=""):
             text += piece
     except StopIteration as end:
         cli.put("\n")
+        done = end.value
         if stats:
-            done, now = end.value, time.perf_counter()
+            now = time.perf_counter()
             speed = f"{len(done.ids) / (now - begun):.1f} tokens/s{stats}, the first piece after {(first or now) - begun:.2f} s"
             cli.note(f"({len(done.ids)} tokens, {speed}; {done.cached_tokens} of {done.prompt_tokens} prompt tokens cached)")
     except KeyboardInterrupt:
         pieces.close()
         cli.put("\n")
-    return text
+    return text, done
 
 
 def converse(engine, params, messages_of, system=None, name="", stats=""):
-    """Lines from stdin, replies to stdout; an empty line or end of input ends it. messages_of: [[line, reply], ...] -> turns;
+    """Lines from stdin, replies to stdout; an empty line or end of input ends it. messages_of: [(line, reply), ...] -> turns;
     name: who answers, if that is part of each answer."""
-    said, retries = [], 0
+    from llm import as_sampled
+
+    tokenizer, said, retries = engine.tokenizer, [], 0  # said: (line, reply, its Completion if it came to its end)
+    opening = f"{name}:" if name else ""
+    params = dataclasses.replace(params, stop_ids=tuple(tokenizer.specials.values()))  # none has a place within a turn
     for line in cli.lines("you> "):
         command, _, rest = line.partition(" ")
         if command == "/retry" and said:
@@ -99,14 +105,18 @@ def converse(engine, params, messages_of, system=None, name="", stats=""):
             known = {"/help": HELP, "/retry": "nothing has been said yet"}
             cli.note(known.get(command, f"{command}: no such command; /help lists them"))
             continue
-        said.append([line, ""])
-        messages = [*([{"role": "system", "content": system}] if system else []), *messages_of(said)]
-        ids = engine.tokenizer.render(messages, add_generation_prompt=True)[0]
-        if name:
-            cli.put(f"{name}:", "bold")
-            ids += engine.tokenizer.encode(f"{name}:")
+        turns = messages_of([*((line, reply) for line, reply, _ in said), (line, "")])
+        for message, (*_, done) in zip(turns[1::2], said, strict=True):
+            if done:  # the very tokens that are cached
+                message["ids"] = as_sampled(tokenizer.decode, tokenizer.encode, message["content"], opening, done.ids)[0]
+        messages = [*([{"role": "system", "content": system}] if system else []), *turns]
+        ids = tokenizer.render(messages, add_generation_prompt=True)[0] + tokenizer.encode(opening)
         seed = params.seed if params.seed is None else params.seed + retries
-        said[-1][1] = show(engine.stream(ids, dataclasses.replace(params, seed=seed)), stats)
+        cli.put(opening, "bold")
+        try:
+            said.append((line, *show(engine.stream(ids, dataclasses.replace(params, seed=seed)), stats)))
+        except UsageError as error:
+            cli.note(f"\n{error}: this chat has grown too long, or this line is")
 
 
 def chat(engine, params, stats):
@@ -146,7 +156,7 @@ def main():
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
-    add("--stop", nargs="*", default=[], help="strings that end the text")
+    add("--stop", nargs="*", action="extend", default=[], help="strings that end the text")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
     add("--dtype", choices=DTYPES, help="default, by what is faster: bfloat16 on a GPU or a CPU with AMX, else float32")
     add("--seed", type=int)
@@ -171,7 +181,8 @@ def main():
         bos = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]
         pieces = engine.stream(bos + engine.tokenizer.encode(text), params, goes_on=True)
         cli.put(text)
-        show(pieces, stats)
+        if show(pieces, stats)[1] is None:
+            raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

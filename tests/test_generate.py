@@ -625,6 +625,32 @@ def test_a_stream_that_is_left_runs_no_further(chatter):
     assert engine.stats["decoded"] == before + 5
 
 
+def test_only_what_may_begin_a_stop_string_is_held_back(chatter):
+    """A long stop string that nothing resembles delays no piece."""
+    model, tokenizer, prompt, _ = chatter
+    pieces, done = collect(Engine(model, tokenizer).stream(prompt, greedy(40)))
+    assert not any(c in done.text for c in "<>")
+    assert collect(Engine(model, tokenizer).stream(prompt, greedy(40, stop=("<" * 40 + ">",))))[0] == pieces
+
+
+def test_pages_lost_to_an_interrupt_come_back(chatter):
+    """Ctrl-C may come while pages change hands; once nothing is in flight, none is held."""
+    model, tokenizer, prompt, _ = chatter
+    engine = Engine(model, tokenizer, cache_tokens=64, page_size=4)
+    engine.blocks.hold([3, 5])
+    for _ in range(2):
+        assert engine.generate([prompt], greedy(20))[0].ids == alone(model, prompt, greedy(20)).ids
+        assert not engine.blocks.held
+
+
+def test_rooms_for_nothing_are_refused():
+    """An engine that could never run a sequence says so, and does not wait for ever."""
+    model = random_model(random_config(0))
+    for options in ({"max_batch": 0}, {"max_step_tokens": 0}, {"cache_tokens": 8}, {"page_size": 0}):
+        with pytest.raises(UsageError, match="an engine has room"):
+            Engine(model, **options)
+
+
 # ---- sampling -----------------------------------------------------------------------------------------------------------
 
 
@@ -869,13 +895,33 @@ def test_integers_keep_to_their_bounds(low, high):
         ({"type": "array"}, "items"),
         ({"type": "object", "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 2}}}, "schema.a"),
         ({"enum": []}, "enum"),
+        ({"type": ["string", "null"]}, "type is"),
+        ({"type": "object", "properties": []}, "properties"),
+        ({"enum": [float("nan")]}, "cannot be written"),
+        ({"const": float("inf")}, "cannot be written"),
+        ({"enum": ["\ud800"]}, "cannot be written"),
+        ({"enum": [{1, 2}]}, "cannot be written"),
+        ({"type": "object", "properties": {"\ud800": {"type": "null"}}}, "cannot be written"),
     ],
-    ids=str,
+    ids=ascii,
 )
 def test_schemas_outside_the_subset_are_refused(schema, word):
     """By name, not by ignoring what they ask for."""
     with pytest.raises(UsageError, match=word):
         constrain.compile_schema(schema)
+
+
+@pytest.mark.parametrize("temperature", [1e-50, 1e-46, 1e39, 1e300])
+def test_extreme_temperatures(chatter, temperature):
+    """They are as good as greedy, or as uniform; JSON still parses."""
+    model, tokenizer, prompt, _ = chatter
+    engine = Engine(model, tokenizer)
+    done = engine.generate([prompt], SamplingParams(temperature, max_tokens=30, seed=1))[0]
+    if temperature < 1:
+        assert done.ids == alone(model, prompt, greedy(30)).ids
+    else:
+        assert len({*done.ids}) > len(done.ids) / 2
+    json.loads(engine.generate([prompt], SamplingParams(temperature, max_tokens=300, seed=1, json_schema=FLAWS))[0].text)
 
 
 def test_a_prompt_that_never_fits():
@@ -987,14 +1033,21 @@ def test_bad_prompts_are_refused(prompt, words):
         {"top_p": 1.5},
         {"top_k": -1},
         {"max_tokens": 0},
+        {"temperature": float("inf")},
+        {"repetition_penalty": float("inf")},
+        {"seed": -1},
+        {"stop": "abc"},
+        {"stop": ("a", "")},
         {"choices": []},
+        {"choices": ["a", 5]},
+        {"choices": ["a", "a"]},
     ],
     ids=str,
 )
 def test_impossible_settings_are_refused(settings):
     """Settings that mean nothing are refused by name and value."""
     (name, value), *_ = settings.items()
-    with pytest.raises(UsageError, match=re.escape(f"{name}={value}") if value != [] else "choices.*\\[\\]"):
+    with pytest.raises(UsageError, match=f"^{name} .*{re.escape(repr(value))}$"):
         SamplingParams(**settings)
 
 
@@ -1003,7 +1056,7 @@ def test_impossible_settings_are_refused(settings):
 
 def expected_reply(engine, messages, max_tokens, opening=""):
     ids, _ = engine.tokenizer.render(messages, add_generation_prompt=True)
-    return engine.generate([ids + engine.tokenizer.encode(opening)], greedy(max_tokens))[0].text
+    return engine.generate([ids + engine.tokenizer.encode(opening)], greedy(max_tokens))[0]
 
 
 def test_prompt(script, tiny_actor, stage_tokenizer):
@@ -1025,9 +1078,10 @@ def test_prompt(script, tiny_actor, stage_tokenizer):
         ("I :heart: it: (c) ->", "I :heart: it: (c) ->"),
         ("a\tb", "a\tb"),
         (" one " * 40, " one " * 40),
-        ("red \x1b[31m, \x07\rback", "red \ufffd[31m, \ufffd\ufffdback"),
+        ("red \x1b[31m, \x07\rback, \u202eturned", "red \ufffd[31m, \ufffd\ufffdback, \ufffdturned"),
+        ("10\u00a0km \u300c\u3000\u65e5\u300d \u0645\u06cc\u200c \U0001f469\u200d\U0001f467",) * 2,
     ],
-    ids=["markup", "emoji", "tab", "long", "controls"],
+    ids=["markup", "emoji", "tab", "long", "controls", "spaces and joiners"],
 )
 def test_text_is_printed_as_it_is(prompt, printed, script, tiny_actor):
     """Nothing in a text is taken for markup, nothing is wrapped or spelt anew, and only control characters are replaced."""
@@ -1048,7 +1102,9 @@ def test_stop_option(script, tiny_actor):
     options = ["--model", tiny_actor, "--max-tokens", 30, "--temperature", 0, "--prompt", "Go"]
     _, whole, _ = script("generate", *options)
     stop = whole[12:14]
-    assert script("generate", *options, "--stop", "", stop)[1] == whole[: whole.find(stop, 2)] + "\n"
+    cut = whole[: whole.find(stop, 2)] + "\n"
+    assert script("generate", *options, "--stop", "", stop)[1] == cut
+    assert script("generate", *options, "--stop", stop, "--stop", "never said")[1] == cut
 
 
 def test_chat_through_a_pipe(tiny_actor):
@@ -1059,8 +1115,9 @@ def test_chat_through_a_pipe(tiny_actor):
     engine, messages, expected = load_engine(tiny_actor, "float32"), [], ""
     for line in ("Good day", "Who are you?"):
         messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": expected_reply(engine, messages, 12)})
-        expected += plain(messages[-1]["content"]) + "\n"
+        ids = expected_reply(engine, messages, 12).ids
+        messages.append({"role": "assistant", "content": "", "ids": ids})
+        expected += plain(engine.tokenizer.decode(ids)) + "\n"
     assert (done.returncode, done.stderr, done.stdout) == (0, "", expected)
 
 
@@ -1074,12 +1131,14 @@ def test_commands_of_a_chat(script, tiny_actor, monkeypatch):
 
     def reply(seed):
         params = SamplingParams(0.8, max_tokens=12, seed=seed)
-        return engine.generate([engine.tokenizer.render(messages, add_generation_prompt=True)[0]], params)[0].text
+        return engine.generate([engine.tokenizer.render(messages, add_generation_prompt=True)[0]], params)[0]
 
     expected += [reply(3), reply(4)]
-    messages += [{"role": "assistant", "content": expected[-1]}, {"role": "user", "content": "And?"}]
+    messages += [{"role": "assistant", "content": "", "ids": expected[-1].ids}, {"role": "user", "content": "And?"}]
     expected.append(reply(4))
-    assert code == 0 and out == "".join(plain(text) + "\n" for text in expected)
+    assert code == 0 and out == "".join(plain(done.text) + "\n" for done in expected)
+    known = expected[1].prompt_tokens + len(expected[1].ids) - (expected[1].finish_reason == "length")
+    assert f"; {known} of {expected[2].prompt_tokens} prompt tokens cached" in err  # its own answer is not read again
     assert "/retry  " in err and "/fly" in err and "nothing has been said" in err and "Be brief." in err
     assert len(re.findall(r"tokens/s in float32.*cached", err)) == 3
 
@@ -1100,9 +1159,29 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(script, tiny_actor, monkeypatch)
     monkeypatch.undo()
     engine = load_engine(tiny_actor, "float32")
     messages = [{"role": "user", "content": "Good day"}]
-    first = expected_reply(engine, messages, 7)
+    first = expected_reply(engine, messages, 7).text
     messages += [{"role": "assistant", "content": first.rstrip("\ufffd")}, {"role": "user", "content": "And?"}]
-    assert code == 0 and out == plain(messages[1]["content"] + "\n" + expected_reply(engine, messages, 12)) + "\n"
+    assert code == 0 and out == plain(messages[1]["content"] + "\n" + expected_reply(engine, messages, 12).text) + "\n"
+
+
+def test_ctrl_c_ends_a_completion_with_130(script, tiny_actor, monkeypatch):
+    """Where there is no chat to go on with."""
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "step", interrupted)
+    assert script("generate", "--model", tiny_actor, "--prompt", "Good day")[0] == 130
+
+
+def test_a_line_too_long_for_the_model_does_not_end_the_chat(script, tiny_actor, monkeypatch):
+    """It is refused with its size, and what was said before stays."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Good day\n" + "word " * 9000 + "\nAnd?\n"))
+    options = ["--model", tiny_actor, "--temperature", 0, "--max-tokens", 5, "--dtype", "float32"]
+    code, out, err = script("generate", "--chat", *options)
+    assert code == 0 and len(out.splitlines()) == 2 and "the model takes" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Good day\nAnd?\n"))
+    assert script("generate", "--chat", *options)[1] == out
 
 
 def test_meeting_a_character(script, tiny_actor, monkeypatch):
@@ -1114,11 +1193,17 @@ def test_meeting_a_character(script, tiny_actor, monkeypatch):
     assert code == 0 and name in err and scene.scenario[:40] in " ".join(err.split())
     engine, dialogue, expected = load_engine(tiny_actor, "float32"), [], ""
     system = {"role": "system", "content": system_prompt(scene, name, prompts.AT_PLAY, concise=True)}
+    spoken = []
     for line in ("Good day", "A long way?"):
         dialogue.append({"character": "Visitor", "message": line})
-        reply = expected_reply(engine, [system, *perspective(dialogue, name)], 12, opening=f"{name}:")
-        dialogue.append({"character": name, "message": reply.strip()})
-        expected += f"{name}:{plain(reply)}\n"
+        turns = perspective(dialogue, name)
+        for turn, ids in zip(turns[1::2], spoken, strict=True):
+            assert turn["content"].endswith("\n\n")
+            turn["ids"] = engine.tokenizer.encode(f"{name}:") + ids + engine.tokenizer.encode("\n\n")
+        done = expected_reply(engine, [system, *turns], 12, opening=f"{name}:")
+        dialogue.append({"character": name, "message": done.text.strip()})
+        spoken.append(done.ids)
+        expected += f"{name}:{plain(done.text)}\n"
     assert out == expected
 
 
