@@ -192,19 +192,19 @@ def put(text, style=""):
 
 
 class Painter:
-    """Styles a message as it comes, piece by piece: thoughts dim, actions in italics, speech plain."""
+    """Styles a message as it comes, piece by piece, by the rule of data/channels.py: thoughts dim, actions in italics."""
 
     def __init__(self):
-        self.depth, self.acting = 0, False
+        self.thinking = self.acting = 0  # how many brackets are open
 
     def spans(self, text):
         """The next piece of the message as (text, style) pairs."""
         for part in re.split(r"([\[\]()])", plain(text)):
-            self.depth += part == "["
-            self.acting |= part == "("
-            yield part, THOUGHT if self.depth else ACTION if self.acting else ""
-            self.depth -= part == "]" and self.depth > 0
-            self.acting &= part != ")"
+            self.thinking += part == "["
+            self.acting += part == "(" and not self.thinking
+            yield part, THOUGHT if self.thinking else ACTION if self.acting else ""
+            self.thinking -= part == "]" and self.thinking > 0
+            self.acting -= part == ")" and self.acting > 0 and not self.thinking
 
 
 def lines(prompt, keep=False):

@@ -22,10 +22,11 @@ from conftest import ROOT, usage_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cli
 import data.stream
 import tokenizer
 from cli import UsageError
-from data.channels import byte_channels, label
+from data.channels import ACTION, SPEECH, THOUGHT, byte_channels, label
 from data.chats import remove_thoughts, scene_to_chats
 from data.general import LONGEST_LINE, read_general
 from data.packing import IGNORE, best_fit, pack, split_long
@@ -530,6 +531,17 @@ def test_the_report_outlives_the_cache(stream, tmp_path):
         ]
         with pytest.raises(UsageError, match=re.escape(place)):
             stream([tmp_path / "book.json"], strict=True)
+
+
+@given(st.text("[]() ab\n", max_size=60), st.integers(1, 5))
+def test_what_is_shown_is_what_is_learnt(text, size):
+    """Thoughts and actions on the screen, however they come in, are those that the loss knows."""
+    painter, shown = cli.Painter(), []
+    styles = {"": SPEECH, cli.ACTION: ACTION, cli.THOUGHT: THOUGHT}
+    for start in range(0, len(text), size):
+        for part, style in painter.spans(text[start : start + size]):
+            shown += [styles[style]] * len(part)
+    assert shown == byte_channels(text.encode()).tolist()
 
 
 CHILD = """
