@@ -35,7 +35,7 @@ import kernels
 from cli import UsageError
 from data.packing import CHANNELS, IGNORE, make_row
 from data.scenes import STAGE
-from data.stream import Stream, parse_mix
+from data.stream import add_data_flags, open_stream
 from fast_linear import fast_bf16
 from model import PRESETS, ModelConfig, Transformer
 from resume import agreed, find_checkpoints, last_good, load_state, save_state
@@ -78,14 +78,6 @@ def parse_args():
     add("--recompute", choices=["none", "selective", "full"], help="in the backward pass: all but products, or whole blocks "
         "(default: full; none for the stage actor)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile each block; what it brings is on a GPU")
-    add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
-    add("--variants", choices=["draw", "all"], default="draw", help="chats of a character in a scene: one, drawn anew in each "
-        "epoch (the paper's), or the release's four (default: draw)")  # fmt: skip
-    add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help="general SFT data (ShareGPT or "
-        "`messages`) and its share of all tokens; half in the paper")  # fmt: skip
-    add("--held-out-books", type=float, default=0.0, metavar="SHARE", help="share of the books to hold out whole (default: 0)")
-    add("--strict", action="store_true", help="stop at the first thing that reading the data would repair or drop")
-    add("--cache", default=cli.OUT / "cache", help="directory of tokenised data; may be deleted at any time")
     add("--skip-nonfinite", action="store_true", help="leave out a step whose loss or gradient is not finite, and count it")
     add("--save-every", type=int, default=200, help="steps between checkpoints (default: 200)")
     add("--keep", type=int, default=2, help="checkpoints kept, the newest (default: 2)")
@@ -93,7 +85,7 @@ def parse_args():
     add("--eval-rows", type=int, default=64, help="held-out rows evaluated on, at most (default: 64)")
     add("--tensorboard", action="store_true", help="write event files to --out as well")
     add("--peak-tflops", type=float, help="of one device, for its utilisation (default: known for A100, H100 and H200)")
-    add("--seed", type=int, default=0)
+    add_data_flags(parser)
     args = parser.parse_args()
     if args.model == "stage" and args.batch_size is None:
         args.batch_size = args.dry_run or WORLD_SIZE
@@ -112,21 +104,6 @@ def parse_args():
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------------
-
-
-def open_stream(args, tokenizer):
-    return Stream(
-        args.data,
-        tokenizer,
-        args.seq_len,
-        seed=args.seed,
-        thoughts=not args.without_thoughts,
-        variants=args.variants,
-        mix=args.mix,
-        held_out_books=args.held_out_books,
-        cache=args.cache,
-        strict=args.strict,
-    )
 
 
 def find_opening(rows):
@@ -356,7 +333,7 @@ def open_model(args):
 def main():
     args = parse_args()
     config, tokenizer, directory = open_model(args)
-    stream = open_stream(args, tokenizer)
+    stream = open_stream(args, args.data, tokenizer)
     rows = len(stream.rows)
     if not rows:
         raise UsageError(f"{args.data[0]}: no chat with a token to learn from fits rows of {args.seq_len} tokens")

@@ -20,7 +20,7 @@ from cli import UsageError
 from data.chats import scene_to_chats
 from data.packing import CHANNELS
 from data.scenes import STAGE, Report, read_scenes, to_test_scene
-from data.stream import Stream, parse_mix, row_lengths
+from data.stream import add_data_flags, open_stream, row_lengths
 from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
 
 STYLES = ("dim", "green", "yellow italic", "magenta", "green")  # not under loss, then CHANNELS
@@ -36,15 +36,9 @@ def parse_args():
     add("--chat", type=int, metavar="N", help="show this document, counted from 0; general data comes after the scenes")
     add("--seq-len", type=int, default=16_384, help="tokens in a packed row (default: 16384, the paper's)")
     add("--epoch", type=int, default=0, help="whose draw of prompts (default: 0)")
-    add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
-    add("--variants", choices=["draw", "all"], default="draw", help="one chat of a character and scene, or the release's four")
-    add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help="general SFT data, as in train.py")
-    add("--held-out-books", type=float, default=0.0, metavar="SHARE", help="share of the books to hold out whole (default: 0)")
-    add("--strict", action="store_true", help="stop at the first thing that reading would repair or drop")
     add("--sharegpt", metavar="FILE", help="write the chats of the epoch (without --mix) as LLaMA-Factory reads them")
     add("--test-scenes", metavar="FILE", help="write the held-out scenes as a test file")
-    add("--cache", default=cli.OUT / "cache", help="directory of tokenised data; may be deleted at any time")
-    add("--seed", type=int, default=0)
+    add_data_flags(parser)
     args = parser.parse_args()
     if args.epoch < 0:
         raise UsageError(f"--epoch is at least 0, not {args.epoch}")
@@ -153,8 +147,7 @@ def main():
         if args.chat is None:
             return
     tokenizer = load_tokenizer(args.tokenizer, args.chat_format)
-    same = {name: getattr(args, name) for name in ("seed", "variants", "mix", "cache", "held_out_books", "strict")}
-    stream = Stream(args.paths, tokenizer, args.seq_len, thoughts=not args.without_thoughts, **same)
+    stream = open_stream(args, args.paths, tokenizer)
     while stream.start["epoch"] < args.epoch:
         stream.begin(stream.next)
     documents = [(stream.store(source), number) for source, chosen in stream.chosen.items() for number in chosen.tolist()]

@@ -144,6 +144,26 @@ def parse_mix(text):
         raise UsageError(f"--mix {text}: give FILE:SHARE, for example general.jsonl:0.5") from None
 
 
+def add_data_flags(parser):
+    """The flags that say what is learnt from the data, for `open_stream`."""
+    add = parser.add_argument
+    add("--without-thoughts", action="store_true", help="the ablation: no inner thoughts in what is learnt")
+    add("--variants", choices=["draw", "all"], default="draw", help="chats of a character in a scene: one, drawn anew in each "
+        "epoch (the paper's), or the release's four (default: draw)")  # fmt: skip
+    add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help="general SFT data (ShareGPT or "
+        "`messages`) and its share of all tokens; half in the paper")  # fmt: skip
+    add("--held-out-books", type=float, default=0.0, metavar="SHARE", help="share of the books to hold out whole (default: 0)")
+    add("--strict", action="store_true", help="stop at the first thing that reading the data would repair or drop")
+    add("--cache", default=cli.OUT / "cache", help="directory of tokenised data; may be deleted at any time")
+    add("--seed", type=int, default=0)
+
+
+def open_stream(args, paths, tokenizer):
+    """The Stream of a command line with these flags and `--seq-len`."""
+    same = {name: getattr(args, name) for name in ("seed", "variants", "mix", "cache", "held_out_books", "strict")}
+    return Stream(paths, tokenizer, args.seq_len, thoughts=not args.without_thoughts, **same)
+
+
 class Batch(Sequence):
     """Rows of the stream; a row is made when it is taken out, a slice is a list of made rows."""
 
