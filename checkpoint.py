@@ -128,12 +128,13 @@ def _config_to(config, dtype, tokenizer):
 class Weights:
     """The tensors of a safetensors directory, by name: `weights[name]` is a slice that is read when indexed.
 
-    One file is open at a time, and `order` sorts names by file, so that going through them never holds more than one.
+    One file is open at a time, and `order` sorts names by file, so that going through them never holds more than one. Of
+    several ranks each verifies its share of the files.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory, rank=0, world=1):
         self.directory = Path(directory)
-        verify(directory)
+        verify(directory, rank, world)
         self.files, self.shapes, self.dtypes = {}, {}, {}  # tensor name -> its file, its shape, its type there
         self.open_path = self.open_file = None
         for name in self._shards():

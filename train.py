@@ -414,9 +414,11 @@ def train(args, config, tokenizer, directory, stream, steps, device):
     progress = go_on(out, model, optimizer, stream, settings)
     if progress is None:
         progress = {"step": 0, "skipped": 0, "settings": settings}
-        weights = checkpoint.Weights(directory) if directory else checkpoint.RandomWeights(model, args.seed)
-        if directory:
-            weights.check(model)
+        with agreed():
+            weights = checkpoint.RandomWeights(model, args.seed)
+            if directory:
+                weights = checkpoint.Weights(directory, RANK, WORLD_SIZE)
+                weights.check(model)
         checkpoint.fill(model, weights)
 
     # torchrun passes Ctrl-C on to every rank; all of them must agree on the step they stop after
