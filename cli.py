@@ -49,6 +49,9 @@ def run(main):
     Of the ranks on a machine only the first speaks.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what a terminal's encoding lacks is a question mark, not an error
+            stream.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except UsageError as error:
@@ -179,6 +182,7 @@ THOUGHT, ACTION = "dim", "italic"
 
 def plain(text):
     """Text without the control characters that could move a cursor, ring a bell, change colours or the direction of a line."""
+    text = text.replace("\u00ad", "")  # where a word may be broken: no sign of its own
     return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" or category(c) == "Zs" else "\ufffd" for c in text)
 
 

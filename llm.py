@@ -14,8 +14,10 @@ nowhere else. Answers can be kept on disk, each under the hash of what was asked
 import email.utils
 import functools
 import hashlib
+import itertools
 import json
 import os
+import queue
 import random
 import re
 import threading
@@ -35,6 +37,7 @@ TRIES = 5
 TIMEOUT, CONNECT = 120, 10  # seconds without a word of an answer, and for a connection
 DEADLINE = 600  # seconds for a request, its tries and pauses included
 LONGEST_PAUSE = 60  # seconds
+LARGEST, LONGEST_REPLY = 2**24, 2**15  # bytes of an answer, characters of its text
 CONCURRENCY = 8  # requests to an endpoint at once
 BUNDLED_ACTOR = cli.ROOT / "data" / "stage" / "actor"
 WRITING = threading.Lock()
@@ -199,9 +202,8 @@ class Endpoint:
         except httpx.InvalidURL:
             valid = False
         if not valid:
-            raise UsageError(
-                f"{self.name} at {self.url}: not an http(s) address; look at OPENAI_BASE_URL or what follows the @"
-            )
+            shown = re.sub(r"//[^/]*@", "//", self.url)
+            raise UsageError(f"{self.name} at {shown}: not an http(s) address; look at OPENAI_BASE_URL or what follows the @")
         if address.userinfo or address.query or address.fragment:
             raise UsageError(
                 f"{self.name} at {address.host}: the address may have no user, query or fragment; keys go elsewhere"
@@ -216,7 +218,11 @@ class Endpoint:
         self.slots, self.concurrency = threading.Semaphore(concurrency), concurrency
         self.interval, self.free_at, self.lock = 60 / per_minute if per_minute else 0, 0.0, threading.Lock()
         self.down = False  # a request has just failed in all its tries: until one is answered, each gets a single one
-        self.client = httpx.Client(headers={"Authorization": f"Bearer {self.key}"}, limits=httpx.Limits(max_connections=None))
+        header, limits = {"Authorization": f"Bearer {self.key}"}, httpx.Limits(max_connections=None)
+        try:
+            self.client = httpx.Client(headers=header, limits=limits)
+        except (ValueError, ImportError, httpx.InvalidURL) as error:
+            raise UsageError(f"{self.name}: {error}; look at the proxies in HTTP_PROXY, ALL_PROXY, NO_PROXY") from None
 
     def chat(self, conversations, params, openings=None, on_reply=lambda: None):
         """As `Local.chat`; what a reply is to begin with is not passed on, since the interface has no place for it."""
@@ -269,7 +275,7 @@ class Endpoint:
             except (OSError, ValueError, TypeError):  # not there, or no such answer
                 pass
         reply = self.fetch(body, stopped)
-        if file and reply.error is None:
+        if file and reply.error is None and reply.text.strip():  # nothing said may be a fault, and is asked for again
             with WRITING:
                 cli.make_dir(file.parent)
                 with cli.write_whole(file) as out:
@@ -277,12 +283,13 @@ class Endpoint:
         return reply
 
     def fetch(self, body, stopped):
-        """The Reply to a request, after as many tries as it takes and may take."""
-        begun, tries, trouble = None, 1 if self.down else TRIES, ""
-        for attempt in range(tries):
+        """The Reply to a request, after as many tries as it takes and may take; 429 (too many requests) counts as none, and is
+        bounded by the deadline alone."""
+        begun, failed, most, trouble = None, 0, 1 if self.down else TRIES, ""
+        for attempt in itertools.count():
             self.wait_for_a_turn(stopped)
-            begun = begun or time.monotonic()
-            pause = self.pause * 2**attempt * random.uniform(0.75, 1.25)
+            begun, busy = begun or time.monotonic(), False
+            pause = self.pause * 2 ** min(attempt, 10) * random.uniform(0.75, 1.25)
             try:
                 response, later = self.post(body, begun + DEADLINE)
             except (httpx.RequestError, zlib.error) as error:  # no connection, no time left, an answer in pieces
@@ -299,28 +306,45 @@ class Endpoint:
                     raise UsageError(f"{self.name} at {self.url} refused: {trouble}")
                 elif response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
                     return Reply("", "error", error=f"{self.name} at {self.url} refused: {trouble}")
-                asked = retry_after(later)
-                pause = pause if asked is None else asked
+                busy, asked = response.status_code == 429, retry_after(later)
+                pause = pause if asked is None else asked * random.uniform(1, 1.25)  # all that wait come back, but not at once
+            failed += not busy
             left = begun + DEADLINE - time.monotonic()
             pause = min(pause, LONGEST_PAUSE)
-            if 5 <= pause < left and attempt < tries - 1:
+            if 5 <= pause < left and failed < most:
                 cli.note(f"{self.name}: {trouble}; asked again in {pause:.0f} s")
-            if attempt == tries - 1 or pause >= left or stopped.wait(pause):
+            if failed == most or pause >= left or stopped.wait(pause):
                 break
-        self.down = True
-        after = f"in {tries} tries" if attempt == tries - 1 else f"within {DEADLINE:g} s"
+        self.down = self.down or not busy
+        after = f"in {most} tries" if failed == most else f"within {DEADLINE:g} s"
         return Reply("", "error", error=f"{self.name} at {self.url} did not answer {after}; the last: {trouble}")
 
     def post(self, body, deadline):
         """(response, its Retry-After), given up at the deadline (of time.monotonic) however slowly the answer trickles in."""
-        timeout = httpx.Timeout(max(0.01, min(TIMEOUT, deadline - time.monotonic())), connect=CONNECT)
-        with self.client.stream("POST", f"{self.url}/chat/completions", json=body, timeout=timeout) as response:
-            content = b""
-            for chunk in response.iter_bytes():
-                content += chunk
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the answer came too slowly")
-        return httpx.Response(response.status_code, content=content), response.headers.get("Retry-After", "")
+        left, came = max(0.01, deadline - time.monotonic()), queue.Queue()
+        timeout = httpx.Timeout(min(TIMEOUT, left), connect=CONNECT)
+
+        def work():
+            try:
+                with self.client.stream("POST", f"{self.url}/chat/completions", json=body, timeout=timeout) as response:
+                    content = bytearray()
+                    for chunk in response.iter_bytes():
+                        content += chunk
+                        if len(content) > LARGEST or time.monotonic() > deadline:
+                            raise httpx.ReadTimeout("the answer came too slowly, or is too large")
+                later = response.headers.get("Retry-After", "")
+                came.put((httpx.Response(response.status_code, content=bytes(content)), later))
+            except BaseException as error:
+                came.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            answer = came.get(timeout=left)
+        except queue.Empty:
+            raise httpx.ReadTimeout("the answer came too slowly") from None
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def wait_for_a_turn(self, stopped):
         """Keeps to so many requests a minute."""
@@ -337,16 +361,21 @@ class Endpoint:
             text = response.text
         return " ".join(str(text).replace(self.key, "***").split())[:300] or "no message"
 
-    @staticmethod
-    def read(response):
+    def read(self, response):
+        """The Reply in a response; None where it is no chat completion."""
+
+        def count(value):
+            return value if type(value) is int and value >= 0 else 0
+
         try:
             answer = response.json()
             choice, usage = answer["choices"][0], answer.get("usage") or {}
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            counts = (usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0, cached)
-            text = choice["message"]["content"] or ""
-            text = text.encode("utf-8", errors="replace").decode() if isinstance(text, str) else None  # halves of surrogates
-            return Reply(text, choice.get("finish_reason") or "stop", *counts) if text is not None else None
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+            counts = map(count, (usage.get("prompt_tokens"), usage.get("completion_tokens"), cached))
+            text, end = choice["message"]["content"] or "", choice.get("finish_reason") or "stop"
+            text = text[:LONGEST_REPLY].encode("utf-8", errors="replace").decode()  # halves of surrogates
+            text = text.replace(self.key, "***") if len(self.key) >= 16 else text  # shorter ones may be words
+            return Reply(text, str(end), *counts)
         except (ValueError, LookupError, TypeError, AttributeError):
             return None
 

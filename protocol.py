@@ -48,6 +48,10 @@ class Protocol:
     # is an empty message, which counts
     names_in_any_form: bool = True  # a name is read out of what is wrapped around it; off: it is the answer up to a first colon
 
+    def named(self, text, cast):
+        """The name in an answer of the next-speaker model."""
+        return parse_next_speaker(text, cast) if self.names_in_any_form else text.split(":")[0].strip()
+
 
 OFF = ("motivations", "own_lines", "chosen_in_history", "silence_passes", "names_in_any_form")
 PROTOCOLS = {"paper": {}, "release": dict.fromkeys(OFF, False)}
@@ -72,12 +76,13 @@ class SceneFailed(Exception):
 def play(scene, protocol):
     """The performance of a scene as a coroutine, which returns `(messages, stats)`.
 
-    It yields a Call, to be sent `(reply, replayed)`, and a message dict for all that is said, so that whoever drives the scene
-    can show it at once. messages: `{role, content}` in order, next-speaker decisions included as role NSP, with the model's
-    `answer` where it named no one who could be next, and `probabilities` where it chose. stats are token counts: `decoded`;
-    `prefilled`, which the model read for this scene's agents, and `cached`, which it did not need to (what it knew from another
-    agent's chat counts as read, what a resumed run reads again does not: so they do not depend on the company); `least`, which
-    it could not have done without: of each agent's chat at its last call, all tokens but those it had sampled itself.
+    It yields a Call, to be sent `(reply, number of the run in which it came)`, and a message dict for all that is said, so that
+    whoever drives the scene can show it at once. messages: `{role, content}` in order, next-speaker decisions included as role
+    NSP, with the model's `answer` where it named no one who could be next, and `probabilities` where it chose. stats are token
+    counts: `decoded`; `prefilled`, which the model read for this scene's agents; `cached`, which it did not need to (what it
+    knew from another agent's chat counts as read, what a resumed run reads again does not: so they do not depend on the
+    company); `least`, which it could not have done without: of each agent's chat at its last call, all tokens but those it had
+    sampled itself.
     """
     scene = scene if protocol.motivations else replace(scene, motivations={})
     cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
@@ -97,13 +102,13 @@ def play(scene, protocol):
         seed = int.from_bytes(digest[:4], "big")
         params = SamplingParams(temperature, max_tokens=max_tokens, seed=seed, choices=choices)
         opening = "" if role == "next_speaker" else f"{agent}:"
-        reply, replayed = yield Call(role, agent, f"{occasion}|{role}", chat, params, opening)
+        reply, run = yield Call(role, agent, f"{occasion}|{role}", chat, params, opening)
         if reply.error is not None:
             if protocol.silence_passes:
                 raise SceneFailed(reply.error)
             return reply
-        cached = cached_tokens(reply, *last.get(agent, (None, False)), replayed)
-        last[agent] = reply, replayed
+        cached = cached_tokens(reply, *last.get(agent, (None, run)), run)
+        last[agent] = reply, run
         stats["prefilled"] += reply.prompt_tokens - cached
         stats["cached"] += cached
         stats["decoded"] += reply.completion_tokens
@@ -141,13 +146,20 @@ def play(scene, protocol):
             # one who said nothing is passed over without a question
             choices = None
             if protocol.next_speaker_mode == "choices":
-                choices = [name for name in cast if name != speaker] + [END_CHAT] * (index >= protocol.end_from_round)
-            chat = next_speakers_chat(scene, dialogue)
-            reply = yield from ask(
-                "next_speaker", NEXT_SPEAKER, chat, protocol.next_speaker_tokens, protocol.temperature, f"{index}", choices
-            )
-            text = reply.text
-        named = parse_next_speaker(text, cast) if protocol.names_in_any_form else text.split(":")[0].strip()
+                choices = [name for name in cast if name not in (speaker, END_CHAT)]
+                choices += [END_CHAT] * (index >= protocol.end_from_round)
+            if choices != []:  # else there is nobody to ask about
+                reply = yield from ask(
+                    "next_speaker",
+                    NEXT_SPEAKER,
+                    next_speakers_chat(scene, dialogue),
+                    protocol.next_speaker_tokens,
+                    protocol.temperature,
+                    f"{index}",
+                    choices,
+                )
+                text = reply.text
+        named = protocol.named(text, cast)
         message = {"role": NEXT_SPEAKER, "content": named}
         if reply is not None and reply.probabilities is not None:
             message["probabilities"] = reply.probabilities
@@ -176,9 +188,9 @@ def play(scene, protocol):
     return messages, stats
 
 
-def cached_tokens(reply, before, was_replayed, replayed):
+def cached_tokens(reply, before, run_before, run):
     """How many of a reply's prompt tokens its agent had in the cache: as measured, but no more than its call before had left
-    there, and as much as that where the call before is from the record of an interrupted run."""
+    there, and as much as that where the call before came in a run that was interrupted since."""
     if reply.ids is None:  # an endpoint's own count
         return reply.cached_tokens
     left = 0
@@ -186,7 +198,7 @@ def cached_tokens(reply, before, was_replayed, replayed):
         kept = reply.own_tokens - before.own_tokens  # of what it sampled then
         unread = kept == len(before.ids) and before.finish_reason == "length"  # the last token was never an input
         left = min(before.prompt_tokens + kept - unread, reply.prompt_tokens - 1)
-    return left if was_replayed and not replayed else min(reply.cached_tokens, left)
+    return left if run != run_before else min(reply.cached_tokens, left)
 
 
 # ---- what an agent has read ---------------------------------------------------------------------------------------------
@@ -241,6 +253,8 @@ def parse_next_speaker(text, cast):
     begins with, a reason after it aside; END_CHAT anywhere; the last whole name in it; in an answer of a few words, a part of a
     name that only one of the cast has (`Darcy`, `Mr. Bennet`).
     """
+    if text.strip() in cast:
+        return text.strip()
     text = straighten(text).strip()
     if value := _json_value(text):
         text = value
@@ -282,9 +296,14 @@ def _json_value(text):
 
 def clean_reply(text, character, cast):
     """What an actor's reply adds to the play: its own part without its name, and without what it repeats."""
-    names = "|".join(re.escape(name) for name in sorted({*cast, character}, key=len, reverse=True))
-    parts = re.split(rf"^[ \t]*[*#]*({names})[*]*[ \t]*:[*]*[ \t]*", text, flags=re.MULTILINE)
-    own = parts[:1] + [part for name, part in zip(parts[1::2], parts[2::2], strict=True) if name == character]
+    names = "|".join(re.escape(straighten(name)) for name in sorted({*cast, character}, key=len, reverse=True))
+    heads = rf"^[ \t]*[-*#>]*[ \t]*({names})[*]*[ \t]*(\([^)\n]*\))?[ \t]*[:\uff1a][*]*[ \t]*"
+    own, begin, mine = [], 0, True
+    for head in re.finditer(heads, straighten(text), re.MULTILINE | re.IGNORECASE):  # of the same length as the text
+        own += [text[begin : head.start()]] if mine else []
+        begin, mine = head.end(), head[1].casefold() == straighten(character).casefold()
+        own += [text[slice(*head.span(2))]] if mine and head[2] else []
+    own += [text[begin:]] if mine else []
     return cut_repetition("\n".join(part.strip() for part in own if part.strip()))
 
 
@@ -295,16 +314,17 @@ def cut_repetition(text):
     occurrence of 15 words the rest goes.
     """
     text = re.sub(r"[A-Za-z]{100,}", lambda run: run[0][:20], text)
-    spans = [match.span() for match in re.finditer(r"\S+", text)]
-    words = [text[first:last] for first, last in spans]
-    for start in range(len(words)):
-        for size in range(5, 31):
-            phrase = words[start : start + size]
-            if len(phrase) == size and words[start : start + 5 * size] == phrase * 5:
-                end = start + 5 * size
-                while words[end : end + size] == phrase:
-                    end += size
-                return cut_repetition(text[: spans[start + size - 1][1]] + text[spans[end - 1][1] :])
+    while True:
+        spans = [match.span() for match in re.finditer(r"\S+", text)]
+        words = [text[first:last] for first, last in spans]
+        found = next(((i, n) for i in range(len(words)) for n in range(5, 31) if repeated(words, i, n)), None)
+        if found is None:
+            break
+        start, size = found
+        end = start + 5 * size
+        while words[end : end + size] == words[start : start + size]:
+            end += size
+        text = text[: spans[start + size - 1][1]] + text[spans[end - 1][1] :]
     seen = set()
     for start in range(len(words) - 14):
         passage = tuple(words[start : start + 15])
@@ -312,3 +332,8 @@ def cut_repetition(text):
             return text[: spans[start][0]].rstrip()
         seen.add(passage)
     return text
+
+
+def repeated(words, start, size):
+    """Whether so many words from here stand there five times in a row."""
+    return start + 5 * size <= len(words) and words[start : start + 5 * size] == words[start : start + size] * 5

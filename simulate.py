@@ -33,10 +33,10 @@ from rich.text import Text
 import cli
 from cli import UsageError
 from data.chats import NEXT_SPEAKER
-from data.scenes import ENVIRONMENT, Scene, load_scenes, load_stage
+from data.scenes import ENVIRONMENT, Report, Scene, load_scenes, load_stage, straighten
 from generate import SamplingParams
 from llm import CONCURRENCY, Reply, default_actor, open_model
-from protocol import PROTOCOLS, Call, Protocol, SceneFailed, clean_reply, next_speakers_chat, parse_next_speaker, play
+from protocol import PROTOCOLS, Call, Protocol, SceneFailed, clean_reply, next_speakers_chat, play
 
 TRANSCRIPTS, SETTINGS, REPLIES, FAILURES = "transcripts.jsonl", "settings.json", "replies.jsonl", "failures.jsonl"
 SCRIPT = "script.md"
@@ -60,25 +60,29 @@ class Live:
 
 
 class Journal:
-    """The replies of a run as they came, so that none is asked for again. path None: nothing is kept."""
+    """The replies of a run as they came, so that none is asked for again. path None: nothing is kept.
+
+    run: the number of this run, from 1; each time a run is resumed it is one more.
+    """
 
     def __init__(self, path=None):
         self.path = path
         lines = cli.read_lines(path, ()) if path else []
-        self.replies = {key: reply for line in lines for key, reply in line.items()}
+        self.replies = {key: kept for line in lines for key, kept in line.items()}
+        self.run = 1 + max((run for run, _ in self.replies.values()), default=0)
         if lines:
             cli.write_lines(path, lines)  # without the torn line a kill may have left
 
     def take(self, scene, call):
-        """The Reply to a call of a scene, None where there was none."""
-        reply = self.replies.pop(f"{scene.key}|{call.occasion}", None)
-        return Reply(**reply) if reply else None
+        """(the Reply to a call of a scene, the run in which it came), None where there was none."""
+        run, reply = self.replies.pop(f"{scene.key}|{call.occasion}", (0, None))
+        return (Reply(**reply), run) if reply else None
 
-    def keep(self, answered):
-        """Puts the replies to [(Live, Reply)] on the disk, those of a step all or none."""
-        good = {f"{live.scene.key}|{live.call.occasion}": asdict(reply) for live, reply in answered if reply.error is None}
-        if self.path and good:
-            cli.append_line(self.path, good)
+    def keep(self, answered, errors=False):
+        """Puts the replies to [(Live, Reply)] on the disk, those of a step all or none. errors: these too, if plays go on."""
+        kept = [(live, reply) for live, reply in answered if errors or reply.error is None]
+        if self.path and kept:
+            cli.append_line(self.path, {f"{it.scene.key}|{it.call.occasion}": (self.run, asdict(reply)) for it, reply in kept})
 
 
 def _nothing(*_):
@@ -108,10 +112,9 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
                 sent = None
                 if isinstance(asked, Call):
                     it.call = asked
-                    reply = journal.take(it.scene, asked)
-                    if reply is None:
+                    sent = journal.take(it.scene, asked)
+                    if sent is None:
                         return waiting.append(it)
-                    sent = reply, True
                 else:
                     it.said.append(asked)
                     on_message(it.scene, asked)
@@ -122,11 +125,11 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
         live.remove(it)
 
     def answered(pairs):
-        journal.keep(pairs)
+        journal.keep(pairs, errors=not protocol.silence_passes)
         inside.difference_update(it for it, _ in pairs)
         for it, reply in pairs:
             on_reply(reply)
-            ready.append((it, (reply, False)))
+            ready.append((it, (reply, journal.run)))
 
     def fetch(it, model):
         try:
@@ -182,7 +185,7 @@ def evaluate_next_speaker(scenes, model, protocol, on_batch=lambda *_: None):
     message there is none, which counts as wrong), and uniform over the cast without the current speaker. A message by the
     one who has just spoken is left out, since by the protocol nobody follows himself.
     """
-    counts = dict.fromkeys(("correct", "answered", "failed", "total", "last_other", "uniform"), 0)
+    counts, errors = dict.fromkeys(("correct", "answered", "failed", "total", "last_other", "uniform"), 0), []
     for i in range(1, max(len(scene.dialogues) for scene in scenes)):
         batch = []
         for scene in scenes:
@@ -200,12 +203,17 @@ def evaluate_next_speaker(scenes, model, protocol, on_batch=lambda *_: None):
             params.append(SamplingParams(protocol.temperature, choices=choices, **shared))
         replies = model.chat([next_speakers_chat(scene, scene.dialogues[:i]) for scene, _, _ in batch], params) if batch else []
         for (_, cast, names), reply in zip(batch, replies, strict=True):
-            named = parse_next_speaker(reply.text, cast)
+            named = protocol.named(reply.text, cast)
             counts["total"] += 1
-            counts["failed"] += reply.error is not None
+            errors += [reply.error] if reply.error is not None else []
             counts["answered"] += named in cast and named != names[i - 1]
             counts["correct"] += named == names[i]
         on_batch(i, counts)
+    counts["failed"] = len(errors)
+    if errors and len(errors) == counts["total"]:
+        raise UsageError(f"none of {len(errors)} questions was answered; the first: {errors[0]}")
+    if errors:
+        cli.note(f"{len(errors)} of {counts['total']} questions were not answered; the first: {errors[0]}")
     return counts
 
 
@@ -241,11 +249,15 @@ def find_scenes(spec, limit=None, which="0"):
     if spec in stage:
         return [stage[spec]]
     file, which = spec, "all" if limit else which
-    if re.search(r":(all|-?\d+|\d+-\d+)$", spec):
+    if re.search(r":(all|-?\d{1,18}|\d{1,18}-\d{1,18})$", spec):
         file, _, which = spec.rpartition(":")
     if not Path(file).exists():
         raise UsageError(f"--scene {spec}: neither a file nor a bundled scene; bundled are {', '.join(stage)}")
-    scenes = load_scenes(file)
+    scenes = load_scenes(file, report := Report())
+    for line in report.lines():
+        cli.note(f"{file}: {line}")
+    if any(what.startswith(("dropped: scene", "dropped: conversation")) for what in report):
+        cli.note(f"{file}: its scenes are counted without those that are dropped")
     if which != "all":
         first, last = which.split("-") if re.fullmatch(r"\d+-\d+", which) else (which, which)
         if not 0 <= int(first) <= int(last) < len(scenes):
@@ -314,15 +326,19 @@ class Stage:
     def hear(self, call, said):
         """What has been spoken of a turn: what will surely stay of it is shown, so no line that may be another's."""
         *lines, line = said.split("\n")
-        start = line.strip("*# \t")
-        name = next((n for n in self.cast if n.startswith(start) or (start.startswith(n) and ":" not in start)), None)
-        beginning = name is not None and len(start) < len(name) + 3
-        sure = re.sub(r"\S+$", "", "\n".join(lines) if beginning else said)  # whole words, so that they can be wrapped
-        self.put(call.agent, clean_reply(sure, call.agent, self.cast))
+        start = straighten(line).strip("-*#> \t").casefold()
+        names = [straighten(name).casefold() for name in self.cast]
+        after = r"[*\s]*(\([^)]*\)?\s*)?"
+        beginning = any(name.startswith(start) or re.fullmatch(re.escape(name) + after, start) for name in names)
+        sure = clean_reply("\n".join(lines) if beginning else said, call.agent, self.cast)
+        self.put(call.agent, re.sub(r"\S+$", "", sure))  # whole words, so that they can be wrapped
 
     def show(self, message):
         """A turn as it is played."""
         if message["role"] != NEXT_SPEAKER:
+            if not message["content"].startswith(self.shown):  # something in the middle has been cut since
+                cli.put("\n")
+                self.shown = ""
             self.put(message["role"], message["content"])
             cli.put("\n\n")
             self.shown = ""
@@ -332,7 +348,7 @@ class Stage:
         if not text.startswith(self.shown) or len(text) == len(self.shown):
             return
         if not self.shown:
-            self.painter, self.column = cli.Painter(), len(name) + 2
+            self.painter, self.column = cli.Painter(), cell_len(name) + 2
             cli.put(f"{name}: ", self.styles.get(name, "dim"))
         for word in re.findall(r"\s+|\S+", text[len(self.shown) :]):
             spans = [span for span in self.painter.spans(word) if self.thoughts or span[1] != cli.THOUGHT]
@@ -352,7 +368,8 @@ def markdown(line):
     """A played scene as Markdown, in which nothing that was said is markup or HTML."""
 
     def plain(text):
-        return re.sub(r"([\\`*_\[\]#|~])", r"\\\1", html.escape(cli.plain(" ".join(text.split())), quote=False))
+        text = re.sub(r"([\\`*_\[\]#|~])", r"\\\1", html.escape(cli.plain(" ".join(text.split())), quote=False))
+        return re.sub(r"^(\d*)([-+.)])", r"\1\\\2", text)  # no list, no line
 
     scene = line["scene"]
     parts = [f"## {plain(scene['book'])}", f"*{plain(scene['scenario'])}*" if scene["scenario"].strip() else ""]
@@ -447,7 +464,7 @@ def begin(out, settings, resume):
     if (done or begun) and not resume:
         raise UsageError(f"{out}: holds a run already; add --resume to go on with it, or choose another --out")
     if done or begun:
-        old = cli.read_json(out / SETTINGS) if begun else done[0]["settings"]
+        old = cli.read_json(out / SETTINGS)
         known = {name for name in settings if f"{name}_identity" in settings}  # what a model is, not where it lies
         if changed := sorted(name for name in {*settings, *old} - known if settings.get(name) != old.get(name)):
             raise UsageError(f"{out}: was played with other settings ({', '.join(changed)}); choose another --out")
@@ -522,7 +539,10 @@ def run(scenes, models, protocol, settings, out, done, args):
     if args.script:
         with cli.write_whole(out / SCRIPT) as file:
             file.write("\n".join(markdown(line) for line in done))
-    total = {name: sum(line["stats"][name] for line in done) for name in ("prefilled", "least", "decoded")}
+    counted = ("prefilled", "least", "decoded", "empty", "fallbacks")
+    total = {name: sum(line["stats"][name] for line in done) for name in counted}
+    if total["empty"] or total["fallbacks"]:
+        cli.note(f"turns without a word: {total['empty']}; next speakers drawn, as nobody was named: {total['fallbacks']}")
     least = (
         f" ({total['prefilled'] / total['least']:.3f} of the least possible)"
         if total["least"] and all(m.local for m in models.values())

@@ -47,7 +47,8 @@ class Scene:
 
     def __post_init__(self):
         counts = Counter(turn["character"] for turn in self.dialogues)
-        self.speaking_characters = self.speaking_characters or [name for name, _ in counts.most_common()]
+        speakers = [name for name, _ in counts.most_common()]
+        self.speaking_characters = list(dict.fromkeys([*self.speaking_characters, *speakers]))
         self.major_characters = self.major_characters or [name for name in self.speaking_characters if name in self.profiles]
 
     @property
@@ -334,14 +335,19 @@ def as_thought(text):
 
 
 def _names(value):
-    return [name.strip() for name in value if text_of(name)] if isinstance(value, list) else []
+    return [one_name(name) for name in value if text_of(name)] if isinstance(value, list) else []
 
 
 def _trimmed(name, where, report):
-    """A name without white space around it, so that it is one character however it is written."""
-    if name != name.strip():
-        report.note("repaired: white space around a name", where)
-    return name.strip()
+    """A name without white space around it and in one line, so that it is one character however it is written."""
+    if name != one_name(name):
+        report.note("repaired: white space in a name" if name != "NSP" else "repaired: a character called NSP", where)
+    return one_name(name)
+
+
+def one_name(name):
+    name = " ".join(name.split())
+    return "N.S.P." if name == "NSP" else name  # in transcripts NSP is who decides on the next speaker
 
 
 def _either(record, name, other, where, report):

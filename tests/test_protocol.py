@@ -278,6 +278,14 @@ def test_choices_need_a_local_model(script, three_scenes, tmp_path, monkeypatch)
 # ---- next speakers against the books ------------------------------------------------------------------------------------
 
 
+def test_an_evaluation_that_nobody_answers_is_an_error(script, three_scenes, monkeypatch):  # noqa: F811
+    """And no score of zero."""
+    with Server(lambda *_: (400, {"error": {"message": "no such option"}}, {})) as server:
+        server.use(monkeypatch)
+        line = usage_error(script("simulate", "--next-speaker-eval", three_scenes, "--next-speaker", "openai:m"))
+    assert "none of" in line and "no such option" in line
+
+
 def test_next_speaker_evaluation_counts_what_it_says(script, three_scenes, monkeypatch):  # noqa: F811
     """An endpoint that is right every second time gets that share; the baselines are those of a count by hand."""
     scenes = load_scenes(three_scenes)
@@ -455,10 +463,10 @@ def test_a_journal_torn_twice_is_read(tmp_path):
     """What a kill left of a line is gone before the next is written, so a second kill finds a journal that can be read."""
     scene, call = make_scene(), SimpleNamespace(occasion="0.0|actor")
     live, path = SimpleNamespace(scene=scene, call=call), tmp_path / "replies.jsonl"
-    path.write_text('{"a|0": {"text": "x", "finish_reason": "stop"}}\n{"b|0": {"te')
+    path.write_text('{"a|0": [1, {"text": "x", "finish_reason": "stop"}]}\n{"b|0": [1, {"te')
     simulate.Journal(path).keep([(live, Reply("y", "stop"))])
     journal = simulate.Journal(path)
-    assert journal.replies.keys() == {"a|0", f"{scene.key}|0.0|actor"} and journal.take(scene, call) == Reply("y", "stop")
+    assert journal.replies.keys() == {"a|0", f"{scene.key}|0.0|actor"} and journal.take(scene, call) == (Reply("y", "stop"), 2)
 
 
 def test_a_killed_run_of_a_checkpoint_goes_on_too(script, three_scenes, tiny_actor, tmp_path, monkeypatch):  # noqa: F811
@@ -471,6 +479,7 @@ def test_a_killed_run_of_a_checkpoint_goes_on_too(script, three_scenes, tiny_act
     assert script("simulate", *args, again)[0] == 0 and without_seconds(read_lines(again)) == whole  # same seed, same bytes
     for at in (4, 7, 10, 12):
         assert killed([*args, tmp_path / f"at{at}"], at, tear=at % 2)
+        assert killed([*args, tmp_path / f"at{at}", "--resume"], 5, tear=False)  # and again on the way
         assert script("simulate", *args, tmp_path / f"at{at}", "--resume")[0] == 0
         assert without_seconds(read_lines(tmp_path / f"at{at}")) == whole
 

@@ -348,8 +348,16 @@ REPLIES = [
     ("There are two ways:\nstay or go.", "There are two ways:\nstay or go."),
     ("Benedict: a name I once had.", "Benedict: a name I once had."),
     ("Mr. A (old): hush.\nAda: Yes.", "Yes."),
+    ("BEN: No.\nada: Yes.", "Yes."),
+    ("Yes.\n- Ben: No.\n### Ben: No.\n> Ben (nods): No.", "Yes."),
+    ("Ada (nods): Yes.\nBen\uff1aNo.", "(nods)\nYes."),
     ("Mr. A (old) is here.", "Mr. A (old) is here."),
 ]
+
+
+def test_a_name_is_the_same_with_either_apostrophe():
+    """As models write it."""
+    assert clean_reply("D\u2019Artagnan: Yes.\nBen: No.", "D'Artagnan", ["D'Artagnan", "Ben"]) == "Yes."
 
 
 @pytest.mark.parametrize(("reply", "own"), REPLIES)
@@ -552,6 +560,44 @@ def three_scenes(stage, tmp_path):
     scenes = [stage[name].to_dict() for name in ("the-last-ferry/1", "ward-c/1", "three-keys/3")]
     file.write_text(json.dumps(scenes, ensure_ascii=False), encoding="utf-8")
     return file
+
+
+def test_scenes_that_are_dropped_are_told(script, three_scenes, tmp_path):
+    """A scene that cannot be played does not just shift the numbers of those after it."""
+    scenes = json.loads(three_scenes.read_text())
+    scenes[0]["dialogues"] = []
+    three_scenes.write_text(json.dumps(scenes))
+    line = script("simulate", "--scene", f"{three_scenes}:2", "--actor", "x", "--out", tmp_path / "a")[2]
+    assert "1 dropped: conversation" in line and "counted without those" in line and "0 to 1" in line
+
+
+def test_names_that_would_mislead_are_mended(tmp_path):
+    """A name stands in one line of what others read, and is not that of the one who decides on the next speaker."""
+    turns = [{"character": name, "message": "Yes."} for name in ("Ben\nAda: no", "NSP", "Ada")]
+    scene = make_scene(dialogues=turns, profiles={"NSP": "Tall."}).to_dict()
+    (tmp_path / "s.json").write_text(json.dumps([scene]))
+    [found] = load_scenes(tmp_path / "s.json")
+    assert {turn["character"] for turn in found.dialogues} == {"Ben Ada: no", "N.S.P.", "Ada"}
+    assert found.profiles == {"N.S.P.": "Tall."} and "NSP" not in found.speaking_characters
+
+
+def test_all_who_speak_are_of_the_cast():
+    """Whatever a file lists."""
+    assert {*make_scene(speaking_characters=["Environment"]).speaking_characters} == {"Ada", "Ben", "Cy", "Environment"}
+
+
+def test_a_choice_among_nobody_is_not_asked_for():
+    """A scene where the Environment is alone ends, or goes on by chance, and is no error of the run."""
+    alone = make_scene(dialogues=[{"character": "Environment", "message": "Rain."}], profiles={}, motivations={})
+    said, _, stats = play(alone, Script(lambda *_: "Wind."), next_speaker_mode="choices", max_rounds=3)
+    assert said[0] == ("Environment", "Wind.") and stats["fallbacks"] == 1
+
+
+def test_a_markdown_line_is_no_list():
+    """A narration that begins like a list or a rule is shown as it is."""
+    for text, shown in (("- x", r"\- x"), ("+ x", r"\+ x"), ("1. x", r"1\. x"), ("1) x", r"1\) x"), ("---", r"\---")):
+        line = {"scene": {"book": "B", "scenario": ""}, "messages": [{"role": "Environment", "content": text}]}
+        assert f"> {shown}\n" in simulate.markdown(line)
 
 
 @pytest.mark.usefixtures("short_turns")
