@@ -459,6 +459,16 @@ def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(script, three_scene
         assert deaths == 25
 
 
+def test_errors_that_a_play_goes_on_past_are_in_the_journal(tmp_path):
+    """With the release's rules a failed reply is an empty line: a resumed run has it again, and not the answer of a healthier
+    server, after which all others would stand in a history that never was. With the paper's it ends the scene: asked again."""
+    scene, call = make_scene(), SimpleNamespace(occasion="0.0|actor")
+    live, failed = SimpleNamespace(scene=scene, call=call), Reply("", "error", error="busy")
+    for errors in (True, False):
+        simulate.Journal(tmp_path / f"{errors}.jsonl").keep([(live, failed)], errors)
+        assert simulate.Journal(tmp_path / f"{errors}.jsonl").take(scene, call) == ((failed, 1) if errors else None)
+
+
 def test_a_journal_torn_twice_is_read(tmp_path):
     """What a kill left of a line is gone before the next is written, so a second kill finds a journal that can be read."""
     scene, call = make_scene(), SimpleNamespace(occasion="0.0|actor")
@@ -685,3 +695,21 @@ def test_prompts_name_the_length_at_play():
     scene = make_scene()
     assert "60 words" in prompts.actor(scene, "Ada", prompts.AT_PLAY, concise=True)
     assert "60 words" not in prompts.actor(scene, "Ada", prompts.AT_PLAY)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["Ada Lee: Yes, I will.\nAda: No.", "Ada: No.\nAda Lee: Yes, I will.", "Yes.\nada (nods): No.\n- Ada Lee (rises): I will.",
+     "Yes, " + "over and over again we go " * 7 + "and that is all.", "Well.\nAda", "Well.\nAdam is here: look."],
+)  # fmt: skip
+def test_what_was_shown_is_what_is_played(said, monkeypatch, capsys):
+    """Letter by letter, with a name that begins another one: nothing of another's line shows, and all of the turn does."""
+    stage = simulate.Stage(make_scene(speaking_characters=["Ada", "Ada Lee", "Ben"]))
+    call = SimpleNamespace(agent="Ada Lee", role="actor")
+    capsys.readouterr()
+    for n in range(len(said)):
+        stage.hear(call, said[: n + 1])
+    played = simulate.clean_reply(said, "Ada Lee", stage.cast)
+    stage.show({"role": "Ada Lee", "content": played})
+    out = capsys.readouterr().out
+    assert out.endswith(f"{played}\n\n") and "No." not in out.replace(played, "")
