@@ -9,9 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 import train
-from data.stream import HELD_OUT
+from data.stream import HELD_OUT, Stream
 
-file, make = Path(sys.argv.pop(1)), train.Stream.make
+file, make = Path(sys.argv.pop(1)), Stream.make
 
 
 def noted(stream, row):
@@ -20,5 +20,5 @@ def noted(stream, row):
     return make(stream, row)
 
 
-train.Stream.make = noted
+Stream.make = noted
 cli.run(train.main)
