@@ -218,9 +218,7 @@ class Ours:
     def __init__(self, model):
         from engine import Engine
 
-        device = model.model["embed_tokens"].weight.device.type
-        room = None if device == "cuda" else 4096  # all of it has been written before, as in an engine that has run a while
-        self.engine = Engine(model, max_batch=256, cache_tokens=room, lookup=False)  # a token a step, as the peer
+        self.engine = Engine(model, max_batch=256, lookup=False)  # a token a step, as the peer
 
     def start(self, prompts, new):
         from engine import SamplingParams
