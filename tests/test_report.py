@@ -161,6 +161,15 @@ def test_verdicts_of_two_judges_in_one_file_are_two_tables(script, two):
     assert [(table["judge"], table["rows"][0]["scenes"]) for table in tables] == [("openai:j", 6), ("openai:k", 6)]
 
 
+def test_verdicts_of_plays_that_are_gone_are_in_no_table(script, two):
+    """A directory whose transcripts have changed since: what was judged then is not of what is there now."""
+    transcripts = two / "a" / "transcripts.jsonl"
+    kept = transcripts.read_text().splitlines()[1:]
+    transcripts.write_text("\n".join(kept) + "\n")
+    tables = json.loads(script("judge", "--table", two / "a", "--json")[1])["tables"]
+    assert tables[0]["rows"][0]["scenes"] == len(kept)
+
+
 # ---- calibration --------------------------------------------------------------------------------------------------------
 
 
