@@ -311,7 +311,7 @@ class Engine:
         self.vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size  # a model's may be padded
         self.stop_ids = set(tokenizer.stop_ids) if tokenizer else set()
         self.waiting, self.running = [], []
-        self.stats = dict.fromkeys(("prefilled", "reused", "decoded", "drafted", "accepted"), 0)
+        self.stats = dict.fromkeys(("prefilled", "reused", "decoded", "accepted"), 0)
         self.grammars = {}
 
     # ---- requests ----------------------------------------------------------------------------------------------------
@@ -474,7 +474,6 @@ class Engine:
             n -= len(sequence.draft)
             decoding = n == 1 and sequence.cached >= sequence.prompt_tokens and not sequence.scored
             self.stats["prefilled"] += 0 if decoding else n
-            self.stats["drafted"] += len(sequence.draft)
             sequence.cached += n
             self.remember(sequence)
         for (sequence, at), (token, logprob) in zip(owners, results, strict=True):

@@ -93,9 +93,9 @@ def parse_args():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, value in vars(args).items():
-        least = 0 if name in MAY_BE_0 else "above 0"
-        if type(value) in (int, float) and name != "seed" and not (0 < value < math.inf or value == least):
-            raise UsageError(f"--{name.replace('_', '-')} must be {'at least 0' if least == 0 else least}, not {value}")
+        zero = name in MAY_BE_0
+        if type(value) in (int, float) and name != "seed" and not (0 < value < math.inf or (zero and value == 0)):
+            raise UsageError(f"--{name.replace('_', '-')} must be {'at least' if zero else 'above'} 0 and finite, not {value}")
     if args.seq_len < 2 or args.warmup > 1 or abs(args.seed) >= 2**63:
         raise UsageError("--seq-len must be above 1, --warmup a share from 0 to 1, --seed a number of 63 bits")
     args.dtype = args.dtype or ("bfloat16" if native_bfloat16() else "float32")
