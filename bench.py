@@ -27,17 +27,24 @@ from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
-import cli
 import kernels
 import train
-from cli import UsageError
+from checkpoint import load_model, save_model
+from common import terminal
+from common.files import ROOT, UsageError, write_whole
 from data.packing import IGNORE
 from data.scenes import STAGE, load_scenes
 from data.stream import Stream
+from engine.engine import Engine
+from engine.params import SamplingParams
+from llm.local import BUNDLED_ACTOR, Local
+from llm.reply import Reply
 from model import PRESETS, ModelConfig
+from play.perform import perform
+from play.protocol import Protocol
 from tokenizer import STAGE_TOKENIZER, load_tokenizer
 
-SHARED = cli.ROOT.parent / "shared" / "data"  # real books and tokenizers, where they are at hand
+SHARED = ROOT.parent / "shared" / "data"  # real books and tokenizers, where they are at hand
 
 
 def seconds(run, sync=lambda: None):
@@ -79,14 +86,23 @@ def report(title, rows, path=None):
         table.add_column(name)
     for row in rows:
         floats = {
-            name: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" for name, value in row.items() if type(value) is float
+            name: f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+            for name, value in row.items()
+            if type(value) is float
         }
         table.add_row(*(str(value) for value in {**row, **floats}.values()))
-    (cli.stdout if cli.stdout.is_terminal else Console(width=120)).print(table)
-    line = json.dumps({"benchmark": title, "command": f"python {' '.join(sys.argv)}", "torch": torch.__version__, "rows": rows})
+    (terminal.stdout if terminal.stdout.is_terminal else Console(width=120)).print(table)
+    line = json.dumps(
+        {
+            "benchmark": title,
+            "command": f"python {' '.join(sys.argv)}",
+            "torch": torch.__version__,
+            "rows": rows,
+        }
+    )
     print(line)
     if path:
-        with cli.write_whole(path) as file:
+        with write_whole(path) as file:
             file.write(line + "\n")
 
 
@@ -95,7 +111,9 @@ def kernel_cases(device, dtype):
     {version: function}, inputs that take gradients). Sizes for a GPU, or such that a CPU is done in a minute."""
     cuda = device == "cuda"
     H, K, D, C = (32, 8, 128, 4096) if cuda else (8, 2, 64, 1024)
-    backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION} | ({"sdpa cudnn": SDPBackend.CUDNN_ATTENTION} if cuda else {})
+    backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION} | (
+        {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION} if cuda else {}
+    )
     # documents of a packed row as in CoSER: 1,640 tokens on average, the longest 4,319; on a CPU an eighth
     documents = [n // (1 if cuda else 8) for n in (2032, 1003, 4319, 1689, 640, 1217, 2711, 500, 1451, 822)]
 
@@ -104,14 +122,25 @@ def kernel_cases(device, dtype):
 
     def sdpa(backend, q, k, v):
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True)
+            return F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True, enable_gqa=True
+            )
 
-    for B, lengths, size in ((4, [4096 if cuda else 512], D), (4, [4096 if cuda else 512], D // 2), (1, documents, D)):
+    for B, lengths, size in (
+        (4, [4096 if cuda else 512], D),
+        (4, [4096 if cuda else 512], D // 2),
+        (1, documents, D),
+    ):
         inputs = q, k, v = [random(B, sum(lengths), heads, size) for heads in (H, K, K)]
-        positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None] if len(lengths) > 1 else None
+        positions = (
+            torch.cat([torch.arange(n, device=device) for n in lengths])[None] if len(lengths) > 1 else None
+        )
         pairs, shape = B * sum(n * (n + 1) / 2 for n in lengths), f"{B} x {sum(lengths)} x {H}/{K} x {size}"
         versions = {"ours": functools.partial(kernels.attention, *inputs, positions)}
-        versions |= {f"{name}{' dense' * (B == 1)}": functools.partial(sdpa, b, *inputs) for name, b in backends.items()}
+        versions |= {
+            f"{name}{' dense' * (B == 1)}": functools.partial(sdpa, b, *inputs)
+            for name, b in backends.items()
+        }
         name = "attention, packed" if B == 1 else "attention"
         yield name, shape, 4 * pairs * H * size, None, 2.5, versions, inputs
 
@@ -127,10 +156,21 @@ def kernel_cases(device, dtype):
                 F.scaled_dot_product_attention, q[:s].transpose(1, 2), k[:s], v[:s], enable_gqa=True
             ),
         }
-        yield "decode attention", f"{s} x {length} x {H}/{K} x {D}", None, k[:s].nbytes * 2, None, versions, []
+        yield (
+            "decode attention",
+            f"{s} x {length} x {H}/{K} x {D}",
+            None,
+            k[:s].nbytes * 2,
+            None,
+            versions,
+            [],
+        )
 
     x, residual, weight = random(8192, C), random(8192, C), random(C)
-    versions = {"ours": lambda: kernels.rms_norm(x, weight), "F.rms_norm": lambda: F.rms_norm(x, (C,), weight, 1e-5)}
+    versions = {
+        "ours": lambda: kernels.rms_norm(x, weight),
+        "F.rms_norm": lambda: F.rms_norm(x, (C,), weight, 1e-5),
+    }
     yield "RMSNorm", f"8192 x {C}", None, 2 * x.nbytes, 1.5, versions, [x, weight]
     versions = {
         "ours": lambda: kernels.rms_norm(x, weight, 1e-5, residual),
@@ -168,7 +208,15 @@ def bench_kernels(args):
             took -= medians[version, "forward"] if way == "backward" else 0
             work = (operations or moved) * (factor if way == "backward" else 1)
             rate, unit, scale = work / took, "TFLOP/s" if operations else "GB/s", 1e12 if operations else 1e9
-            row = dict(kernel=kernel, shape=shape, version=version, way=way, ms=took * 1e3, rate=rate / scale, unit=unit)
+            row = dict(
+                kernel=kernel,
+                shape=shape,
+                version=version,
+                way=way,
+                ms=took * 1e3,
+                rate=rate / scale,
+                unit=unit,
+            )
             rows.append(row | {"of the limit": rate / (operations_limit if operations else bytes_limit)})
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU, the twins"
     limits = f"{operations_limit / 1e12:.3g} TFLOP/s, {bytes_limit / 1e9:.4g} GB/s"
@@ -180,10 +228,18 @@ def bench_kernels(args):
 
 def random_actor(device, dtype):
     """A model of random weights, in the shape of one of 135M parameters, on a GPU of LLaMA 3.1 8B."""
-    small = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+    small = dict(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    )
     small |= dict(vocab_size=49_152, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192)
     large = dict(PRESETS["llama-3.1-8b"], vocab_size=128_256)
-    model = checkpoint.build_model(ModelConfig(**(large if device == "cuda" else small)), device, dtype).eval()
+    model = checkpoint.build_model(
+        ModelConfig(**(large if device == "cuda" else small)), device, dtype
+    ).eval()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -216,12 +272,10 @@ class Peer:
 
 class Ours:
     def __init__(self, model):
-        from engine import Engine
 
         self.engine = Engine(model, max_batch=256, lookup=False)  # a token a step, as the peer
 
     def start(self, prompts, new):
-        from engine import SamplingParams
 
         self.sequences = [self.engine.add(prompt, SamplingParams(0, max_tokens=new))[0] for prompt in prompts]
         while any(len(s.ids) == s.prompt_tokens for s in self.sequences):
@@ -244,21 +298,33 @@ def generation(args, runs):
         if args.peer:
             with tempfile.TemporaryDirectory() as tmp:
                 checkpoint.save_model(model, tmp + "/model")
-                sides |= {f"peer, {cache} cache": Peer(model, tmp + "/model", cache) for cache in ("dynamic", "static")}
+                sides |= {
+                    f"peer, {cache} cache": Peer(model, tmp + "/model", cache)
+                    for cache in ("dynamic", "static")
+                }
         times, generator = {}, torch.Generator().manual_seed(0)
         for number in range(args.rounds + 1):
             for run in runs:
                 batch, length, new = run
-                prompts = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator).tolist()
+                prompts = torch.randint(
+                    0, model.config.vocab_size, (batch, length), generator=generator
+                ).tolist()
                 for name, side in sides.items():
                     begun = seconds(lambda: side.start(prompts, new + 1), sync)  # noqa: B023
                     steps = [seconds(side.step, sync) for _ in range(new)]
                     if number:
-                        times.setdefault((name, run), []).append((begun, statistics.median(steps) if new else 0))
+                        times.setdefault((name, run), []).append(
+                            (begun, statistics.median(steps) if new else 0)
+                        )
         config = model.config
         weights = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
-        yield dtype, weights, token, {k: [statistics.median(x) for x in zip(*v, strict=True)] for k, v in times.items()}
+        yield (
+            dtype,
+            weights,
+            token,
+            {k: [statistics.median(x) for x in zip(*v, strict=True)] for k, v in times.items()},
+        )
 
 
 def decode(args):
@@ -268,11 +334,20 @@ def decode(args):
     rows = []
     for dtype, weights, token, times in generation(args, runs):
         limit = machine_limits("cuda" if cuda else "cpu", dtype)[0]
-        best = {run: min((t[1] for (name, r), t in times.items() if r == run and name != "ours"), default=None) for run in runs}
+        best = {
+            run: min((t[1] for (name, r), t in times.items() if r == run and name != "ours"), default=None)
+            for run in runs
+        }
         for (name, run), (_, step) in times.items():
             batch, length, new = run
             read = weights + batch * (length + new / 2) * token
-            row = {"dtype": str(dtype)[6:], "side": name, "batch": batch, "context": length, "tokens/s": batch / step}
+            row = {
+                "dtype": str(dtype)[6:],
+                "side": name,
+                "batch": batch,
+                "context": length,
+                "tokens/s": batch / step,
+            }
             row |= {"GB/s": read / step / 1e9, "of copy": read / step / limit}
             if args.peer:
                 row["x peer"] = best[run] / step
@@ -286,7 +361,10 @@ def prefill(args):
     runs = [(1, 512, 0), (1, 2048, 0)] if not torch.cuda.is_available() else [(1, 2048, 0), (8, 2048, 0)]
     rows = []
     for dtype, _, _, times in generation(args, runs):
-        best = {run: min((t[0] for (name, r), t in times.items() if r == run and name != "ours"), default=None) for run in runs}
+        best = {
+            run: min((t[0] for (name, r), t in times.items() if r == run and name != "ours"), default=None)
+            for run in runs
+        }
         for (name, run), (begun, _) in times.items():
             row = {
                 "dtype": str(dtype)[6:],
@@ -317,18 +395,34 @@ def training(args):
         for case, path, *rows, peers in cases:
             if not path.exists():
                 continue
-            setting, losses = (str(books), str(path), str(Path(made) / case), *rows, peers if args.peer else []), {}
+            setting, losses = (
+                (str(books), str(path), str(Path(made) / case), *rows, peers if args.peer else []),
+                {},
+            )
             sides, tokens = training_sides(*setting)
             noted = {name: functools.partial(note_loss, losses, name, run) for name, run in sides.items()}
             seconds = interleave(noted, args.rounds)
             if max(losses.values()) - min(losses.values()) > 1e-4 * losses["ours"]:
                 raise AssertionError(f"the losses differ: {losses}")
             for name, took in seconds.items():
-                with multiprocessing.get_context("spawn").Pool(1) as alone:  # a process that does nothing else
+                with multiprocessing.get_context("spawn").Pool(
+                    1
+                ) as alone:  # a process that does nothing else
                     peak = alone.apply(training_peak, (*setting, name))
-                results.append({"case": case, "side": name, "tok/s": tokens / took, "peak GiB": peak, "loss": losses[name]})
+                results.append(
+                    {
+                        "case": case,
+                        "side": name,
+                        "tok/s": tokens / took,
+                        "peak GiB": peak,
+                        "loss": losses[name],
+                    }
+                )
                 ours = next(row for row in results if row["case"] == case)
-                results[-1] |= {"ours / tok/s": ours["tok/s"] * took / tokens, "ours / peak": ours["peak GiB"] / peak}
+                results[-1] |= {
+                    "ours / tok/s": ours["tok/s"] * took / tokens,
+                    "ours / peak": ours["peak GiB"] / peak,
+                }
     report("train", results, args.json)
 
 
@@ -340,7 +434,9 @@ def training_sides(books, tokenizer, directory, number, seq_len, peers):
     """({side: one training step that returns its loss}, tokens of a step), all sides from the same weights, in fp32."""
     tokenizer = load_tokenizer(Path(tokenizer))
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS["stage"])
-    options = dict(micro_batch=1, clip=1.0, dtype="float32", recompute="none", compile=False, shard_ranks=None, lr=1e-6)
+    options = dict(
+        micro_batch=1, clip=1.0, dtype="float32", recompute="none", compile=False, shard_ranks=None, lr=1e-6
+    )
     options = types.SimpleNamespace(**options, weight_decay=0.0)
     device = torch.device("cpu")
     model = train.shard_model(config, device, options)
@@ -388,7 +484,9 @@ def training_peer(directory, batches):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     supervised = sum((batch["labels"] != IGNORE).sum() for batch in batches)
 
     def step():
@@ -412,14 +510,18 @@ def training_peak(books, tokenizer, directory, number, seq_len, peers, name):
         books, tokenizer, directory, number, seq_len, [] if name == "ours" else [name.removeprefix("peer, ")]
     )
     sides[name](), sides[name]()
-    status = Path("/proc/self/status").read_text("utf-8")  # rusage's would begin at that of the process which started this one
+    status = Path("/proc/self/status").read_text(
+        "utf-8"
+    )  # rusage's would begin at that of the process which started this one
     return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) / 2**20
 
 
 def tokenising(args):
     """The cache of 100,000 chats, built from numbered copies of the books by a process of its own, as train.py builds it."""
     real = (SHARED / "coser").is_dir()
-    books, tokenizer = (SHARED / "coser" / "books", SHARED / "tokenizers" / "llama3") if real else (STAGE, STAGE_TOKENIZER)
+    books, tokenizer = (
+        (SHARED / "coser" / "books", SHARED / "tokenizers" / "llama3") if real else (STAGE, STAGE_TOKENIZER)
+    )
     with tempfile.TemporaryDirectory() as made:
         made = Path(made)
         scenes = (scene for scene in load_scenes(books) if scene.tag == "train")
@@ -440,7 +542,9 @@ def tokenising_alone(books, tokenizer, cache):
     begun = time.perf_counter()
     stream = Stream([books], tokenizer, 16_384, cache=cache)
     took = time.perf_counter() - begun
-    peaks = (resource.getrusage(who).ru_maxrss / mib for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    peaks = (
+        resource.getrusage(who).ru_maxrss / mib for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
     row = {"chats": stream.documents, "chats/s": stream.documents / took, "tok/s": stream.tokens / took}
     return row | dict(zip(("peak MiB", "peak MiB, worker"), peaks, strict=True)) | {"MiB before": before}
 
@@ -465,7 +569,6 @@ class SimulationPeer:
 
     @torch.inference_mode()
     def step(self):
-        from llm import Reply
 
         if not self.line:
             return []
@@ -473,11 +576,17 @@ class SimulationPeer:
         stops = [*self.ours.tokenizer.stop_ids, *self.ours.markers]
         prompt, own = self.ours.prompt(messages, opening)
         tokens = torch.tensor([prompt], device=self.model.device)
-        options = dict(max_new_tokens=params.max_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0])
-        ids = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0, len(prompt) :].tolist()
+        options = dict(
+            max_new_tokens=params.max_tokens, do_sample=False, eos_token_id=stops, pad_token_id=stops[0]
+        )
+        ids = self.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[
+            0, len(prompt) :
+        ].tolist()
         end = "stop" if ids[-1] in stops else "length"
         ids = ids[:-1] if end == "stop" else ids
-        return [(key, Reply(self.ours.tokenizer.decode(ids), end, len(prompt), len(ids), 0, ids, own_tokens=own))]
+        return [
+            (key, Reply(self.ours.tokenizer.decode(ids), end, len(prompt), len(ids), 0, ids, own_tokens=own))
+        ]
 
     def drop(self):
         self.line = []
@@ -487,22 +596,21 @@ def simulation(args, count=16):
     """Seconds of so many scenes, greedily: all side by side, and one after the other, with the same engine or with the peer,
     which is the schedule of the code released with the paper. Only runs that say the same, word for word, are compared. What
     is not counted is two rounds of one scene."""
-    from checkpoint import load_model, save_model
     from data.scenes import load_stage
-    from engine import Engine
-    from llm import BUNDLED_ACTOR, Local
-    from protocol import Protocol
-    from simulate import perform
 
     scenes, directory = list(load_stage().values())[:count], args.model or BUNDLED_ACTOR
     temporary = tempfile.TemporaryDirectory()
-    if args.model == "135m":  # random weights, which end no turn; ids that no text has are never the likeliest
+    if (
+        args.model == "135m"
+    ):  # random weights, which end no turn; ids that no text has are never the likeliest
         tokenizer, actor = load_tokenizer(STAGE_TOKENIZER), random_actor("cpu", torch.float32)
         directory = temporary.name + "/135m"
         actor.model["embed_tokens"].weight.data[tokenizer.vocab_size :] = 0
         save_model(actor, directory, tokenizer)
     turn = 60 if args.model == "135m" else 512
-    protocol = Protocol(max_rounds=args.max_rounds, max_tokens=turn, retry_temperature=0.0)  # greedy in every try
+    protocol = Protocol(
+        max_rounds=args.max_rounds, max_tokens=turn, retry_temperature=0.0
+    )  # greedy in every try
     played = {}
 
     def side(name, make, side_by_side):
@@ -511,7 +619,13 @@ def simulation(args, count=16):
             rules = protocol if warm else replace(protocol, max_rounds=2)
             models = dict.fromkeys(("actor", "environment", "next_speaker"), model)
             chosen = scenes if warm else scenes[:1]
-            perform(chosen, models, rules, on_end=lambda s, *end: ends.update({s.key: end}), side_by_side=side_by_side)
+            perform(
+                chosen,
+                models,
+                rules,
+                on_end=lambda s, *end: ends.update({s.key: end}),
+                side_by_side=side_by_side,
+            )
             played[name] = ends
 
         return run
@@ -535,10 +649,17 @@ def simulation(args, count=16):
     if different:
         raise UsageError(f"{', '.join(different)}: another text than ours, so there is nothing to compare")
     for name, took in medians.items():
-        totals = {key: sum(stats[key] for _, stats, _ in played[name].values()) for key in ("decoded", "prefilled", "least")}
+        totals = {
+            key: sum(stats[key] for _, stats, _ in played[name].values())
+            for key in ("decoded", "prefilled", "least")
+        }
         row = {"side": name, "seconds": took, "tokens/s": totals["decoded"] / took, **totals}
         rows.append(row | {"x": took / medians["ours, side by side"]})
-    report(f"simulate: {count} scenes, {args.max_rounds} rounds, {args.model or 'the stage actor'}", rows, args.json)
+    report(
+        f"simulate: {count} scenes, {args.max_rounds} rounds, {args.model or 'the stage actor'}",
+        rows,
+        args.json,
+    )
 
 
 BENCHMARKS = {
@@ -548,12 +669,18 @@ BENCHMARKS = {
 
 
 def main():
-    parser = cli.Parser(__doc__, "python bench.py kernels")
+    parser = terminal.Parser(__doc__, "python bench.py kernels")
     parser.add_argument("name", choices=BENCHMARKS, help="what to measure")
     parser.add_argument("--peer", choices=["transformers"], help="measure it in the same run")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds, interleaved (default: 5)")
-    parser.add_argument("--model", metavar="DIR", help="simulate: the actor, or 135m for random weights (default: the bundled)")
-    parser.add_argument("--max-rounds", type=int, default=20, help="simulate: rounds of a scene (default: 20)")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="simulate: the actor, or 135m for random weights (default: the bundled)",
+    )
+    parser.add_argument(
+        "--max-rounds", type=int, default=20, help="simulate: rounds of a scene (default: 20)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the last line to a file as well")
     args = parser.parse_args()
     if args.rounds < 1:
@@ -562,4 +689,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    terminal.run(main)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from loss import linear_cross_entropy
+from kernels.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,14 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, positions, cache, rows=None):
         """x [B, T, C] -> [B, T, C]; with rows only their queries are computed, out [N, C]."""
-        k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))  # [B, T, K, D]
+        k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj)
+        )  # [B, T, K, D]
         k = _Rotate.apply(k, cos, sin)
         x, cos, sin = (select(part, rows) for part in (x, cos, sin))
-        q = _Rotate.apply(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin)  # [B, T, H, D] or [N, H, D]
+        q = _Rotate.apply(
+            self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin
+        )  # [B, T, H, D] or [N, H, D]
         if cache is None:
             out = kernels.attention(q, k, v, positions, self.window, rows)
         else:

@@ -1,6 +1,17 @@
-"""Metadata. From a checkout: pip install -c constraints.txt -e .  (or .[test])"""
+"""Dependencies. The code runs from a checkout: pip install -c constraints.txt -e .  (or .[test])"""
+
+import sys
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+
+
+class CheckoutOnly(bdist_wheel):
+    """Refuses a copy in site-packages, where modules called `data` and `model` would be everybody's."""
+
+    def run(self):
+        sys.exit("error: CoSER runs from a checkout; install it with `pip install -e .` (note the -e)")
+
 
 setup(
     name="coser",
@@ -8,22 +19,9 @@ setup(
     description="CoSER in pure PyTorch: train an actor, put it on stage, judge it",
     license="MIT",
     python_requires=">=3.11",
-    py_modules=[
-        "checkpoint",
-        "cli",
-        "constrain",
-        "costs",
-        "engine",
-        "fast_linear",
-        "generate",
-        "judge",
-        "llm",
-        "lookup",
-        "loss",
-    ]
-    + ["metrics", "model", "pages", "protocol", "report", "resume", "runlog", "simulate", "tokenizer", "train"],
-    packages=["data", "kernels"],
-    package_data={"data": ["published_results.json", "report.html", "stage/*", "stage/actor/*"]},
+    py_modules=["generate", "judge", "model", "simulate", "tokenizer", "train"],
+    packages=["checkpoint", "common", "data", "engine", "evals", "kernels", "llm", "play", "training"],
+    cmdclass={"bdist_wheel": CheckoutOnly},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -23,7 +23,8 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
-from cli import ROOT, UsageError, read_json
+from common import terminal
+from common.files import ROOT, UsageError, read_json, write_whole
 
 FILE, HF_FILE, HF_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 STAGE_TOKENIZER = ROOT / "data" / "stage" / FILE
@@ -74,7 +75,12 @@ def _content(message):
 def llama3_format(messages, generate):
     yield Special("<|begin_of_text|>")
     for message in [*messages, *([{"role": "assistant"}] if generate else [])]:
-        yield from (Special("<|start_header_id|>"), Text(message["role"]), Special("<|end_header_id|>"), Text("\n\n"))
+        yield from (
+            Special("<|start_header_id|>"),
+            Text(message["role"]),
+            Special("<|end_header_id|>"),
+            Text("\n\n"),
+        )
         if "content" in message:
             yield _content(message)
             yield Special("<|eot_id|>", message["role"] == "assistant")
@@ -135,7 +141,9 @@ def _system_into_user(messages):
     if "system" not in roles:
         return messages
     if roles[:2] != ["system", "user"] or "system" in roles[1:]:
-        raise ValueError(f"this chat format takes a system text only before a first user turn, not {', '.join(roles)}")
+        raise ValueError(
+            f"this chat format takes a system text only before a first user turn, not {', '.join(roles)}"
+        )
     system, user, *rest = messages
     return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
@@ -217,7 +225,9 @@ class Tokenizer:
         turns = [{"role": role, "content": ""} for role in ("system", "user", "assistant")]
         for segment in self.format.segments(turns, True):
             if isinstance(segment, Special) and segment.name not in specials:
-                raise UsageError(f"{file}: no {segment.name} in this tokenizer, so {chat_format} is not its chat format")
+                raise UsageError(
+                    f"{file}: no {segment.name} in this tokenizer, so {chat_format} is not its chat format"
+                )
         self.stop_ids = [specials[name] for name in self.format.stops if name in specials]
         first = next(self.format.segments([], False), None)
         self.bos_id = specials[first.name] if first else None
@@ -304,7 +314,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.pieces = sentencepiece.SentencePieceProcessor()
         try:
             self.pieces.load(str(path))
-            specials = {self.pieces.id_to_piece(i): i for i in range(len(self.pieces)) if self.pieces.is_control(i)}
+            specials = {
+                self.pieces.id_to_piece(i): i for i in range(len(self.pieces)) if self.pieces.is_control(i)
+            }
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise UsageError(f"{path}: neither tiktoken ranks nor a SentencePiece model") from None
         if chat_format is None:
@@ -346,7 +358,9 @@ def load_tokenizer(path, chat_format=None):
         raise UsageError(f"chat format {chat_format!r} is not one of {', '.join(CHAT_FORMATS)}")
     file = next((path / name for name in (FILE, HF_FILE) if (path / name).is_file()), path)
     if not file.is_file():
-        raise UsageError(f"{path}: no {FILE} or {HF_FILE} here; give --tokenizer a directory (or file) that has one")
+        raise UsageError(
+            f"{path}: no {FILE} or {HF_FILE} here; give --tokenizer a directory (or file) that has one"
+        )
     if file.suffix == ".json":
         return _load_hf(file, chat_format)
     with open(file, "rb") as stream:
@@ -366,7 +380,9 @@ def _load_llama3(path, chat_format):
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise UsageError(f"{path}: line {number} is not a token in base64 and its rank") from None
-    if sorted(ranks.values()) != list(range(LLAMA3_RANKS)) or any(bytes([byte]) not in ranks for byte in range(256)):
+    if sorted(ranks.values()) != list(range(LLAMA3_RANKS)) or any(
+        bytes([byte]) not in ranks for byte in range(256)
+    ):
         raise UsageError(f"{path}: {len(ranks)} ranks, but LLaMA 3 has {LLAMA3_RANKS}, counted from 0")
     names = [LLAMA3_NAMED.get(i, f"<|reserved_special_token_{i}|>") for i in range(256)]
     specials = {name: LLAMA3_RANKS + i for i, name in enumerate(names)}
@@ -392,16 +408,22 @@ def _load_hf(path, chat_format):
         }
         for what, (found, *supported) in known.items():
             if found not in supported:
-                raise UsageError(f"{path}: {what} {found!r} is not supported (only {', '.join(map(repr, supported))})")
+                raise UsageError(
+                    f"{path}: {what} {found!r} is not supported (only {', '.join(map(repr, supported))})"
+                )
         to_byte = _unicode_to_byte()
         ids = {bytes(to_byte[c] for c in token): i for token, i in model["vocab"].items()}
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         merged = [ids[bytes(to_byte[c] for c in left + right)] for left, right in pairs]
         specials = {token["content"]: token["id"] for token in hf["added_tokens"]}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: not a byte-level BPE that is known ({type(error).__name__}: {error})") from None
+        raise UsageError(
+            f"{path}: not a byte-level BPE that is known ({type(error).__name__}: {error})"
+        ) from None
     if merged != sorted(merged):
-        raise UsageError(f"{path}: its merges are not in the order of its ids, so tiktoken would split words otherwise")
+        raise UsageError(
+            f"{path}: its merges are not in the order of its ids, so tiktoken would split words otherwise"
+        )
     if not model.get("ignore_merges"):  # a token that no merge makes is never found; tiktoken would find it
         reached = set(merged)
         ids = {token: i for token, i in ids.items() if len(token) == 1 or i in reached}
@@ -433,7 +455,9 @@ def save_tokenizer(tokenizer, directory):
     name = HF_FILE if tokenizer.file.suffix == ".json" else FILE
     shutil.copyfile(tokenizer.file, directory / name)
     if name == FILE:
-        (directory / HF_FILE).write_text(json.dumps(_hf_tokenizer(tokenizer), ensure_ascii=False), encoding="utf-8")
+        (directory / HF_FILE).write_text(
+            json.dumps(_hf_tokenizer(tokenizer), ensure_ascii=False), encoding="utf-8"
+        )
     bos = tokenizer.bos_id
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -449,14 +473,32 @@ def save_tokenizer(tokenizer, directory):
 def _hf_tokenizer(tokenizer):
     """A `tokenizer.json` that gives the same ids. Merges are every way to make a token out of two, the best token first."""
     specials = [
-        {"id": i, "content": name, "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+        {
+            "id": i,
+            "content": name,
+            "special": True,
+            "normalized": False,
+            "lstrip": False,
+            "rstrip": False,
+            "single_word": False,
+        }
         for i, name in sorted(tokenizer.names.items())
     ]
     if isinstance(tokenizer, BytePairTokenizer):
         to_char = {byte: char for char, byte in _unicode_to_byte().items()}
         vocab = {"".join(to_char[byte] for byte in token): i for token, i in tokenizer.ranks.items()}
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        split = {"type": "Split", "pattern": {"Regex": LLAMA3_PATTERN}, "behavior": "Isolated", "invert": False}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        }
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": LLAMA3_PATTERN},
+            "behavior": "Isolated",
+            "invert": False,
+        }
         rest = {
             "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
@@ -466,7 +508,11 @@ def _hf_tokenizer(tokenizer):
     else:
         pieces = tokenizer.pieces
         vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-        prefix = [{"type": "Prepend", "prepend": SPACE}] if pieces.encode("a")[0] != pieces.piece_to_id("a") else []
+        prefix = (
+            [{"type": "Prepend", "prepend": SPACE}]
+            if pieces.encode("a")[0] != pieces.piece_to_id("a")
+            else []
+        )
         space = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
         decoders = [
             {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -484,7 +530,9 @@ def _hf_tokenizer(tokenizer):
         def worse(i):  # a higher score merges first
             return -pieces.get_score(i), i
 
-        user = [i for i in range(len(pieces)) if pieces.id_to_piece(i) == "\n"]  # the stage's user-defined symbol
+        user = [
+            i for i in range(len(pieces)) if pieces.id_to_piece(i) == "\n"
+        ]  # the stage's user-defined symbol
         specials += [{**specials[0], "id": i, "content": "\n", "special": False} for i in user]
     merges = sorted(
         (worse(i), vocab[token[:at]], vocab[token[at:]], token[:at], token[at:])
@@ -493,7 +541,12 @@ def _hf_tokenizer(tokenizer):
         for at in range(1, len(token))
         if token[:at] in vocab and token[at:] in vocab
     )
-    model = {"type": "BPE", "vocab": vocab, "merges": [[left, right] for *_, left, right in merges], **options}
+    model = {
+        "type": "BPE",
+        "vocab": vocab,
+        "merges": [[left, right] for *_, left, right in merges],
+        **options,
+    }
     return {"version": "1.0", "added_tokens": specials, "post_processor": None, **rest, "model": model}
 
 
@@ -531,12 +584,13 @@ def train_stage_tokenizer(scenes, vocab_size):
 
 
 def main():
-    import cli
     from data.scenes import STAGE, load_scenes
 
-    parser = cli.Parser(__doc__, "python tokenizer.py train --out data/stage/tokenizer.model")
+    parser = terminal.Parser(__doc__, "python tokenizer.py train --out data/stage/tokenizer.model")
     parser.add_argument("action", choices=["train"])
-    parser.add_argument("--data", nargs="+", default=[STAGE], help="books to learn from (default: the bundled stories)")
+    parser.add_argument(
+        "--data", nargs="+", default=[STAGE], help="books to learn from (default: the bundled stories)"
+    )
     parser.add_argument("--out", default=STAGE_TOKENIZER, help="file to write (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=4096)
     args = parser.parse_args()
@@ -547,14 +601,14 @@ def main():
         made = train_stage_tokenizer(scenes, args.vocab_size)
     except RuntimeError as error:  # SentencePiece's own words on a vocabulary too small or too large
         raise UsageError(f"--vocab-size {args.vocab_size}: {str(error).rsplit('] ', 1)[-1]}") from None
-    with cli.write_whole(args.out, "wb") as file:
+    with write_whole(args.out, "wb") as file:
         file.write(made)
     tokenizer = load_tokenizer(args.out)
     text = " ".join(turn["message"] for scene in scenes for turn in scene.dialogues)
-    cli.note(f"{args.out}: {tokenizer.vocab_size} pieces, {len(text) / len(tokenizer.encode(text)):.2f} characters a token")
+    terminal.note(
+        f"{args.out}: {tokenizer.vocab_size} pieces, {len(text) / len(tokenizer.encode(text)):.2f} characters a token"
+    )
 
 
 if __name__ == "__main__":
-    from cli import run
-
-    run(main)
+    terminal.run(main)

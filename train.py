@@ -29,18 +29,18 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
-import cli
-import costs
 import kernels
-from cli import UsageError
+from common import files, terminal
+from common.files import UsageError, make_dir, read_json, write_whole
 from data.packing import CHANNELS, IGNORE, make_row
 from data.scenes import STAGE
 from data.stream import add_data_flags, open_stream
-from fast_linear import fast_bf16
+from engine.cpu import fast_bf16
 from model import PRESETS, ModelConfig, Transformer
-from resume import agreed, find_checkpoints, last_good, load_state, save_state
-from runlog import Log
 from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
+from training import costs
+from training.log import Log
+from training.resume import agreed, find_checkpoints, last_good, load_state, save_state
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # of torchrun --max-restarts
@@ -50,41 +50,87 @@ STAGE_RECIPE = dict(seq_len=2048, epochs=7.0, lr=2e-3, weight_decay=0.1)
 PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_decay=0.0)
 MAY_BE_0 = ("warmup", "weight_decay", "held_out_books")
 # what may change from one resume to the next, since it changes nothing of what is learnt
-FREE = ("resume", "out", "dry_run", "save_every", "keep", "eval_every", "tensorboard", "peak_tflops", "skip_nonfinite")
+FREE = (
+    "resume",
+    "out",
+    "dry_run",
+    "save_every",
+    "keep",
+    "eval_every",
+    "tensorboard",
+    "peak_tflops",
+    "skip_nonfinite",
+)
 FREE += ("micro_batch", "shard_ranks", "recompute", "compile", "eval_rows", "cache", "strict")
 
 
 def parse_args():
-    parser = cli.Parser(__doc__, "torchrun --nproc_per_node 2 train.py --max-steps 20 --out out/try")
+    parser = terminal.Parser(__doc__, "torchrun --nproc_per_node 2 train.py --max-steps 20 --out out/try")
     add = parser.add_argument
-    add("--model", default="stage", help=f"checkpoint directory, Hub id, or a preset: {', '.join(PRESETS)} (default: stage)")
+    add(
+        "--model",
+        default="stage",
+        help=f"checkpoint directory, Hub id, or a preset: {', '.join(PRESETS)} (default: stage)",
+    )
     add("--tokenizer", help="directory or file (default: the checkpoint's, else the stage's)")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the tokenizer says")
     add("--data", nargs="+", default=[STAGE], help="books in the CoSER format (default: the bundled stories)")
-    add("--out", default=cli.OUT / "stage", help="directory of the run (default: out/stage)")
+    add("--out", default=files.OUT / "stage", help="directory of the run (default: out/stage)")
     add("--resume", action="store_true", help="go on from the last good checkpoint in --out, if there is one")
-    add("--dry-run", nargs="?", type=int, const=WORLD_SIZE, metavar="RANKS", help="only print the plan, for so many ranks")
+    add(
+        "--dry-run",
+        nargs="?",
+        type=int,
+        const=WORLD_SIZE,
+        metavar="RANKS",
+        help="only print the plan, for so many ranks",
+    )
     add("--epochs", type=float)
     add("--max-steps", type=int, help="stop after this many steps, whatever --epochs says")
     add("--seq-len", type=int, help="tokens in a packed row")
-    add("--batch-size", type=int, help="rows in a step, over all ranks; what a rank cannot take at once is accumulated")
+    add(
+        "--batch-size",
+        type=int,
+        help="rows in a step, over all ranks; what a rank cannot take at once is accumulated",
+    )
     add("--micro-batch", type=int, default=1, help="rows in one forward pass of one rank (default: 1)")
     add("--lr", type=float, help="peak learning rate; linear warm-up, then a cosine down to a tenth")
     add("--warmup", type=float, default=0.03, help="share of the steps (default: 0.03)")
     add("--weight-decay", type=float, help="on matrices only")
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: 1.0)")
-    add("--dtype", choices=["bfloat16", "float32"], help="of forward and backward pass (default: bfloat16 where it is native)")
-    add("--shard-ranks", type=int, help="ranks a model is spread over; groups of them hold copies (default: all)")
+    add(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help="of forward and backward pass (default: bfloat16 where it is native)",
+    )
+    add(
+        "--shard-ranks",
+        type=int,
+        help="ranks a model is spread over; groups of them hold copies (default: all)",
+    )
     add("--recompute", choices=["none", "selective", "full"], help="in the backward pass: all but products, or whole blocks "
         "(default: full; none for the stage actor)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile each block; what it brings is on a GPU")
-    add("--skip-nonfinite", action="store_true", help="leave out a step whose loss or gradient is not finite, and count it")
+    add(
+        "--skip-nonfinite",
+        action="store_true",
+        help="leave out a step whose loss or gradient is not finite, and count it",
+    )
     add("--save-every", type=int, default=200, help="steps between checkpoints (default: 200)")
     add("--keep", type=int, default=2, help="checkpoints kept, the newest (default: 2)")
-    add("--eval-every", type=int, default=100, help="steps between evaluations on held-out scenes (default: 100)")
+    add(
+        "--eval-every",
+        type=int,
+        default=100,
+        help="steps between evaluations on held-out scenes (default: 100)",
+    )
     add("--eval-rows", type=int, default=64, help="held-out rows evaluated on, at most (default: 64)")
     add("--tensorboard", action="store_true", help="write event files to --out as well")
-    add("--peak-tflops", type=float, help="of one device, for its utilisation (default: known for A100, H100 and H200)")
+    add(
+        "--peak-tflops",
+        type=float,
+        help="of one device, for its utilisation (default: known for A100, H100 and H200)",
+    )
     add_data_flags(parser)
     args = parser.parse_args()
     if args.model == "stage" and args.batch_size is None:
@@ -94,10 +140,18 @@ def parse_args():
             setattr(args, name, value)
     for name, value in vars(args).items():
         zero = name in MAY_BE_0
-        if type(value) in (int, float) and name != "seed" and not (0 < value < math.inf or (zero and value == 0)):
-            raise UsageError(f"--{name.replace('_', '-')} must be {'at least' if zero else 'above'} 0 and finite, not {value}")
+        if (
+            type(value) in (int, float)
+            and name != "seed"
+            and not (0 < value < math.inf or (zero and value == 0))
+        ):
+            raise UsageError(
+                f"--{name.replace('_', '-')} must be {'at least' if zero else 'above'} 0 and finite, not {value}"
+            )
     if args.seq_len < 2 or args.warmup > 1 or abs(args.seed) >= 2**63:
-        raise UsageError("--seq-len must be above 1, --warmup a share from 0 to 1, --seed a number of 63 bits")
+        raise UsageError(
+            "--seq-len must be above 1, --warmup a share from 0 to 1, --seed a number of 63 bits"
+        )
     args.dtype = args.dtype or ("bfloat16" if native_bfloat16() else "float32")
     args.recompute = args.recompute or ("none" if args.model == "stage" else "full")
     return args
@@ -131,7 +185,9 @@ def start_ranks():
     """Joins the ranks torchrun started, or is the only one; returns this rank's device."""
     cuda = torch.cuda.is_available()
     if "RANK" in os.environ:
-        if sys.platform == "linux":  # a rank must not go on writing to --out when its torchrun was killed (1: PR_SET_PDEATHSIG)
+        if (
+            sys.platform == "linux"
+        ):  # a rank must not go on writing to --out when its torchrun was killed (1: PR_SET_PDEATHSIG)
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         # torchrun's store outlives a restart, and what the dead ranks left in it must not be read
         store, rank, world = next(dist.rendezvous("env://"))
@@ -147,10 +203,16 @@ def start_ranks():
 
 def native_bfloat16():
     """Whether this machine multiplies bf16 matrices faster than fp32 ones, rather than emulating them."""
-    return torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else fast_bf16()
+    return (
+        torch.cuda.is_bf16_supported(including_emulation=False) if torch.cuda.is_available() else fast_bf16()
+    )
 
 
-KEPT = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}  # by selective recomputation
+KEPT = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+}  # by selective recomputation
 
 
 def keep_products(_, operation, *args, **kwargs):
@@ -180,7 +242,10 @@ def shard_model(config, device, args):
         # ranks of a copy of the model, or copies and the ranks of each
         shape = (WORLD_SIZE,) if shards == WORLD_SIZE else (WORLD_SIZE // shards, shards)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-        options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+        options = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        }
         for block in blocks:
             fully_shard(block, **options)
         fully_shard(model, **options)
@@ -190,7 +255,10 @@ def shard_model(config, device, args):
 def make_optimizer(model, args):
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": args.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -217,7 +285,9 @@ def tally(batches, window):
     """What batches hold, int64: tokens, (query, key) pairs, those of supervised queries, supervised tokens of each channel."""
     sums = 0
     for batch in batches:
-        reach = (batch["positions"] + 1).clamp(max=window or batch["positions"].shape[1])  # keys that each query sees
+        reach = (batch["positions"] + 1).clamp(
+            max=window or batch["positions"].shape[1]
+        )  # keys that each query sees
         used = torch.arange(reach.shape[1], device=reach.device) < batch["used"][:, None]
         learnt = batch["targets"] != IGNORE
         channels = torch.bincount(batch["channels"][learnt].long(), minlength=len(CHANNELS) + 1)[1:]
@@ -249,7 +319,11 @@ def train_step(model, optimizer, rows, args, device):
         found = [None] * WORLD_SIZE
         dist.all_gather_object(found, bad)
         bad = ", ".join(map(str, sorted(sum(found, [])))) or "none alone"
-        line = {"loss": None, "grad_norm": None, "nonfinite": f"loss {loss}, gradient norm {norm}, rows of the batch: {bad}"}
+        line = {
+            "loss": None,
+            "grad_norm": None,
+            "nonfinite": f"loss {loss}, gradient norm {norm}, rows of the batch: {bad}",
+        }
     optimizer.zero_grad()
     shares = zip(CHANNELS, sums, counts, strict=True)
     if line["loss"] is not None:
@@ -301,9 +375,15 @@ def describe(config, args, stream, steps, world):
     """The plan, in lines: parameters, memory of each rank, tokens and steps."""
     parameters, shards = config.num_parameters(), args.shard_ranks or world
     dtype = checkpoint.DTYPES[args.dtype]
-    memory = costs.memory_plan(config, args.micro_batch * args.seq_len, dtype.itemsize, args.recompute, shards)
+    memory = costs.memory_plan(
+        config, args.micro_batch * args.seq_len, dtype.itemsize, args.recompute, shards
+    )
     parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
-    cut = f"; {stream.cut} chats longer than a row are cut, {stream.without} pieces teach nothing" if stream.cut else ""
+    cut = (
+        f"; {stream.cut} chats longer than a row are cut, {stream.without} pieces teach nothing"
+        if stream.cut
+        else ""
+    )
     learnt = sum(stream.supervised.values())
     return (
         f"{parameters:,} parameters, sharded over {shards} of {world} rank(s); {args.dtype}, recomputing {args.recompute}\n"
@@ -336,17 +416,23 @@ def main():
     stream = open_stream(args, args.data, tokenizer)
     rows = len(stream.rows)
     if not rows:
-        raise UsageError(f"{args.data[0]}: no chat with a token to learn from fits rows of {args.seq_len} tokens")
+        raise UsageError(
+            f"{args.data[0]}: no chat with a token to learn from fits rows of {args.seq_len} tokens"
+        )
     steps = args.max_steps or math.ceil(args.epochs * rows / args.batch_size)
     world = args.dry_run or WORLD_SIZE
     check_ranks(args, world, rows)
     begun = find_checkpoints(args.out) or (Path(args.out) / "log.jsonl").exists()
     if begun and not (args.resume or args.dry_run or started_again(args.out)):
-        raise UsageError(f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out")
+        raise UsageError(
+            f"{args.out}: holds a run already; add --resume to go on with it, or choose another --out"
+        )
     if RANK == 0:
         if args.seq_len > config.max_position_embeddings:
-            cli.note(f"warning: rows of {args.seq_len} tokens, but the model takes {config.max_position_embeddings}")
-        cli.note("\n".join([*stream.report.lines(), describe(config, args, stream, steps, world)]))
+            terminal.note(
+                f"warning: rows of {args.seq_len} tokens, but the model takes {config.max_position_embeddings}"
+            )
+        terminal.note("\n".join([*stream.report.lines(), describe(config, args, stream, steps, world)]))
     if args.dry_run:
         return
     device = start_ranks()
@@ -363,7 +449,7 @@ def started_again(out):
     if RANK or not RESTARTS:
         return RESTARTS > 0
     file = Path(out) / "run.json"
-    return file.exists() and cli.read_json(file).get("launcher") == os.getppid()
+    return file.exists() and read_json(file).get("launcher") == os.getppid()
 
 
 def check_ranks(args, world, rows):
@@ -372,10 +458,12 @@ def check_ranks(args, world, rows):
     Too few rows for the ranks are an error too, but in a dry run a warning: the plan may be for more data than there is here.
     """
     if rows < world:
-        few = f"{rows} rows of documents for {world} ranks; use fewer ranks, more --data or a shorter --seq-len"
+        few = (
+            f"{rows} rows of documents for {world} ranks; use fewer ranks, more --data or a shorter --seq-len"
+        )
         if not args.dry_run:
             raise UsageError(few)
-        cli.note(f"warning: {few}")
+        terminal.note(f"warning: {few}")
     if args.batch_size % (world * args.micro_batch):
         raise UsageError(
             f"--batch-size {args.batch_size} does not divide into {world} ranks of --micro-batch {args.micro_batch}"
@@ -389,16 +477,18 @@ def go_on(out, model, optimizer, stream, settings):
     found = last_good(out)
     if found is None:
         return None
-    progress = cli.read_json(found / "progress.json")
+    progress = read_json(found / "progress.json")
     saved = progress["settings"]
     changed = [name for name, value in settings.items() if saved.get(name) != value]
     if changed:
-        what = "; ".join(f"--{name.replace('_', '-')} was {saved.get(name)}, is {settings[name]}" for name in changed)
+        what = "; ".join(
+            f"--{name.replace('_', '-')} was {saved.get(name)}, is {settings[name]}" for name in changed
+        )
         raise UsageError(f"{found}: was trained with other settings ({what}); use the same, or another --out")
     load_state(found, model, optimizer)
     stream.load(progress["stream"])
     if RANK == 0:
-        cli.note(f"going on from {found}")
+        terminal.note(f"going on from {found}")
     return progress
 
 
@@ -406,11 +496,14 @@ def train(args, config, tokenizer, directory, stream, steps, device):
     """The run itself, on every rank."""
     out = Path(args.out)
     with agreed():
-        cli.make_dir(out)
+        make_dir(out)
     model = shard_model(config, device, args)
     optimizer = make_optimizer(model, args)
     settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    settings |= {"model_shape": str(config), "data": f"{len(stream.files)} files, hash {stream.identity[:12]}"}
+    settings |= {
+        "model_shape": str(config),
+        "data": f"{len(stream.files)} files, hash {stream.identity[:12]}",
+    }
     progress = go_on(out, model, optimizer, stream, settings)
     if progress is None:
         progress = {"step": 0, "skipped": 0, "settings": settings}
@@ -434,11 +527,22 @@ def train(args, config, tokenizer, directory, stream, steps, device):
     log = failure = None
     with agreed():
         if RANK == 0:
-            versions = {"torch": torch.__version__, "ranks": WORLD_SIZE, "device": str(device), "launcher": os.getppid()}
-            with cli.write_whole(out / "run.json") as file:
-                json.dump({**settings, **versions, "model_config": dataclasses.asdict(config)}, file, indent=1)
+            versions = {
+                "torch": torch.__version__,
+                "ranks": WORLD_SIZE,
+                "device": str(device),
+                "launcher": os.getppid(),
+            }
+            with write_whole(out / "run.json") as file:
+                json.dump(
+                    {**settings, **versions, "model_config": dataclasses.asdict(config)}, file, indent=1
+                )
             log = Log(out, steps, progress["step"], args.tensorboard)
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else costs.peak_flops(device, checkpoint.DTYPES[args.dtype])
+    peak = (
+        args.peak_tflops * 1e12
+        if args.peak_tflops
+        else costs.peak_flops(device, checkpoint.DTYPES[args.dtype])
+    )
     stopping = False
     while progress["step"] < steps and not stopping:
         begun = time.perf_counter()
@@ -476,12 +580,14 @@ def train(args, config, tokenizer, directory, stream, steps, device):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     if progress["step"] < steps:
-        raise KeyboardInterrupt(f"step {progress['step']} of {steps} is saved in {out}; the same command with --resume goes on")
+        raise KeyboardInterrupt(
+            f"step {progress['step']} of {steps} is saved in {out}; the same command with --resume goes on"
+        )
     checkpoint.save_model(model, out / "final", tokenizer, dtype=torch.bfloat16)
     dist.barrier()
     if log:
         log.draw()
-        cli.note(f"the trained actor is in {out / 'final'}, its loss curve in {out / 'loss.png'}")
+        terminal.note(f"the trained actor is in {out / 'final'}, its loss curve in {out / 'loss.png'}")
 
 
 def speeds(flops, line, took, peak, device):
@@ -508,4 +614,4 @@ def record(log, line):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    terminal.run(main)

@@ -6,13 +6,12 @@ front and the end of the turn is speech. A token that straddles takes the highes
 action before speech.
 """
 
-import re
-
 import numpy as np
 
+from data.brackets import SPEECH, BracketParser
 from data.packing import CHANNELS
 
-SPEECH, ACTION, THOUGHT, GENERAL = range(1, 1 + len(CHANNELS))
+GENERAL = 1 + CHANNELS.index("general")
 
 
 def label(tokenizer, messages, character=None):
@@ -45,19 +44,13 @@ def token_channels(words, channels):
 
 
 def byte_channels(text, lead=0):
-    """The channel of each byte of a turn, int8 [len(text)]; the first `lead` bytes are the name. Brackets are ASCII, so that
-    no byte of another character is one."""
+    """The channel of each byte of a turn, int8 [len(text)]; the first `lead` bytes are the name, which is speech.
+
+    Brackets are ASCII, so no byte of another character is one, and a byte can be read as a character of Latin-1.
+    """
     channels = np.full(len(text), SPEECH, np.int8)
-    thinking = acting = 0  # how many brackets are open
     at = lead
-    for match in re.compile(rb"[\[\]()]").finditer(text, lead):
-        here, bracket = match.start(), match.group()
-        channels[at:here] = THOUGHT if thinking else ACTION if acting else SPEECH
-        thinking += bracket == b"["
-        acting += bracket == b"(" and not thinking
-        channels[here] = THOUGHT if thinking else ACTION if acting else SPEECH
-        thinking -= bracket == b"]" and thinking > 0
-        acting -= bracket == b")" and acting > 0 and not thinking
-        at = here + 1
-    channels[at:] = THOUGHT if thinking else ACTION if acting else SPEECH
+    for part, channel in BracketParser().feed(text[lead:].decode("latin-1")):
+        channels[at : at + len(part)] = channel
+        at += len(part)
     return channels

@@ -6,10 +6,10 @@ so what an actor learns is what it will see on stage. The loss is on assistant t
 """
 
 import random
-import re
 from dataclasses import dataclass, field
 
 from data import prompts
+from data.brackets import remove_thoughts
 from data.scenes import ENVIRONMENT
 
 START = "===Conversation Start===\n\n"
@@ -26,21 +26,6 @@ class Chat:
     kind: str
     key: str
     options: dict = field(default_factory=dict)
-
-
-def remove_thoughts(message):
-    """The message as others perceive it: every `[...]` gone, nested and multi-line ones whole; an unclosed `[` hides all
-    that follows it; lines stripped, blank ones dropped."""
-    visible, depth = [], 0
-    for part in re.split(r"([\[\]])", message):
-        if part == "[":
-            depth += 1
-        elif part == "]" and depth:
-            depth -= 1
-        elif not depth:
-            visible.append(part)
-    lines = (line.strip() for line in "".join(visible).split("\n"))
-    return "\n".join(line for line in lines if line)
 
 
 def perspective(dialogue, character, thoughts=True):
@@ -106,7 +91,11 @@ def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1
     chats = []
     fixed = [{}]
     if variants == "all":
-        fixed = [{"thoughts": own, "others": others} for own in (True, False)[not thoughts :] for others in (True, False)]
+        fixed = [
+            {"thoughts": own, "others": others}
+            for own in (True, False)[not thoughts :]
+            for others in (True, False)
+        ]
     for character in scene.speaking_characters:
         rng = random.Random(f"{seed}|{scene.key}|{character}|{epoch}")
         for chosen in fixed:

@@ -7,7 +7,7 @@ used is dropped, and counted and located in the report, as books are (data/scene
 import json
 from pathlib import Path
 
-from cli import UsageError, read_json
+from common.files import UsageError, read_json
 from data.scenes import LONGEST, mend_surrogates, text_of
 
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -50,7 +50,9 @@ def jsonl_rows(path, report):
                 except UnicodeDecodeError:
                     report.note("dropped: line that is not UTF-8", where)
                 except (ValueError, RecursionError):
-                    report.note("dropped: line that is not JSON" if ended else "dropped: last line, torn", where)
+                    report.note(
+                        "dropped: line that is not JSON" if ended else "dropped: last line, torn", where
+                    )
 
 
 def row_messages(row, where, report):

@@ -84,7 +84,11 @@ def pack(documents, seq_len, seed=0):
 
 def make_row(documents, seq_len):
     """One row of documents (ids, channels), sequences of ints; `used` is int64 []."""
-    row = {"tokens": np.zeros(seq_len, np.int64), "targets": np.full(seq_len, IGNORE), "positions": np.zeros(seq_len, np.int64)}
+    row = {
+        "tokens": np.zeros(seq_len, np.int64),
+        "targets": np.full(seq_len, IGNORE),
+        "positions": np.zeros(seq_len, np.int64),
+    }
     row["channels"], used = np.zeros(seq_len, np.int8), 0
     for ids, channels in documents:
         ids, learnt, end = np.asarray(ids, np.int64), np.asarray(channels)[1:], used + len(ids)

@@ -58,7 +58,14 @@ FORMAT_THOUGHTS = (
 FORMAT_CONCISE = " Keep each turn short, about 60 words, and leave room for the others."
 
 # What is told at play: all that a player may know beforehand, so not how the plot comes out.
-AT_PLAY = {"opener": 0, "style": "=", "plot_summary": False, "motivation": True, "others": True, "thoughts": True}
+AT_PLAY = {
+    "opener": 0,
+    "style": "=",
+    "plot_summary": False,
+    "motivation": True,
+    "others": True,
+    "thoughts": True,
+}
 
 ENVIRONMENT = (
     "You are the world around the characters of {book}. Tell what happens around them as they speak and act: the place, the "
@@ -81,7 +88,9 @@ def actor(scene, character, options, concise=False):
         sections["plot_summary"] = scene.plot_summary
     sections["scenario"] = scene.scenario
     if options["others"]:
-        sections["others"] = "\n\n".join(f"{name}: {text}" for name, text in others if name in scene.speaking_characters)
+        sections["others"] = "\n\n".join(
+            f"{name}: {text}" for name, text in others if name in scene.speaking_characters
+        )
     if options["motivation"]:
         sections["motivation"] = scene.motivations.get(character, "")
     rules = FORMAT + FORMAT_THOUGHTS * options["thoughts"] + FORMAT_CONCISE * concise
@@ -105,7 +114,9 @@ def environment(scene):
 def next_speaker(scene):
     """The system prompt of the next-speaker model; the list is the cast, then the Environment."""
     cast = [name for name in scene.speaking_characters if name != "Environment"]
-    return NEXT_SPEAKER.format(book=scene.book, cast=", ".join([*cast, "Environment"]), scenario=scene.scenario)
+    return NEXT_SPEAKER.format(
+        book=scene.book, cast=", ".join([*cast, "Environment"]), scenario=scene.scenario
+    )
 
 
 # ---- the judge ----------------------------------------------------------------------------------------------------------

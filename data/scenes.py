@@ -11,14 +11,18 @@ shape the rest of the project knows. Real files are messy, so reading normalises
 
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from cli import UsageError, read_json
+from common import terminal
+from common.files import UsageError, read_json
 
 ENVIRONMENT = "Environment"
-LONGEST = 1_000_000  # characters of a message; a longer one is an accident, and would take a tokenizer minutes
+LONGEST = (
+    1_000_000  # characters of a message; a longer one is an accident, and would take a tokenizer minutes
+)
 STAGE = Path(__file__).resolve().parent / "stage"
 
 
@@ -49,7 +53,9 @@ class Scene:
         counts = Counter(turn["character"] for turn in self.dialogues)
         speakers = [name for name, _ in counts.most_common()]
         self.speaking_characters = list(dict.fromkeys([*self.speaking_characters, *speakers]))
-        self.major_characters = self.major_characters or [name for name in self.speaking_characters if name in self.profiles]
+        self.major_characters = self.major_characters or [
+            name for name in self.speaking_characters if name in self.profiles
+        ]
 
     @property
     def key(self):
@@ -110,7 +116,9 @@ def read_scenes(paths, report, held_out_books=0.0):
         except UsageError as error:
             if len(files) == 1 or report.strict:
                 raise
-            report.note(f"dropped: file that cannot be read, {str(error).removeprefix(f'{file}: ')}", str(file))
+            report.note(
+                f"dropped: file that cannot be read, {str(error).removeprefix(f'{file}: ')}", str(file)
+            )
             continue
         for scene in filter(None, scenes):
             if not report.first((scene.book, scene.i_p, scene.i_c)):
@@ -136,7 +144,10 @@ def _file_scenes(path, report):
     if isinstance(data, dict) and isinstance(data.get("plots"), list):
         return _book_scenes(data, path, report)
     if isinstance(data, list):
-        return (_test_scene(item, i, where, report) for i, where, item in _objects(data, "scene", f"{path}: ", report))
+        return (
+            _test_scene(item, i, where, report)
+            for i, where, item in _objects(data, "scene", f"{path}: ", report)
+        )
     raise UsageError(f"{path}: neither a book (an object with `plots`) nor a test file (a list of scenes)")
 
 
@@ -152,6 +163,36 @@ def load_stage():
         for number, scene in enumerate(load_book(file), 1):
             scenes[f"{file.stem.replace('_', '-')}/{number}"] = scene
     return scenes
+
+
+def find_scenes(spec, limit=None, which="0"):
+    """Scenes by the name of a bundled one, or FILE, FILE:INDEX, FILE:FIRST-LAST (both included), FILE:all; the first `limit`
+    of them. which: what of a FILE is meant where nothing is said and no limit given."""
+    stage = load_stage()
+    if spec in stage:
+        return [stage[spec]]
+    file, which = spec, "all" if limit else which
+    if re.search(r":(all|-?\d{1,18}|\d{1,18}-\d{1,18})$", spec):
+        file, _, which = spec.rpartition(":")
+    if not Path(file).exists():
+        raise UsageError(
+            f"--scene {spec}: neither a file nor a bundled scene; bundled are {', '.join(stage)}"
+        )
+    scenes = load_scenes(file, report := Report())
+    for line in report.lines():
+        terminal.note(f"{file}: {line}")
+    if any(what.startswith(("dropped: scene", "dropped: conversation")) for what in report):
+        terminal.note(f"{file}: its scenes are counted without those that are dropped")
+    if which != "all":
+        first, last = which.split("-") if re.fullmatch(r"\d+-\d+", which) else (which, which)
+        if not 0 <= int(first) <= int(last) < len(scenes):
+            raise UsageError(f"--scene {spec}: {file} has scenes 0 to {len(scenes) - 1}")
+        scenes = scenes[int(first) : int(last) + 1]
+    if len({scene.key for scene in scenes}) < len(scenes):
+        raise UsageError(
+            f"--scene {spec}: two scenes with the same book, plot and conversation number; play them one by one"
+        )
+    return scenes[:limit]
 
 
 def _book_hash(title):
@@ -200,7 +241,9 @@ def _book_scenes(data, path, report):
         if not conversations:
             report.note("dropped: plot without a conversation", where)
             continue
-        plot = mend_surrogates({name: plot.get(name) for name in ("summary", "key_characters", "conversation")}, where, report)
+        plot = mend_surrogates(
+            {name: plot.get(name) for name in ("summary", "key_characters", "conversation")}, where, report
+        )
         for i_c, here, conversation in _objects(plot["conversation"], "conversation", f"{where}, ", report):
             tag = "train" if i_p < split else "id"
             yield _scene(conversation, title, i_p, i_c, tag, plot, profiles, here, report)
@@ -233,7 +276,9 @@ def _test_scene(item, index, where, report):
     profiles = _profiles(item.get("character_profiles"), where, report)
     book = _title(item, "book", "untitled", where, report)
     i_p, i_c = (item[k] if isinstance(item.get(k), int) else d for k, d in (("i_p", index), ("i_c", 0)))
-    scene = _scene(item, book, i_p, i_c, _field(item, "tag", where, report) or "ood", plot, profiles, where, report)
+    scene = _scene(
+        item, book, i_p, i_c, _field(item, "tag", where, report) or "ood", plot, profiles, where, report
+    )
     if scene:  # what the file says of its cast stands, where it says anything
         scene.profiles = profiles
         scene.speaking_characters = _names(item.get("speaking_characters_w_env")) or scene.speaking_characters
@@ -244,7 +289,10 @@ def _test_scene(item, index, where, report):
 def to_test_scene(scene):
     """A scene in the form of a test file, which is a list of these."""
     return {
-        **{name: getattr(scene, name) for name in ("book", "i_p", "i_c", "tag", "scenario", "topic", "dialogues")},
+        **{
+            name: getattr(scene, name)
+            for name in ("book", "i_p", "i_c", "tag", "scenario", "topic", "dialogues")
+        },
         "plot": {"summary": scene.plot_summary},
         "key_characters": [{"name": name, "motivation": text} for name, text in scene.motivations.items()],
         "character_profiles": scene.profiles,
@@ -258,7 +306,11 @@ def _scene(conversation, book, i_p, i_c, tag, plot, profiles, where, report):
     if turns and not isinstance(turns, list):
         report.note("dropped: conversation whose messages are not a list", where)
         return None
-    dialogues = [t for _, at, turn in _objects(turns or [], "message", f"{where}, ", report) if (t := _turn(turn, at, report))]
+    dialogues = [
+        t
+        for _, at, turn in _objects(turns or [], "message", f"{where}, ", report)
+        if (t := _turn(turn, at, report))
+    ]
     if not dialogues:
         report.note("dropped: conversation without messages", where)
         return None
@@ -272,7 +324,9 @@ def _scene(conversation, book, i_p, i_c, tag, plot, profiles, where, report):
         topic=_field(conversation, "topic", where, report),
         plot_summary=_field(plot, "summary", where, report),
         dialogues=dialogues,
-        profiles={name: profile for name, profile in profiles.items() if name in speaking or _named(name, plot)},
+        profiles={
+            name: profile for name, profile in profiles.items() if name in speaking or _named(name, plot)
+        },
         motivations=_motivations(conversation.get("key_characters"), where, report),
     )
 
@@ -341,7 +395,9 @@ def _names(value):
 def _trimmed(name, where, report):
     """A name without white space around it and in one line, so that it is one character however it is written."""
     if name != one_name(name):
-        report.note("repaired: white space in a name" if name != "NSP" else "repaired: a character called NSP", where)
+        report.note(
+            "repaired: white space in a name" if name != "NSP" else "repaired: a character called NSP", where
+        )
     return one_name(name)
 
 

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-import cli
-from cli import UsageError
+from common import files, terminal
+from common.files import UsageError, make_dir, read_json, write_whole
 from data.channels import label
 from data.chats import scene_to_chats
 from data.general import read_general
@@ -35,12 +35,23 @@ from data.packing import CHANNELS, best_fit, make_row, split_long
 from data.scenes import Report, data_files, read_scenes
 
 SHIFT = 28  # a token as it is kept: its id, and above these bits its channel
-INDEXED = 1 + len(CHANNELS)  # numbers kept of a document: where it ends, its supervised tokens of each channel
+INDEXED = 1 + len(
+    CHANNELS
+)  # numbers kept of a document: where it ends, its supervised tokens of each channel
 HELD_OUT = 2**31  # a source
 LONGEST_ROW = 2**24  # tokens
 MOST_READINGS = 100  # of a file of general data in one epoch; more would teach it by heart
 USEFUL = 0.98  # below this share of an epoch's places, the emptiest row waits for the next epoch
-CODE = ("../tokenizer.py", "channels.py", "chats.py", "general.py", "prompts.py", "scenes.py", "stream.py")
+CODE = (
+    "../tokenizer.py",
+    "brackets.py",
+    "channels.py",
+    "chats.py",
+    "general.py",
+    "prompts.py",
+    "scenes.py",
+    "stream.py",
+)
 
 
 class Store:
@@ -48,7 +59,7 @@ class Store:
     tokens: uint32 [offsets[-1]], read as they are used."""
 
     def __init__(self, path):
-        self.report = cli.read_json(path / "report.json")
+        self.report = read_json(path / "report.json")
         index = np.fromfile(path / "index", np.int64)
         index = index[: len(index) // INDEXED * INDEXED].reshape(-1, INDEXED)
         self.offsets, self.counts = np.append(0, index[:, 0]), index[:, 1:]
@@ -56,7 +67,11 @@ class Store:
         if (path / "tokens").stat().st_size != 4 * self.offsets[-1]:
             raise UsageError(f"{path}: damaged; remove it, and it is made anew")
         empty = not self.offsets[-1]
-        self.tokens = np.zeros(0, np.uint32) if empty else np.memmap(path / "tokens", np.uint32, "r", shape=self.offsets[-1])
+        self.tokens = (
+            np.zeros(0, np.uint32)
+            if empty
+            else np.memmap(path / "tokens", np.uint32, "r", shape=self.offsets[-1])
+        )
 
     def read(self, document, start=0, end=None):
         """(ids, channels) of a part of a document."""
@@ -68,7 +83,7 @@ class Store:
 def open_store(cache, key, items, tokenise, what, strict):
     """The Store of a key. Where it is not there, items(report) yields (share done, item) to build it from, and tokenise(item)
     gives documents (ids, channels)."""
-    path, making = cli.make_dir(cache) / key, Path(cache) / f"{key}.tmp"
+    path, making = make_dir(cache) / key, Path(cache) / f"{key}.tmp"
     if path.is_dir():
         return Store(path)
     with open(path.with_name(".lock"), "w") as lock:
@@ -92,9 +107,15 @@ def build_store(path, items, tokenise, what, report):
     fork = multiprocessing.get_context("fork") if sys.platform == "linux" else None
     workers = fork and fork.Pool(min(16, os.cpu_count()), _start_worker)
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with open(path / "tokens", "wb") as file, cli.progress(*columns) as bar, workers or contextlib.nullcontext():
+    with (
+        open(path / "tokens", "wb") as file,
+        terminal.progress(*columns) as bar,
+        workers or contextlib.nullcontext(),
+    ):
         task = bar.add_task(f"tokenising {what}", total=1.0)
-        for done, documents in workers.imap(_work, items(report), chunksize=8) if workers else map(_work, items(report)):
+        for done, documents in (
+            workers.imap(_work, items(report), chunksize=8) if workers else map(_work, items(report))
+        ):
             for words in documents:
                 file.write(words.tobytes())
                 tokens += len(words)
@@ -102,12 +123,14 @@ def build_store(path, items, tokenise, what, report):
             bar.update(task, completed=done)
             if bar.disable and time.monotonic() - said > 10:
                 said = time.monotonic()
-                cli.note(f"tokenising {what}: {done:.0%}, {len(index) // INDEXED:,} chats in {said - begun:,.0f} s")
+                terminal.note(
+                    f"tokenising {what}: {done:.0%}, {len(index) // INDEXED:,} chats in {said - begun:,.0f} s"
+                )
         file.flush()
         os.fsync(file.fileno())
-    with cli.write_whole(path / "index", "wb") as file:
+    with write_whole(path / "index", "wb") as file:
         index.tofile(file)
-    with cli.write_whole(path / "report.json") as file:
+    with write_whole(path / "report.json") as file:
         json.dump({"counts": report, "examples": report.examples}, file)
 
 
@@ -152,15 +175,29 @@ def add_data_flags(parser):
         "epoch (the paper's), or the release's four (default: draw)")  # fmt: skip
     add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help="general SFT data (ShareGPT or "
         "`messages`) and its share of all tokens; half in the paper")  # fmt: skip
-    add("--held-out-books", type=float, default=0.0, metavar="SHARE", help="share of the books to hold out whole (default: 0)")
-    add("--strict", action="store_true", help="stop at the first thing that reading the data would repair or drop")
-    add("--cache", default=cli.OUT / "cache", help="directory of tokenised data; may be deleted at any time")
+    add(
+        "--held-out-books",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the books to hold out whole (default: 0)",
+    )
+    add(
+        "--strict",
+        action="store_true",
+        help="stop at the first thing that reading the data would repair or drop",
+    )
+    add(
+        "--cache", default=files.OUT / "cache", help="directory of tokenised data; may be deleted at any time"
+    )
     add("--seed", type=int, default=0)
 
 
 def open_stream(args, paths, tokenizer):
     """The Stream of a command line with these flags and `--seq-len`."""
-    same = {name: getattr(args, name) for name in ("seed", "variants", "mix", "cache", "held_out_books", "strict")}
+    same = {
+        name: getattr(args, name) for name in ("seed", "variants", "mix", "cache", "held_out_books", "strict")
+    }
     return Stream(paths, tokenizer, args.seq_len, thoughts=not args.without_thoughts, **same)
 
 
@@ -209,31 +246,48 @@ class Stream:
         thoughts=True,
         variants="draw",
         mix=(),
-        cache=cli.OUT / "cache",
+        cache=files.OUT / "cache",
         held_out_books=0.0,
         strict=False,
     ):
         if not 0 <= held_out_books <= 1:
             raise UsageError(f"--held-out-books is a share between 0 and 1, not {held_out_books}")
         if not 2 <= seq_len <= LONGEST_ROW:
-            raise UsageError(f"--seq-len is a number of tokens between 2 and {LONGEST_ROW:,}, not {seq_len:,}")
+            raise UsageError(
+                f"--seq-len is a number of tokens between 2 and {LONGEST_ROW:,}, not {seq_len:,}"
+            )
         self.files = data_files(paths)
-        self.tokenizer, self.seq_len, self.seed, self.cache, self.strict = tokenizer, seq_len, seed, cache, strict
-        self.options, self.held_out_books = {"seed": seed, "thoughts": thoughts, "variants": variants}, held_out_books
+        self.tokenizer, self.seq_len, self.seed, self.cache, self.strict = (
+            tokenizer,
+            seq_len,
+            seed,
+            cache,
+            strict,
+        )
+        self.options, self.held_out_books = (
+            {"seed": seed, "thoughts": thoughts, "variants": variants},
+            held_out_books,
+        )
         self.mix, self.shares = [Path(path) for path, _ in mix], [share for _, share in mix]
         if not (all(share > 0 for share in self.shares) and sum(self.shares) < 1):
-            raise UsageError(f"--mix: shares are above 0 and together below 1, not {', '.join(map(str, self.shares))}")
+            raise UsageError(
+                f"--mix: shares are above 0 and together below 1, not {', '.join(map(str, self.shares))}"
+            )
         here = Path(__file__).parent
         self.maker = digest(*(here / name for name in CODE), tokenizer.file, tokenizer.chat_format)
         self.content = digest(*self.files)
-        self.identity = digest(self.content, *self.mix, tokenizer.file, tokenizer.chat_format)  # of all that is read
+        self.identity = digest(
+            self.content, *self.mix, tokenizer.file, tokenizer.chat_format
+        )  # of all that is read
         self.stores = {}
         self.report = Report()
         for source in (0, *(-1 - i for i in range(len(self.mix)))):
             self.report.update(self.store(source).report["counts"])
             self.report.examples |= self.store(source).report["examples"]
             if not len(self.store(source).lengths) and source < 0:
-                raise UsageError(f"{mix[-1 - source][0]}: no row that the chat format {tokenizer.chat_format} has a form for")
+                raise UsageError(
+                    f"{mix[-1 - source][0]}: no row that the chat format {tokenizer.chat_format} has a form for"
+                )
         if strict and self.report:
             what, where = next(iter(self.report.examples.items()))
             raise UsageError(f"{where}: {what} (--strict)")
@@ -246,7 +300,9 @@ class Stream:
     def store(self, source):
         """Tokenised documents of a source."""
         if source not in self.stores:
-            self.stores[source] = self.general_store(self.mix[-1 - source]) if source < 0 else self.scene_store(source)
+            self.stores[source] = (
+                self.general_store(self.mix[-1 - source]) if source < 0 else self.scene_store(source)
+            )
         return self.stores[source]
 
     def general_store(self, path):
@@ -260,7 +316,9 @@ class Stream:
                     yield done, messages
 
         key = digest(self.maker, path)
-        return open_store(self.cache, key, rows, lambda row: [label(self.tokenizer, row)], path.name, self.strict)
+        return open_store(
+            self.cache, key, rows, lambda row: [label(self.tokenizer, row)], path.name, self.strict
+        )
 
     def scene_store(self, epoch, held_out=False):
         epoch = epoch if self.options["variants"] == "draw" else 0
@@ -274,7 +332,9 @@ class Stream:
             chats = scene_to_chats(scene, epoch, **self.options)
             return [label(self.tokenizer, chat.messages, chat.character) for chat in chats]
 
-        key = digest(self.maker, self.content, json.dumps([self.options, self.held_out_books, epoch, held_out]))
+        key = digest(
+            self.maker, self.content, json.dumps([self.options, self.held_out_books, epoch, held_out])
+        )
         what = "held-out scenes" if held_out else f"the scenes of epoch {epoch}"
         return open_store(self.cache, key, scenes, tokenise, what, self.strict)
 
@@ -295,7 +355,11 @@ class Stream:
             cut, left_out = split_long(store.read(document)[1], self.seq_len)
             long += [(source, document, *piece) for piece in cut]
             without += left_out
-        return np.concatenate([pieces, np.array(long, np.int64).reshape(-1, 6)]), len(documents) - len(whole), without
+        return (
+            np.concatenate([pieces, np.array(long, np.int64).reshape(-1, 6)]),
+            len(documents) - len(whole),
+            without,
+        )
 
     def make(self, row):
         """A row of pieces as tensors."""
@@ -322,7 +386,9 @@ class Stream:
             more = self.chosen[-1 - i] = self.next_general(-1 - i, taken, wanted)
             mixed.append([taken + len(more), had + int(self.store(-1 - i).lengths[more].sum())])
         found = [self.pieces(source, documents) for source, documents in self.chosen.items()]
-        pieces = np.concatenate([np.array(start["carried"], np.int64).reshape(-1, 6), *(pieces for pieces, *_ in found)])
+        pieces = np.concatenate(
+            [np.array(start["carried"], np.int64).reshape(-1, 6), *(pieces for pieces, *_ in found)]
+        )
         lengths = row_lengths(pieces)
         self.rows = [pieces[row] for row in best_fit(lengths, self.seq_len, f"{self.seed}|{epoch}")]
         carried = []
@@ -331,7 +397,9 @@ class Stream:
             carried = self.rows.pop(emptiest).tolist()
         self.cut, self.without = sum(cut for _, cut, _ in found), sum(without for *_, without in found)
         self.documents = sum(map(len, self.chosen.values()))
-        self.tokens = sum(int(self.store(source).lengths[documents].sum()) for source, documents in self.chosen.items())
+        self.tokens = sum(
+            int(self.store(source).lengths[documents].sum()) for source, documents in self.chosen.items()
+        )
         counts = sum(self.store(source).counts[documents].sum(0) for source, documents in self.chosen.items())
         self.supervised = dict(zip(CHANNELS, counts.tolist(), strict=True))
         self.next = {"epoch": epoch + 1, "carried": carried, "tokens": tokens, "mixed": mixed}

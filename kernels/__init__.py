@@ -16,7 +16,9 @@ def use(name):
     """Runs the "torch" or the "triton" kernels from now on, whatever the device; None goes by the device again."""
     global _chosen
     if name not in ("torch", "triton", None):
-        raise ValueError(f"no {name!r} kernels; there are: torch, triton, and None for the tensors' device to decide")
+        raise ValueError(
+            f"no {name!r} kernels; there are: torch, triton, and None for the tensors' device to decide"
+        )
     _chosen = name
 
 
@@ -26,8 +28,12 @@ def attention(q, k, v, positions=None, window=None, rows=None):
     fits = fits and q.shape[-2] % k.shape[2] == 0 and q.shape[-1] == k.shape[3]
     fits = fits and q.shape[:-2] == (k.shape[:2] if rows is None else rows.shape)
     if not fits or (positions is not None and positions.shape != k.shape[:2]):
-        taken = "q [B, T, H, D] (with rows [N]: [N, H, D]), k and v [B, T, K, D], positions [B, T], K dividing H"
-        raise ValueError(f"attention takes {taken}; got {_shapes(q=q, k=k, v=v, positions=positions, rows=rows)}")
+        taken = (
+            "q [B, T, H, D] (with rows [N]: [N, H, D]), k and v [B, T, K, D], positions [B, T], K dividing H"
+        )
+        raise ValueError(
+            f"attention takes {taken}; got {_shapes(q=q, k=k, v=v, positions=positions, rows=rows)}"
+        )
     if window is not None and window < 1:
         raise ValueError(f"attention takes a window of at least 1 key, the query's own; got {window}")
     if _runs_triton(q):
@@ -39,11 +45,22 @@ def attention(q, k, v, positions=None, window=None, rows=None):
 
 def decode_attention(q, key_pages, value_pages, block_table, lengths, window=None):
     """The last tokens of each sequence against its paged keys; shapes as in `kernels.decode.decode_attention_torch`."""
-    fits = q.ndim == key_pages.ndim == 4 and key_pages.shape == value_pages.shape and q.shape[3] == key_pages.shape[3]
-    fits = fits and q.shape[2] % key_pages.shape[2] == 0 and block_table.ndim == 2 and lengths.shape == q.shape[:1]
+    fits = (
+        q.ndim == key_pages.ndim == 4
+        and key_pages.shape == value_pages.shape
+        and q.shape[3] == key_pages.shape[3]
+    )
+    fits = (
+        fits
+        and q.shape[2] % key_pages.shape[2] == 0
+        and block_table.ndim == 2
+        and lengths.shape == q.shape[:1]
+    )
     if not fits or len(block_table) != len(q):
         taken = "q [S, Q, H, D], pages [P, page_size, K, D], block_table [S, max_pages], lengths [S], K dividing H"
-        given = dict(q=q, key_pages=key_pages, value_pages=value_pages, block_table=block_table, lengths=lengths)
+        given = dict(
+            q=q, key_pages=key_pages, value_pages=value_pages, block_table=block_table, lengths=lengths
+        )
         raise ValueError(f"decode_attention takes {taken}; got {_shapes(**given)}")
     if window is not None and window < 1:
         raise ValueError(f"decode_attention takes a window of at least 1 key, the query's own; got {window}")

@@ -27,9 +27,16 @@ def attention_torch(q, k, v, positions=None, window=None, rows=None):
     ends = torch.tensor(lengths).cumsum(0)
     counts = torch.diff(torch.searchsorted(rows, ends.to(rows.device)), prepend=rows.new_zeros(1)).tolist()
     out = []
-    parts = (q.split(counts), rows.split(counts), k.flatten(0, 1).split(lengths), v.flatten(0, 1).split(lengths))
+    parts = (
+        q.split(counts),
+        rows.split(counts),
+        k.flatten(0, 1).split(lengths),
+        v.flatten(0, 1).split(lengths),
+    )
     for end, queries, own, keys, values in zip(ends.tolist(), *parts, strict=True):
-        if len(queries) or not len(rows):  # an empty selection too is part of the graph: k and v get zero gradients
+        if len(queries) or not len(
+            rows
+        ):  # an empty selection too is part of the graph: k and v get zero gradients
             at = own - (end - len(keys))  # [n], where the queries are in their document
             out.append(_selected(queries, keys, values, at, window))
     return torch.cat(out)
@@ -49,7 +56,9 @@ def _document(q, k, v, window):
     n, mask = q.shape[2], None
     if window is not None and n > window:
         mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril().triu(1 - window)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out.transpose(1, 2)
 
 

@@ -108,7 +108,9 @@ def _forward(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for phase in tl.static_range(2):  # first the blocks with a mask, on both sides, then those without between them
+    for phase in tl.static_range(
+        2
+    ):  # first the blocks with a mask, on both sides, then those without between them
         for i in range(count - wholes if phase == 0 else wholes):
             block = i + tl.where(i >= first_whole, wholes, 0) if phase == 0 else i + first_whole
             n = start + block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -221,9 +223,15 @@ def attention_triton(q, k, v, positions=None, window=None, rows=None):
 
 def check(q, k, v):
     """ValueError, with shapes and dtypes, for what the kernels are not written for."""
-    if q.shape[-1] > 128 or q.dtype not in (torch.float16, torch.bfloat16, torch.float32) or not q.dtype == k.dtype == v.dtype:
+    if (
+        q.shape[-1] > 128
+        or q.dtype not in (torch.float16, torch.bfloat16, torch.float32)
+        or not q.dtype == k.dtype == v.dtype
+    ):
         got = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in dict(q=q, k=k, v=v).items())
-        raise ValueError(f"the triton kernels attend in fp16, bf16 or fp32, all the same, head sizes up to 128; got {got}")
+        raise ValueError(
+            f"the triton kernels attend in fp16, bf16 or fp32, all the same, head sizes up to 128; got {got}"
+        )
 
 
 def key_range(B, T, positions, window, rows, device):
@@ -249,7 +257,9 @@ def attend(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     M, H, D = q.shape
     if q.numel():
-        _forward[_grid(M, "BLOCK_M", H)](q, k, v, first, stop, out, lse, M, len(k), *_strides(q, k, v), **_sizes(q, k))
+        _forward[_grid(M, "BLOCK_M", H)](
+            q, k, v, first, stop, out, lse, M, len(k), *_strides(q, k, v), **_sizes(q, k)
+        )
     return out, lse
 
 
@@ -271,11 +281,17 @@ def attend_backward(
         return dq, dk.zero_(), dv.zero_()
     grad, delta = grad.contiguous(), torch.empty_like(lse)
     keys = torch.arange(N, dtype=torch.int32, device=q.device)
-    begin = torch.searchsorted(stop, keys, right=True, out_int32=True)  # the first query that does not end before a key
+    begin = torch.searchsorted(
+        stop, keys, right=True, out_int32=True
+    )  # the first query that does not end before a key
     end = torch.searchsorted(first, keys, right=True, out_int32=True)  # the first that begins after it
     sizes, strides = _sizes(q, k), _strides(q, k, v)
-    _backward_queries[_grid(M, "BLOCK_M", H)](q, k, v, first, stop, out, lse, grad, delta, dq, M, N, *strides, **sizes)
-    _backward_keys[_grid(N, "BLOCK_N", K)](q, k, v, begin, end, lse, grad, delta, dk, dv, M, N, *strides, **sizes)
+    _backward_queries[_grid(M, "BLOCK_M", H)](
+        q, k, v, first, stop, out, lse, grad, delta, dq, M, N, *strides, **sizes
+    )
+    _backward_keys[_grid(N, "BLOCK_N", K)](
+        q, k, v, begin, end, lse, grad, delta, dk, dv, M, N, *strides, **sizes
+    )
     return dq, dk, dv
 
 

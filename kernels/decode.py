@@ -22,7 +22,9 @@ def decode_attention_torch(q, key_pages, value_pages, block_table, lengths, wind
     for s, length in enumerate(lengths.tolist()):
         if length:
             pages = block_table[s, : -(-length // page_size)]
-            keys, values = (x[pages].flatten(0, 1)[:length] for x in (key_pages, value_pages))  # [length, K, D]
+            keys, values = (
+                x[pages].flatten(0, 1)[:length] for x in (key_pages, value_pages)
+            )  # [length, K, D]
             seen = min(Q, length)
             at = torch.arange(length - seen, length, device=q.device)
             out[s, Q - seen :] = _selected(q[s, Q - seen :], keys, values, at, window)

@@ -50,11 +50,19 @@ def _part(
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         inside = n < end
-        page = tl.load(block_table + s.to(tl.int64) * max_pages + n // PAGE, mask=inside, other=0).to(tl.int64)
+        page = tl.load(block_table + s.to(tl.int64) * max_pages + n // PAGE, mask=inside, other=0).to(
+            tl.int64
+        )
         here = inside[:, None] & (d < D)[None, :]
-        keys = tl.load(key_pages + (page * k_p + n % PAGE * k_n + key_head * k_h)[:, None] + d[None, :], mask=here, other=0.0)
+        keys = tl.load(
+            key_pages + (page * k_p + n % PAGE * k_n + key_head * k_h)[:, None] + d[None, :],
+            mask=here,
+            other=0.0,
+        )
         values = tl.load(
-            value_pages + (page * v_p + n % PAGE * v_n + key_head * v_h)[:, None] + d[None, :], mask=here, other=0.0
+            value_pages + (page * v_p + n % PAGE * v_n + key_head * v_h)[:, None] + d[None, :],
+            mask=here,
+            other=0.0,
         )
         seen = inside[None, :] & (n[None, :] <= last[:, None]) & (n[None, :] > last[:, None] - window)
         scores = tl.where(seen, dot(queries, tl.trans(keys)), float("-inf"))  # [ROWS, BLOCK_N]
@@ -80,14 +88,24 @@ def _join(
     head, query, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(0)
     part, d = tl.arange(0, PARTS), tl.arange(0, BLOCK_D)
-    at = ((s * (heads // GROUP) + head // GROUP) * parts_of + part).to(tl.int64) * ROWS + query * GROUP + head % GROUP
+    at = (
+        ((s * (heads // GROUP) + head // GROUP) * parts_of + part).to(tl.int64) * ROWS
+        + query * GROUP
+        + head % GROUP
+    )
     lse_part = tl.load(lse + at, mask=part < parts_of, other=float("-inf"))
     top = tl.max(lse_part, 0)
     weights = tl.exp2(lse_part - tl.where(top == float("-inf"), 0.0, top))  # [PARTS]
     weights /= tl.where(top == float("-inf"), 1.0, tl.sum(weights, 0))
-    tile = tl.load(parts + at[:, None] * D + d[None, :], mask=(part < parts_of)[:, None] & (d < D)[None, :], other=0.0)
+    tile = tl.load(
+        parts + at[:, None] * D + d[None, :], mask=(part < parts_of)[:, None] & (d < D)[None, :], other=0.0
+    )
     joined = tl.sum(weights[:, None] * tile, 0)
-    tl.store(out + ((s.to(tl.int64) * Q + query) * heads + head) * D + d, joined.to(out.dtype.element_ty), mask=d < D)
+    tl.store(
+        out + ((s.to(tl.int64) * Q + query) * heads + head) * D + d,
+        joined.to(out.dtype.element_ty),
+        mask=d < D,
+    )
 
 
 def decode_attention_triton(q, key_pages, value_pages, block_table, lengths, window=None):
@@ -108,10 +126,14 @@ def decode(
     out = _decode_shape(q, key_pages, value_pages, block_table, lengths, window)
     if not q.numel():
         return out
-    q, key_pages, value_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, key_pages, value_pages))
+    q, key_pages, value_pages = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q, key_pages, value_pages)
+    )
     (S, Q, H, D), (_, page_size, K, _), max_pages = q.shape, key_pages.shape, block_table.shape[1]
     processors = 32 if INTERPRETED else torch.cuda.get_device_properties(q.device).multi_processor_count
-    parts_of = max(1, min(2 * processors // (S * K), max_pages * page_size // 64, 64))  # two rounds, but at least 64 keys each
+    parts_of = max(
+        1, min(2 * processors // (S * K), max_pages * page_size // 64, 64)
+    )  # two rounds, but at least 64 keys each
     rows = max(16, triton.next_power_of_2(Q * H // K))  # a tensor core's tile has at least 16
     parts = torch.empty(S, K, parts_of, rows, D, dtype=torch.float32, device=q.device)
     lse = torch.empty(S, K, parts_of, rows, dtype=torch.float32, device=q.device)

@@ -17,13 +17,26 @@ from kernels.attention_triton import INTERPRETED
 
 @triton.jit
 def _forward(
-    x, residual, weight, y, total, scales, N, C, eps, HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    scales,
+    N,
+    C,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     n, c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     at, inside = n.to(tl.int64)[:, None] * C + c[None, :], (n < N)[:, None] & (c < C)[None, :]
     s = tl.load(x + at, mask=inside, other=0.0)  # [BLOCK_N, BLOCK_C]
     if HAS_RESIDUAL:
-        s = (s.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(x.dtype.element_ty)
+        s = (s.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(
+            x.dtype.element_ty
+        )
         tl.store(total + at, s, mask=inside)
     s = s.to(tl.float32)
     r = tl.rsqrt(tl.sum(s * s, 1) / C + eps)
@@ -83,7 +96,9 @@ def norm(
     if x.numel():
         block_n, block_c, warps = _blocks(C)
         sizes = dict(HAS_RESIDUAL=total.numel() > 0, BLOCK_N=block_n, BLOCK_C=block_c, num_warps=warps)
-        _forward[triton.cdiv(N, block_n),](x, residual, weight.contiguous(), normed, total, scales, N, C, eps, **sizes)
+        _forward[triton.cdiv(N, block_n),](
+            x, residual, weight.contiguous(), normed, total, scales, N, C, eps, **sizes
+        )
     return normed, total, scales
 
 
@@ -95,7 +110,11 @@ def _norm_shapes(x, weight, eps, residual):
 
 @torch.library.custom_op("coser::norm_backward", mutates_args=())
 def norm_backward(
-    grad: torch.Tensor, grad_total: torch.Tensor | None, total: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor
+    grad: torch.Tensor,
+    grad_total: torch.Tensor | None,
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of x (and of the residual: the same) and of the weight; total is what was normalised, [..., C]."""
     dx, dw = _norm_backward_shapes(grad, grad_total, total, weight, scales)

@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports triton: its kernels then run on the CPU, interpreted
+if (
+    not torch.cuda.is_available()
+):  # before anything imports triton: its kernels then run on the CPU, interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
 import checkpoint
 import tokenizer
+from common import terminal
 from data.scenes import load_stage
 from model import ModelConfig, RopeScaling
 
@@ -104,11 +107,10 @@ def script(monkeypatch, capsys):
     """Runs a script's command line in this process: script("judge", "--rescore", file) -> (exit code, stdout, stderr)."""
 
     def run(name, *args):
-        import cli
 
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
         with pytest.raises(SystemExit) as exit_:
-            cli.run(importlib.import_module(name).main)
+            terminal.run(importlib.import_module(name).main)
         out, err = capsys.readouterr()
         return exit_.value.code or 0, out, err
 

@@ -20,14 +20,18 @@ import checkpoint
 import train
 
 torch.set_num_threads(1)
-torch.compile = functools.partial(torch.compile, backend="aot_eager")  # captured, but no code generated: that takes minutes
+torch.compile = functools.partial(
+    torch.compile, backend="aot_eager"
+)  # captured, but no code generated: that takes minutes
 out, splits = Path(sys.argv[1]), json.loads(sys.argv[2])
 stored = load_file(out / "rows.safetensors")
 rows = [{name: tensor[i] for name, tensor in stored.items()} for i in range(len(stored["tokens"]))]
 device = train.start_ranks()
 rank, world = dist.get_rank(), dist.get_world_size()
 for split in splits:
-    options = dict(dtype="float32", recompute="none", compile=False, shard_ranks=None, clip=1e9, micro_batch=1)
+    options = dict(
+        dtype="float32", recompute="none", compile=False, shard_ranks=None, clip=1e9, micro_batch=1
+    )
     args = types.SimpleNamespace(**options | split)
     model = train.shard_model(checkpoint.load_config(out / "start"), device, args)
     checkpoint.fill(model, checkpoint.Weights(out / "start"))

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cli
+
 import train
+from common import files, terminal
 from data.stream import HELD_OUT, Stream
 
 file, make = Path(sys.argv.pop(1)), Stream.make
@@ -16,9 +17,9 @@ file, make = Path(sys.argv.pop(1)), Stream.make
 
 def noted(stream, row):
     if not (row[:, 0] == HELD_OUT).any():
-        cli.append_line(f"{file}.{train.RANK}", row.tolist())
+        files.append_line(f"{file}.{train.RANK}", row.tolist())
     return make(stream, row)
 
 
 Stream.make = noted
-cli.run(train.main)
+terminal.run(train.main)

@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.utils import logging
 
 import checkpoint
-from cli import UsageError
+from checkpoint import weights
+from common import files
+from common.files import UsageError
 from model import RopeScaling
 
 logging.disable_progress_bar()
@@ -41,7 +43,7 @@ def edit_json(path, **changes):
 def actor(tiny_actor, tmp_path):
     """A copy of the tiny actor to be damaged, without the manifest, as one that was downloaded."""
     directory = shutil.copytree(tiny_actor, tmp_path / "actor")
-    (directory / checkpoint.MANIFEST).unlink()
+    (directory / files.MANIFEST).unlink()
     return directory
 
 
@@ -62,11 +64,15 @@ def test_what_is_saved_comes_back(seed, max_shard_bytes, tmp_path):
     checkpoint.save_model(model, tmp_path / "model", max_shard_bytes=max_shard_bytes)
     assert_same(checkpoint.load_model(tmp_path / "model"), model)
     assert os.listdir(tmp_path) == ["model"]
-    assert len({file.stat().st_mode for file in (tmp_path / "model").iterdir()}) == 1  # whoever may read one may read all
+    assert (
+        len({file.stat().st_mode for file in (tmp_path / "model").iterdir()}) == 1
+    )  # whoever may read one may read all
     shards = [load_file(file) for file in (tmp_path / "model").glob("*.safetensors")]
     assert sum(map(len, shards)) == len(dict(model.named_parameters()))
-    assert all(len(shard) == 1 or sum(t.nbytes for t in shard.values()) <= max_shard_bytes for shard in shards)
-    assert (len(shards) > 1) == (max_shard_bytes < 10**9) == (tmp_path / "model" / checkpoint.INDEX).exists()
+    assert all(
+        len(shard) == 1 or sum(t.nbytes for t in shard.values()) <= max_shard_bytes for shard in shards
+    )
+    assert (len(shards) > 1) == (max_shard_bytes < 10**9) == (tmp_path / "model" / weights.INDEX).exists()
 
 
 @pytest.mark.parametrize("max_shard_bytes", [3000, 10**9])
@@ -80,7 +86,9 @@ def test_transformers_opens_what_is_saved(seed, max_shard_bytes, tmp_path):
     assert not any(info.values()), info
     for name, parameter in model.named_parameters():
         assert torch.equal(theirs.get_parameter(name), parameter), name
-    for name in {f.name for f in dataclasses.fields(model.config)} & set(theirs.config.to_dict()) - {"rope_scaling"}:
+    for name in {f.name for f in dataclasses.fields(model.config)} & set(theirs.config.to_dict()) - {
+        "rope_scaling"
+    }:
         assert getattr(theirs.config, name) == getattr(model.config, name), name
 
 
@@ -89,7 +97,9 @@ def test_what_transformers_saves_is_read(seed, tmp_path):
     """A directory of transformers 5 (`rope_parameters`, `dtype`) gives the same model back."""
     model = random_model(random_config(seed), seed)
     checkpoint.save_model(model, tmp_path / "ours")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "ours").save_pretrained(
+        tmp_path / "theirs", max_shard_size="20KB"
+    )
     written = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert "rope_parameters" in written and "rope_theta" not in written
     assert_same(checkpoint.load_model(tmp_path / "theirs"), model)
@@ -133,7 +143,9 @@ def test_the_form_of_transformers_4(tmp_path):
     config = checkpoint.load_config(tmp_path)
     assert config.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192) and config.rope_theta == 5e5
     assert (config.head_dim, config.num_attention_heads, config.num_key_value_heads) == (128, 32, 8)
-    small = dataclasses.replace(config, hidden_size=32, head_dim=1, vocab_size=3, intermediate_size=2, num_hidden_layers=1)
+    small = dataclasses.replace(
+        config, hidden_size=32, head_dim=1, vocab_size=3, intermediate_size=2, num_hidden_layers=1
+    )
     checkpoint.save_model(random_model(small), tmp_path / "model", dtype=torch.bfloat16)
     written = json.loads((tmp_path / "model" / "config.json").read_text())
     for key in ("rope_scaling", "rope_theta", "torch_dtype", "model_type", "architectures", "rms_norm_eps"):
@@ -143,8 +155,19 @@ def test_the_form_of_transformers_4(tmp_path):
 def test_what_an_old_configuration_leaves_out(tmp_path):
     """Without key/value heads, head size, theta or scaling, the values are those transformers takes."""
     config = random_config(0)
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "max_position_embeddings")
-    old = {key: getattr(config, key) for key in keys} | {"model_type": "llama", "hidden_act": "silu", "hidden_size": 48}
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "rms_norm_eps",
+        "max_position_embeddings",
+    )
+    old = {key: getattr(config, key) for key in keys} | {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": 48,
+    }
     (tmp_path / "config.json").write_text(json.dumps({**old, "num_attention_heads": 6}))
     read, expected = checkpoint.load_config(tmp_path), AutoConfig.from_pretrained(tmp_path)
     assert read.num_key_value_heads == expected.num_key_value_heads == 6
@@ -158,7 +181,10 @@ def test_the_tokenizer_goes_with_the_model(tiny_actor, stage_tokenizer):
     assert (tiny_actor / "tokenizer.model").read_bytes() == stage_tokenizer.file.read_bytes()
     theirs = AutoModelForCausalLM.from_pretrained(tiny_actor)
     for config in (theirs.config, theirs.generation_config):
-        assert (config.bos_token_id, config.eos_token_id) == (stage_tokenizer.bos_id, stage_tokenizer.stop_ids)
+        assert (config.bos_token_id, config.eos_token_id) == (
+            stage_tokenizer.bos_id,
+            stage_tokenizer.stop_ids,
+        )
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
@@ -175,7 +201,7 @@ def test_tensors_that_may_be_there_and_are_not_needed(tmp_path):
     """A tied model's copy of its embeddings and the rotary tables of old checkpoints do no harm."""
     model = random_model(random_config(0, tie_word_embeddings=True))
     checkpoint.save_model(model, tmp_path / "model")
-    (tmp_path / "model" / checkpoint.MANIFEST).unlink()
+    (tmp_path / "model" / files.MANIFEST).unlink()
     tensors = load_file(tmp_path / "model" / WEIGHTS)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
@@ -201,7 +227,11 @@ def test_a_save_takes_the_place_of_the_one_before(tmp_path):
         model = random_model(random_config(seed), seed)
         checkpoint.save_model(model, tmp_path / "model", max_shard_bytes=max_shard_bytes)
         assert_same(checkpoint.load_model(tmp_path / "model"), model)
-    assert {file.name for file in (tmp_path / "model").iterdir()} == {WEIGHTS, "config.json", checkpoint.MANIFEST}
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {
+        WEIGHTS,
+        "config.json",
+        files.MANIFEST,
+    }
     assert os.listdir(tmp_path) == ["model"]
 
 
@@ -253,10 +283,16 @@ def test_directories_that_are_no_checkpoint(script, tmp_path):
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
         ({"attention_bias": True}, ["attention_bias"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, ["quantization", "bitsandbytes"]),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            ["quantization", "bitsandbytes"],
+        ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope", "yarn"]),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ["rope", "linear"]),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ["rope", "dynamic"]),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            ["rope", "dynamic"],
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, ["low_freq_factor", "missing"]),
         ({"num_attention_heads": None}, ["num_attention_heads", "missing"]),
     ],
@@ -320,13 +356,14 @@ def test_files_that_changed_since_they_were_saved(name, how, tiny_actor, tmp_pat
     changed = {"altered": whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:], "truncated": whole[:-1]}
     (directory / name).write_bytes(changed[how]) if how in changed else (directory / name).unlink()
     with pytest.raises(UsageError, match=re.escape(f"{directory / name}: altered or truncated")):
-        checkpoint.verify(directory)
+        files.verify(directory)
     with pytest.raises(UsageError, match=re.escape(name)):
         checkpoint.load_model(directory)
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [(checkpoint.INDEX, "{"), (checkpoint.INDEX, "[]"), (checkpoint.INDEX, "{}"), (checkpoint.MANIFEST, "{")]
+    ("name", "text"),
+    [(weights.INDEX, "{"), (weights.INDEX, "[]"), (weights.INDEX, "{}"), (files.MANIFEST, "{")],
 )
 def test_an_index_or_manifest_that_is_none(name, text, actor, refusal):
     """An index or a manifest that is cut off, no object, or says nothing."""
@@ -341,7 +378,7 @@ def test_an_index_that_leaves_the_directory(where, actor, refusal, tmp_path):
     names = list(load_file(actor / WEIGHTS))
     outside = (actor / WEIGHTS).rename(tmp_path / "outside.safetensors")
     where = str(outside) if where == "absolute" else where
-    (actor / checkpoint.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, where)}))
+    (actor / weights.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, where)}))
     line = refusal()
     assert where in line and "leaves the directory" in line
 
@@ -350,7 +387,7 @@ def test_an_index_whose_shard_is_not_there(actor, refusal):
     """A download that lacks one of its shards says which."""
     names = sorted(load_file(actor / WEIGHTS))
     weight_map = dict.fromkeys(names, WEIGHTS) | {names[0]: "model-00002-of-00002.safetensors"}
-    (actor / checkpoint.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (actor / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     assert "model-00002-of-00002.safetensors: missing" in refusal()
 
 
@@ -359,7 +396,8 @@ def test_a_tokenizer_larger_than_the_model(actor, refusal):
     edit_json(actor / "config.json", vocab_size=100)
     tensors = load_file(actor / WEIGHTS)
     save_file(
-        {name: t[:100].clone() if "embed" in name or "lm_head" in name else t for name, t in tensors.items()}, actor / WEIGHTS
+        {name: t[:100].clone() if "embed" in name or "lm_head" in name else t for name, t in tensors.items()},
+        actor / WEIGHTS,
     )
     assert "100" in refusal()
 
@@ -380,7 +418,9 @@ def test_random_weights_depend_on_seed_and_name():
             assert (parameter == 1).all()
         else:
             assert not torch.equal(parameter, other[name])
-            depth = 2 * config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            depth = (
+                2 * config.num_hidden_layers if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
+            )
             expected = (config.hidden_size * depth) ** -0.5
             assert abs(parameter.std().item() / expected - 1) < 5 / parameter.numel() ** 0.5
     layers = [first[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)]

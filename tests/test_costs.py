@@ -11,20 +11,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import costs
-import loss as loss_module
 import train
 from checkpoint import RandomWeights, fill
 from data.packing import pack
-from loss import linear_cross_entropy
+from kernels import cross_entropy
+from kernels.cross_entropy import linear_cross_entropy
 from model import PRESETS, ModelConfig
+from training import costs
 
 
 @pytest.mark.parametrize("chunk", [1, 300, 10**6])
 @pytest.mark.parametrize("n", [0, 1, 5, 64])
 def test_loss_in_chunks_is_the_plain_loss(n, chunk, monkeypatch):
     """Sum, single losses and gradients equal those of whole logits, whatever the chunk; without a gradient, none is made."""
-    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(n)
     x, weight = torch.randn(n, 24, generator=generator), torch.randn(101, 24, generator=generator)
     targets = torch.randint(101, (n,), generator=generator)
@@ -63,7 +63,7 @@ def test_loss_in_bf16_is_no_worse_than_the_plain_one():
 
 def test_loss_never_holds_all_logits(monkeypatch):
     """No tensor of forward or backward is larger than a chunk of logits, or than the weight."""
-    monkeypatch.setattr(loss_module, "CHUNK", 4000)
+    monkeypatch.setattr(cross_entropy, "CHUNK", 4000)
     x, weight = torch.randn(200, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
 
     class Largest(TorchDispatchMode):
@@ -71,19 +71,24 @@ def test_loss_never_holds_all_logits(monkeypatch):
 
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             out = operation(*args, **(kwargs or {}))
-            self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+            self.elements = max(
+                [self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))]
+            )
             return out
 
     with Largest() as largest:
         linear_cross_entropy(x, weight, torch.randint(1000, (200,)))[0].backward()
-    assert largest.elements == weight.numel() == 8000 > loss_module.CHUNK
+    assert largest.elements == weight.numel() == 8000 > cross_entropy.CHUNK
 
 
 def packed(config, seq_len):
     """One full row of random documents, as a batch."""
     generator = torch.Generator().manual_seed(0)
     documents = [
-        (torch.randint(config.vocab_size, (n,), generator=generator).tolist(), (torch.rand(n, generator=generator) < 0.2).int())
+        (
+            torch.randint(config.vocab_size, (n,), generator=generator).tolist(),
+            (torch.rand(n, generator=generator) < 0.2).int(),
+        )
         for n in (seq_len // 2, seq_len // 4, seq_len // 4)
     ]
     return train.stack(pack(documents, seq_len), "cpu")
@@ -94,17 +99,23 @@ def test_model_flops_are_those_of_the_products(family):
     """PyTorch's counter finds as many in the matrix products of forward and backward; attention is counted by hand."""
     config = random_config(4, family, num_hidden_layers=3, sliding_window=None)
     model, batch = random_model(config).train(), packed(config, 64)
-    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}  # the one it does not know
+    in_place = {
+        torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]
+    }  # the one it does not know
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         train.loss_sum(model, batch)[0].backward()
     counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     products = sum(count for operation, count in counts.items() if "attention" not in operation)
     learnt = (batch["targets"] != train.IGNORE).sum().item()
     assert costs.model_flops(config, 64, learnt, 0, 0) == products
-    pairs = sum(n * (n + 1) // 2 for n in (32, 16, 16))  # query and key: H heads, D multiply-adds for q k' and as many for p v
+    pairs = sum(
+        n * (n + 1) // 2 for n in (32, 16, 16)
+    )  # query and key: H heads, D multiply-adds for q k' and as many for p v
     each = 3 * 2 * 2 * config.num_attention_heads * config.head_dim
     with_attention = costs.model_flops(config, 64, learnt, pairs, 10)
-    assert with_attention - products == each * (2 * pairs + 10)  # the last layer needs those of supervised queries alone
+    assert with_attention - products == each * (
+        2 * pairs + 10
+    )  # the last layer needs those of supervised queries alone
     assert train.tally([batch], None).tolist()[:2] == [64, pairs]
 
 
@@ -120,7 +131,9 @@ def test_activations_take_what_the_plan_says(how):
     class Made(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
             out = operation(*args, **(kwargs or {}))
-            made.extend(weakref.ref(t.untyped_storage()) for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            made.extend(
+                weakref.ref(t.untyped_storage()) for t in tree_leaves(out) if isinstance(t, torch.Tensor)
+            )
             return out
 
     with Made():
@@ -132,5 +145,7 @@ def test_activations_take_what_the_plan_says(how):
     assert heads == 4 * config.vocab_size * config.hidden_size
     plans = {name: costs.memory_plan(config, 512, 4, name, 1)["activations"] for name in (how, "none")}
     plans = {name: plan - 4 * config.vocab_size * 512 for name, plan in plans.items()}  # no logits are left
-    block = 0 if how == "none" else (plans["none"] - 4 * 512 * 3 * 256) / 5  # the one that is recomputed is not there yet
+    block = (
+        0 if how == "none" else (plans["none"] - 4 * 512 * 3 * 256) / 5
+    )  # the one that is recomputed is not there yet
     assert sum(alive.values()) == pytest.approx(plans[how] - block, rel=0.25)

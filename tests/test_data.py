@@ -15,7 +15,7 @@ from conftest import ROOT, usage_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import UsageError
+from common.files import UsageError
 from data import prompts
 from data.chats import (
     END_CHAT,
@@ -60,7 +60,8 @@ def book(*dialogues, **conversation):
 
 
 @pytest.mark.parametrize(
-    ("name", "train", "held_out", "messages", "without"), [("King Lear", 17, 2, 193, 2), ("Othello", 13, 1, 137, 0)]
+    ("name", "train", "held_out", "messages", "without"),
+    [("King Lear", 17, 2, 193, 2), ("Othello", 13, 1, 137, 0)],
 )
 def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, without):
     """Every conversation of the file, word for word and in order, split where the file says, and nothing repaired."""
@@ -73,13 +74,19 @@ def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, with
     for scene, (i_p, i_c, conversation, plot) in zip(scenes, found, strict=True):
         assert (scene.book, scene.i_p, scene.i_c) == (name, i_p, i_c)
         assert scene.tag == ("train" if i_p < raw["split_plot_index"] else "id")
-        assert scene.dialogues == [{k: turn[k] for k in ("character", "message")} for turn in conversation["dialogues"]]
+        assert scene.dialogues == [
+            {k: turn[k] for k in ("character", "message")} for turn in conversation["dialogues"]
+        ]
         assert (scene.scenario, scene.topic) == (conversation["scenario"], conversation["topic"])
         assert scene.plot_summary == plot["summary"]
         assert scene.motivations == {k["name"]: k["motivation"] for k in conversation["key_characters"]}
-        counts = [Counter(turn["character"] for turn in scene.dialogues)[name] for name in scene.speaking_characters]
+        counts = [
+            Counter(turn["character"] for turn in scene.dialogues)[name] for name in scene.speaking_characters
+        ]
         assert counts == sorted(counts, reverse=True) and sum(counts) == len(scene.dialogues)
-        profiled = [n for n in scene.speaking_characters if raw["character_datasets"].get(n, {}).get("profile")]
+        profiled = [
+            n for n in scene.speaking_characters if raw["character_datasets"].get(n, {}).get("profile")
+        ]
         assert scene.major_characters == profiled
         assert all(scene.profiles[n] == raw["character_datasets"][n]["profile"] for n in profiled)
 
@@ -104,7 +111,11 @@ def test_major_characters_are_those_the_test_file_names(shared):
     """`major_characters` of the test file is kept, also for those of them whose profile is empty."""
     file = shared / "coser" / "test" / "id.json"
     named = [item["major_characters"] for item in json.loads(file.read_text("utf-8"))]
-    wrong = [(s.key, s.major_characters, n) for s, n in zip(load_scenes(file), named, strict=True) if s.major_characters != n]
+    wrong = [
+        (s.key, s.major_characters, n)
+        for s, n in zip(load_scenes(file), named, strict=True)
+        if s.major_characters != n
+    ]
     assert not wrong, f"{len(wrong)} of {len(named)} scenes, the first: {wrong[0]}"
 
 
@@ -144,7 +155,9 @@ def test_a_messy_message_is_repaired_or_dropped_and_counted(read, turn, expected
     """One odd message among good ones: what it says is kept or it goes, and the report has exactly one line on it."""
     (scene,), report = read(book(HI, turn, HO))
     assert scene.dialogues == [HI, *([{"character": "A", "message": expected}] if expected else []), HO]
-    assert sum(report.values()) == 1 and next(iter(report)).startswith("repaired: " if expected else "dropped: ")
+    assert sum(report.values()) == 1 and next(iter(report)).startswith(
+        "repaired: " if expected else "dropped: "
+    )
 
 
 def test_both_repairs_of_one_message_are_counted(read):
@@ -210,7 +223,9 @@ def test_a_plot_that_is_no_object_moves_no_other_across_the_split(read):
 def test_without_a_split_the_last_tenth_is_held_out(read, number):
     """A book that does not say where to split holds out what lies behind 90% of its plots."""
     scenes, _ = read({"plots": book()["plots"] * number})
-    assert [scene.tag for scene in scenes] == ["train"] * (number * 9 // 10) + ["id"] * (number - number * 9 // 10)
+    assert [scene.tag for scene in scenes] == ["train"] * (number * 9 // 10) + ["id"] * (
+        number - number * 9 // 10
+    )
 
 
 @pytest.mark.parametrize("form", ["book", "test file"])
@@ -245,15 +260,33 @@ def test_any_text_survives_reading(tmp_path_factory, texts, escaped):
     """Whatever stands in title, scenario, topic, summary, names, profile, motivation and messages is read as it is, apart from
     what the report counts: white space in names, curly quotes in titles."""
     title, scenario, topic, summary, name, profile, motivation, message = texts
-    turns = [{"character": name, "message": message}, {"character": f"{name}2", "message": message + motivation}]
-    conversation = {"scenario": scenario, "topic": topic, "key_characters": [{"name": name, "motivation": motivation}]}
-    data = {"title": title, "plots": [{"summary": summary, "conversation": [conversation | {"dialogues": turns}]}]}
+    turns = [
+        {"character": name, "message": message},
+        {"character": f"{name}2", "message": message + motivation},
+    ]
+    conversation = {
+        "scenario": scenario,
+        "topic": topic,
+        "key_characters": [{"name": name, "motivation": motivation}],
+    }
+    data = {
+        "title": title,
+        "plots": [{"summary": summary, "conversation": [conversation | {"dialogues": turns}]}],
+    }
     data["character_datasets"] = {name: {"profile": profile}}
     file, report = tmp_path_factory.getbasetemp() / "any.json", Report()
     file.write_bytes(json.dumps(data, ensure_ascii=escaped).encode())
     (scene,) = load_scenes(file, report)
-    trimmed, straight = " ".join(name.split()), title.translate({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'})
-    assert (scene.book, scene.scenario, scene.topic, scene.plot_summary) == (straight, scenario, topic, summary)
+    trimmed, straight = (
+        " ".join(name.split()),
+        title.translate({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}),
+    )
+    assert (scene.book, scene.scenario, scene.topic, scene.plot_summary) == (
+        straight,
+        scenario,
+        topic,
+        summary,
+    )
     other = " ".join(f"{name}2".split())
     assert scene.dialogues == [turns[0] | {"character": trimmed}, turns[1] | {"character": other}]
     assert scene.profiles == {trimmed: profile} and scene.motivations == {trimmed: motivation}
@@ -270,7 +303,9 @@ TEST_SCENE = {
 }
 BOOK = {
     "title": "b",
-    "plots": [{"summary": "p", "key_characters": [{"name": "A"}], **book(scenario="s", topic="t")["plots"][0]}],
+    "plots": [
+        {"summary": "p", "key_characters": [{"name": "A"}], **book(scenario="s", topic="t")["plots"][0]}
+    ],
     "character_datasets": {"A": {"profile": "p"}},
     "split_plot_index": 1,
 }
@@ -278,7 +313,9 @@ BOOK = {
 
 def nodes(value, path=()):
     yield path
-    for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    for key, child in (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    ):
         yield from nodes(child, (*path, key))
 
 
@@ -340,7 +377,9 @@ def test_a_file_that_cannot_be_read_is_a_usage_error(script, tmp_path, content):
 def test_a_directory_without_books_is_a_usage_error(script, tmp_path):
     """The line names the directory."""
     (tmp_path / "notes.txt").write_text("{}")
-    assert str(tmp_path) in usage_error(script("tokenizer", "train", "--data", tmp_path, "--out", tmp_path / "x"))
+    assert str(tmp_path) in usage_error(
+        script("tokenizer", "train", "--data", tmp_path, "--out", tmp_path / "x")
+    )
 
 
 LONG = "a" * (LONGEST + 1)
@@ -353,10 +392,18 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     (book(HI, {"character": "A", "message": " \n"}, HO), "dropped: message without a text", MESSAGE),
     (book(HI, {"character": "A", "message": ["m"]}, HO), "dropped: message that is not text", MESSAGE),
     (book(HI, {"character": "A", "message": 5}, HO), "dropped: message that is not text", MESSAGE),
-    (book(HI, {"character": "A", "message": LONG}, HO), "dropped: message of more than 1,000,000 characters", MESSAGE),
+    (
+        book(HI, {"character": "A", "message": LONG}, HO),
+        "dropped: message of more than 1,000,000 characters",
+        MESSAGE,
+    ),
     (book(HI, {"name": "A", "message": "m"}, HO), "repaired: `name` read as `character`", MESSAGE),
     (book(HI, {"character": "A", "thought": "m"}, HO), "repaired: `thought` read as `message`", MESSAGE),
-    (book(HI, {"character": "A", "description": "m"}, HO), "repaired: `description` read as `message`", MESSAGE),
+    (
+        book(HI, {"character": "A", "description": "m"}, HO),
+        "repaired: `description` read as `message`",
+        MESSAGE,
+    ),
     (book(HI, {"character": "A", "dialogues": "m"}, HO), "repaired: `dialogues` read as `message`", MESSAGE),
     (book(HI, {"character": "A", "[x] y": "m"}, HO), "repaired: `[...]` read as `message`", MESSAGE),
     (book(HI, {"character": "A", "message": "\ud83d"}, HO), "repaired: half of a surrogate pair", "plot 0"),
@@ -364,8 +411,16 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     (book(scenario=5), "dropped: `scenario` that is not text", "plot 0, conversation 0"),
     (book(topic=["t"]), "dropped: `topic` that is not text", "plot 0, conversation 0"),
     (book(key_characters="A"), "dropped: key characters that are not a list", "plot 0, conversation 0"),
-    (book(key_characters=["A"]), "dropped: key character that is not an object", "plot 0, conversation 0, key character 0"),
-    (book(key_characters=[{}]), "dropped: key character without a name", "plot 0, conversation 0, key character 0"),
+    (
+        book(key_characters=["A"]),
+        "dropped: key character that is not an object",
+        "plot 0, conversation 0, key character 0",
+    ),
+    (
+        book(key_characters=[{}]),
+        "dropped: key character without a name",
+        "plot 0, conversation 0, key character 0",
+    ),
     (
         book(key_characters=[{"character": "A"}]),
         "repaired: `character` read as `name`",
@@ -384,11 +439,23 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
         "",
     ),
     ({"character_datasets": [], **book()}, "dropped: characters that are not an object", ""),
-    ({"character_datasets": {"A": {"profile": 5}}, **book()}, "dropped: profile that is not text", "character A"),
+    (
+        {"character_datasets": {"A": {"profile": 5}}, **book()},
+        "dropped: profile that is not text",
+        "character A",
+    ),
     ({"plots": ["odd", *book()["plots"]]}, "dropped: plot that is not an object", "plot 0"),
     ({"plots": [{}, *book()["plots"]]}, "dropped: plot without a conversation", "plot 0"),
-    ({"plots": [{"conversation": "x"}, *book()["plots"]]}, "dropped: plot whose conversations are not a list", "plot 0"),
-    ({"plots": [{"summary": 5, **book()["plots"][0]}]}, "dropped: `summary` that is not text", "plot 0, conversation 0"),
+    (
+        {"plots": [{"conversation": "x"}, *book()["plots"]]},
+        "dropped: plot whose conversations are not a list",
+        "plot 0",
+    ),
+    (
+        {"plots": [{"summary": 5, **book()["plots"][0]}]},
+        "dropped: `summary` that is not text",
+        "plot 0, conversation 0",
+    ),
     (
         {"plots": [{"conversation": [[], *book()["plots"][0]["conversation"]]}]},
         "dropped: conversation that is not an object",
@@ -411,7 +478,9 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
 ]
 
 
-@pytest.mark.parametrize(("data", "kind", "place"), BAD, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("data", "kind", "place"), BAD, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_what_is_bad_is_counted_and_located_and_strict_stops_there(data, kind, place, read, tmp_path):
     """One bad thing among good ones: read all the same, one line of the report with its kind and place; --strict says both."""
     scenes, report = read(data)
@@ -465,7 +534,9 @@ def test_held_out_books_stay_held_out(tmp_path):
     assert abs(len(held) / 300 - 0.1) < 4.5 * math.sqrt(0.09 / 300)
     assert sorted(held)[:3] == ["010", "023", "042"]
     (tmp_path / "one more.json").write_text(json.dumps(book()))
-    assert {scene.book for scene, _ in read_scenes([tmp_path], Report(), 0.1) if scene.tag == "ood"} - {"one more"} == held
+    assert {scene.book for scene, _ in read_scenes([tmp_path], Report(), 0.1) if scene.tag == "ood"} - {
+        "one more"
+    } == held
     assert held < {scene.book for scene, _ in read_scenes([tmp_path], Report(), 0.2) if scene.tag == "ood"}
 
 
@@ -483,7 +554,10 @@ def release_rows(shared):
     """Rows of the release without their system prompts: lists of (role, text)."""
     rows = json.loads((shared / "coser" / "sft_sharegpt.json").read_text("utf-8"))
     roles = {"human": "user", "assistant": "assistant"}
-    return [[(roles[t["from"]], t["value"]) for t in row["conversations"] if t["from"] != "system"] for row in rows]
+    return [
+        [(roles[t["from"]], t["value"]) for t in row["conversations"] if t["from"] != "system"]
+        for row in rows
+    ]
 
 
 def test_perspective_equals_the_release(shared, plays):
@@ -515,12 +589,16 @@ def test_next_speaker_perspective_equals_the_release(shared, plays):
         for scene in plays:
             turns = next_speaker_perspective(scene.dialogues)
             if [turn["content"].strip() for turn in turns if turn["role"] == "user"] == shown:
-                matches.append((scene, [turn["content"] for turn in turns if turn["role"] == "assistant"] + [END_CHAT]))
+                matches.append(
+                    (scene, [turn["content"] for turn in turns if turn["role"] == "assistant"] + [END_CHAT])
+                )
                 assert [turn["role"] for turn in turns] == [role for role, _ in row[:-1]]
         assert len(matches) == 1, row
         scene, ours = matches[0]
         for theirs, name in zip(names, ours, strict=True):
-            assert theirs == name or (theirs == "random" and name not in scene.major_characters and name != "Environment")
+            assert theirs == name or (
+                theirs == "random" and name not in scene.major_characters and name != "Environment"
+            )
 
 
 @pytest.mark.parametrize(
@@ -554,7 +632,12 @@ def test_thought_removal_equals_innermost_first(message):
     assert remove_thoughts(message) == re.sub(r"\n+", "\n", plain).strip()
 
 
-THINKS = {"P": "αβγ", "Q": "жзи", "R": "אבג", "Environment": "ɐɔə"}  # what each one thinks in; they speak in digits
+THINKS = {
+    "P": "αβγ",
+    "Q": "жзи",
+    "R": "אבג",
+    "Environment": "ɐɔə",
+}  # what each one thinks in; they speak in digits
 
 
 @st.composite
@@ -563,7 +646,9 @@ def dialogues(draw):
     turns = []
     for name in draw(st.lists(st.sampled_from(list(THINKS)), min_size=1, max_size=8)):
         letters = st.text(THINKS[name] + " \n", max_size=4)
-        nested = st.recursive(letters, lambda inside, t=letters: st.builds("{}[{}]{}".format, t, inside, t), max_leaves=3)
+        nested = st.recursive(
+            letters, lambda inside, t=letters: st.builds("{}[{}]{}".format, t, inside, t), max_leaves=3
+        )
         thought = st.builds("[{}]".format, nested)
         parts = draw(st.lists(st.text("0123 ().\n", max_size=6) | thought, max_size=5))
         unclosed = draw(st.just("") | st.builds("[{}".format, nested))
@@ -576,7 +661,9 @@ def dialogues(draw):
 def test_no_thought_of_another_reaches_any_chat(turns, epoch, thoughts):
     """Not one letter of another's thoughts is in any chat; one's own are in one's own turns alone, and only if drawn."""
     profiles = {"P": "one", "Q": "two"}
-    scene = Scene("book", 0, 0, "train", "where", "what", "how", turns, profiles=profiles, motivations={"Q": "why"})
+    scene = Scene(
+        "book", 0, 0, "train", "where", "what", "how", turns, profiles=profiles, motivations={"Q": "why"}
+    )
     for chat in scene_to_chats(scene, epoch, thoughts=thoughts, next_speaker_share=1):
         for message in chat.messages:
             for name, letters in THINKS.items():
@@ -591,7 +678,10 @@ def test_nothing_else_is_lost(turns, character):
     """All that is visible is in the perspective of each, in order, and of the own messages every letter of thought."""
     seen = "".join(turn["content"] for turn in perspective(turns, character))
     letters = THINKS[character]
-    kept = [m if (m := turn["message"]) and turn["character"] == character else m.translate(OTHERS) for turn in turns]
+    kept = [
+        m if (m := turn["message"]) and turn["character"] == character else m.translate(OTHERS)
+        for turn in turns
+    ]
     assert re.sub(f"[^0-9(){letters}]", "", seen) == re.sub(f"[^0-9(){letters}]", "", "".join(kept))
     shown = "".join(turn["content"] for turn in next_speaker_perspective(turns))
     assert re.sub("[^0-9()]", "", shown) == re.sub("[^0-9()]", "", "".join(turn["message"] for turn in turns))
@@ -629,7 +719,9 @@ def test_a_scene_gives_one_chat_for_each_who_speaks(plays, stage):
     for scene in [*plays, *stage.values()]:
         chats = [(chat.character, chat.kind) for chat in scene_to_chats(scene, next_speaker_share=1)]
         kinds = {"Environment": "environment"}
-        assert chats == [(n, kinds.get(n, "character")) for n in scene.speaking_characters] + [("NSP", "next_speaker")]
+        assert chats == [(n, kinds.get(n, "character")) for n in scene.speaking_characters] + [
+            ("NSP", "next_speaker")
+        ]
         assert len(scene_to_chats(scene, next_speaker_share=0)) == len(chats) - 1
 
 
@@ -637,8 +729,15 @@ def test_one_with_nothing_to_say_gives_no_chat():
     """Where thoughts are removed, one who only thinks has no chat; one who says something once has."""
     turns = [("A", "hi"), ("B", "[mm]"), ("C", "[mm]"), ("B", "[never\n closed"), ("C", "yes")]
     scene = Scene("b", 0, 0, "train", "", "", "", [{"character": n, "message": m} for n, m in turns])
-    assert {chat.character for chat in scene_to_chats(scene, thoughts=False, next_speaker_share=0)} == {"A", "C"}
-    drawn = [(c.character, c.options["thoughts"]) for e in range(40) for c in scene_to_chats(scene, e, next_speaker_share=0)]
+    assert {chat.character for chat in scene_to_chats(scene, thoughts=False, next_speaker_share=0)} == {
+        "A",
+        "C",
+    }
+    drawn = [
+        (c.character, c.options["thoughts"])
+        for e in range(40)
+        for c in scene_to_chats(scene, e, next_speaker_share=0)
+    ]
     assert ("B", True) in drawn and ("B", False) not in drawn and ("C", False) in drawn
 
 
@@ -657,7 +756,9 @@ def test_the_same_seed_is_the_same_draw(stage):
     )
     for hash_seed in "12":
         env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        there = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        there = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        )
         assert json.loads(there.stdout) == json.loads(json.dumps(ours))
 
 
@@ -674,8 +775,14 @@ def test_adding_a_scene_changes_no_other_chat(stage, read):
 
 def test_options_are_drawn_in_the_published_shares(stage):
     """Over many epochs: styles 40/30/20/10, each of 20 openers 5%, plot summary, motivation, others and thoughts 50%."""
-    drawn = [chat.options for e in range(500) for chat in scene_to_chats(stage["ward-c/1"], e, next_speaker_share=0)]
-    assert len({json.dumps(options) for options in drawn}) > 0.4 * len(drawn)  # they are drawn apart from each other
+    drawn = [
+        chat.options
+        for e in range(500)
+        for chat in scene_to_chats(stage["ward-c/1"], e, next_speaker_share=0)
+    ]
+    assert len({json.dumps(options) for options in drawn}) > 0.4 * len(
+        drawn
+    )  # they are drawn apart from each other
     drawn += [draw_options(random.Random(f"{i}")) for i in range(20_000)]
     expected = {("style", s): p for s, p in {"natural": 0.4, "=": 0.3, "#": 0.2, "*": 0.1}.items()}
     expected |= {("opener", i): 0.05 for i in range(20)}
@@ -697,7 +804,9 @@ def test_variants_all_are_the_four_of_the_release(stage):
                 pairs[scene.key, chat.character, chat.options["thoughts"], chat.options["others"]] += 1
                 assert (
                     chat.messages[2:]
-                    == perspective(scene.dialogues, chat.character, chat.options["thoughts"])[1:][: len(chat.messages) - 2]
+                    == perspective(scene.dialogues, chat.character, chat.options["thoughts"])[1:][
+                        : len(chat.messages) - 2
+                    ]
                 )
         assert set(pairs.values()) == {1}
         assert len(drawn) == number * sum(len(scene.speaking_characters) for scene in stage.values())
@@ -708,7 +817,9 @@ def test_variants_all_are_the_four_of_the_release(stage):
 
 def test_next_speaker_chats_are_kept_and_random_in_the_published_shares():
     """One in ten is kept; the minor speaker is `random` a quarter of the time, others never; thoughts are not shown."""
-    turns = [{"character": name, "message": f"[hush] {name} speaks"} for name in ("P", "Environment", "minor", "Q")]
+    turns = [
+        {"character": name, "message": f"[hush] {name} speaks"} for name in ("P", "Environment", "minor", "Q")
+    ]
     scene = Scene("b", 0, 0, "train", "s", "", "", turns, profiles={"P": "p", "Q": "q"})
     epochs = 4000
     kept = sum(chat.kind == "next_speaker" for e in range(epochs) for chat in scene_to_chats(scene, e))
@@ -732,9 +843,13 @@ def test_a_prompt_holds_what_was_drawn_and_nothing_more(plays, stage):
                 prompt, options, name = chat.messages[0]["content"], chat.options, chat.character
                 assert scene.book in prompt and scene.scenario in prompt
                 if chat.kind == "environment":
-                    assert not any(text in prompt for text in [*scene.motivations.values(), scene.plot_summary])
+                    assert not any(
+                        text in prompt for text in [*scene.motivations.values(), scene.plot_summary]
+                    )
                     continue
-                assert name in prompt and (name not in scene.profiles or prompt.count(scene.profiles[name]) == 1)
+                assert name in prompt and (
+                    name not in scene.profiles or prompt.count(scene.profiles[name]) == 1
+                )
                 assert (scene.plot_summary in prompt) == options["plot_summary"]
                 for who, text in scene.motivations.items():
                     assert (text in prompt) == (who == name and options["motivation"]), (scene.key, name, who)
@@ -754,7 +869,9 @@ def test_experience_stays_out_of_every_prompt(shared):
             assert told and not any(experience in text for experience in told)
 
 
-@pytest.mark.parametrize("odd", ["{character}", "{0} {}", "{{x}}", "{", "%s %(x)d 100%", "$name \\1 {book!r:>{x}}"])
+@pytest.mark.parametrize(
+    "odd", ["{character}", "{0} {}", "{{x}}", "{", "%s %(x)d 100%", "$name \\1 {book!r:>{x}}"]
+)
 def test_braces_and_percent_signs_survive_templates(odd):
     """Whatever stands in names, title, scenario, profiles and the rest stands in the prompts, in every style."""
     name, book_, where, how, own, other, why = (f"{odd} {i}" for i in range(7))
@@ -763,7 +880,10 @@ def test_braces_and_percent_signs_survive_templates(odd):
     scene = Scene(book_, 0, 0, "train", where, "", how, turns, profiles=profiles, motivations=motivations)
     for style in prompts.STYLES:
         for opener in range(len(prompts.OPENERS)):
-            options = {name: True for name in draw_options(random.Random(0))} | {"opener": opener, "style": style}
+            options = {name: True for name in draw_options(random.Random(0))} | {
+                "opener": opener,
+                "style": style,
+            }
             prompt = prompts.actor(scene, name, options, concise=True)
             assert all(text in prompt for text in (name, book_, where, how, own, other, why)), prompt
     for prompt in (prompts.environment(scene), prompts.next_speaker(scene)):

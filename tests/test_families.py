@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
+from checkpoint import weights
+from common import files
 from generate import Engine, SamplingParams
+from model import ModelConfig
 from tokenizer import CHAT_FORMATS, QWEN2_PATTERN, STAGE_TOKENIZER, load_tokenizer, save_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "mixtral"]
@@ -28,11 +31,15 @@ CHAT = [
 
 
 def peer_of(directory, dtype=torch.float32):
-    experts = {"experts_implementation": "eager"} if "mixtral" in (directory / "config.json").read_text() else {}
+    experts = (
+        {"experts_implementation": "eager"} if "mixtral" in (directory / "config.json").read_text() else {}
+    )
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **experts).eval()
 
 
-@pytest.fixture(params=[(family, seed) for family in FAMILIES for seed in range(4)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    params=[(family, seed) for family in FAMILIES for seed in range(4)], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def pair(request, tmp_path):
     """(our model, transformers' model, the directory both are from, random tokens [2, 60])."""
     family, seed = request.param
@@ -49,10 +56,14 @@ def test_logits_and_greedy_text_are_transformers(pair):
     model, peer, _, tokens = pair
     torch.testing.assert_close(model(tokens), peer(tokens).logits, rtol=1e-5, atol=1e-5)
     prompts = [tokens[0, :30], tokens[1, :50], tokens[1, :1]]
-    done = Engine(model).generate([prompt.tolist() for prompt in prompts], SamplingParams(temperature=0, max_tokens=64))
+    done = Engine(model).generate(
+        [prompt.tolist() for prompt in prompts], SamplingParams(temperature=0, max_tokens=64)
+    )
     for prompt, completion in zip(prompts, done, strict=True):
         options = {"attention_mask": torch.ones_like(prompt[None]), "eos_token_id": -1, "pad_token_id": 0}
-        options["use_cache"] = model.config.sliding_window != 1  # transformers' cache of a window of 1 keeps everything
+        options["use_cache"] = (
+            model.config.sliding_window != 1
+        )  # transformers' cache of a window of 1 keeps everything
         expected = peer.generate(prompt[None], max_new_tokens=64, do_sample=False, **options)
         assert completion.ids == expected[0, len(prompt) :].tolist()
 
@@ -71,7 +82,9 @@ def test_bf16_is_as_near_as_transformers(pair):
 def test_parameters_are_counted(family):
     """num_parameters is what the model has."""
     config = random_config(7, family)
-    assert config.num_parameters() == sum(p.numel() for p in checkpoint.build_model(config, "meta", None).parameters())
+    assert config.num_parameters() == sum(
+        p.numel() for p in checkpoint.build_model(config, "meta", None).parameters()
+    )
 
 
 def test_published_sizes(script):
@@ -80,7 +93,9 @@ def test_published_sizes(script):
         if not SHARED.is_dir():
             pytest.skip("needs the LLaMA 3 tokenizer")
         tokenizer = SHARED / "tokenizers" / "llama3"
-        code, _, err = script("train", "--model", preset, "--tokenizer", tokenizer, "--dry-run", "--max-steps", 1)
+        code, _, err = script(
+            "train", "--model", preset, "--tokenizer", tokenizer, "--dry-run", "--max-steps", 1
+        )
         assert code == 0
         assert f"{published:,} parameters" in err
         assert f"weights {4 * published / 2**30:.2f}, " in err  # GiB of fp32 master weights, on one rank
@@ -92,7 +107,12 @@ def test_published_sizes(script):
 def random_text(rng):
     def character():
         point = rng.choice(
-            [rng.randrange(32), rng.randrange(32, 127), rng.randrange(0x80, 0xD800), rng.randrange(0xE000, 0x110000)]
+            [
+                rng.randrange(32),
+                rng.randrange(32, 127),
+                rng.randrange(0x80, 0xD800),
+                rng.randrange(0xE000, 0x110000),
+            ]
         )
         return chr(point)
 
@@ -115,7 +135,9 @@ def random_text(rng):
         "</s>",
         "[INST]",
     ]
-    return "".join(rng.choice([character(), rng.choice(parts), "word", " Word"]) for _ in range(rng.randrange(1, 25)))
+    return "".join(
+        rng.choice([character(), rng.choice(parts), "word", " Word"]) for _ in range(rng.randrange(1, 25))
+    )
 
 
 def texts(number):
@@ -171,9 +193,13 @@ def theirs(ours, tmp_path_factory):
 def test_ids_are_transformers(ours, theirs, number, shared):
     """The same ids as the exported (or original) tokenizer.json gives in transformers, on real text and on random strings."""
     for text in texts(number):
-        if ours.chat_format == "stage":  # there a literal U+2581 is kept apart from a space, as transformers does not
+        if (
+            ours.chat_format == "stage"
+        ):  # there a literal U+2581 is kept apart from a space, as transformers does not
             text = text.replace("\u2581", "")
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), text[:80]
+        assert ours.encode(text) == theirs.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        ), text[:80]
 
 
 def test_a_tokenizer_json_gives_the_ids_of_the_ranks(shared, tmp_path):
@@ -190,9 +216,13 @@ def test_a_tokenizer_json_gives_the_ids_of_the_ranks(shared, tmp_path):
 def test_chats_are_those_of_the_template(ours, theirs):
     """Our ids of a chat are those of the exported chat template; decoding them gives the template's text."""
     for messages in (CHAT, CHAT[1:3]):
-        assert ours.render(messages)[0] == theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert ours.render(messages)[0] == theirs.apply_chat_template(
+            messages, tokenize=True, return_dict=False
+        )
     head = ours.render(CHAT[:2], add_generation_prompt=True)[0]
-    expected = theirs.apply_chat_template(CHAT[:2], add_generation_prompt=True, tokenize=True, return_dict=False)
+    expected = theirs.apply_chat_template(
+        CHAT[:2], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
     assert head == expected
     assert ours.render(CHAT[:3])[0][: len(head)] == head
 
@@ -233,7 +263,7 @@ def test_what_tiktoken_would_split_otherwise_is_refused(qwen2_file, tmp_path):
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps({**hf, **change}))
-        with pytest.raises(checkpoint.UsageError, match=word):
+        with pytest.raises(files.UsageError, match=word):
             load_tokenizer(tmp_path)
 
 
@@ -241,7 +271,7 @@ def test_long_runs_do_not_stall(ours):
     """400,000 spaces, letters or digits are encoded (in seconds) and come back; half a character is refused."""
     for text in (" " * 400_000, "a" * 400_000, "1" * 400_000, " \n" * 200_000):
         assert ours.decode(ours.encode(text)) == text
-    with pytest.raises(checkpoint.UsageError, match="surrogate"):
+    with pytest.raises(files.UsageError, match="surrogate"):
         ours.encode("a\ud800b")
 
 
@@ -262,7 +292,15 @@ def test_mistral_v3_markers_are_special(tmp_path):
     assert v3.chat_format == "mistral-v3"
     ids, mask = v3.render(CHAT)
     begin, end = v3.specials["[INST]"], v3.specials["[/INST]"]
-    assert [i for i in ids if i in v3.names] == [v3.bos_id, begin, end, v3.stop_ids[0], begin, end, v3.stop_ids[0]]
+    assert [i for i in ids if i in v3.names] == [
+        v3.bos_id,
+        begin,
+        end,
+        v3.stop_ids[0],
+        begin,
+        end,
+        v3.stop_ids[0],
+    ]
     assert v3.decode(ids[2 : ids.index(end)]) == f"{CHAT[0]['content']}\n\n{CHAT[1]['content']}"
     assert not {begin, end} & set(v3.encode("[INST] x [/INST]"))
     (tmp_path / "export").mkdir()
@@ -274,7 +312,10 @@ def test_mistral_v3_markers_are_special(tmp_path):
 def test_every_format_has_its_golden_chat(shared):
     """The text of a chat in each format, written out by hand."""
     sp, ranks = (load_tokenizer(shared / "tokenizers" / name) for name in ("llama2", "llama3"))
-    turns = [{"role": role, "content": content} for role, content in (("system", "S"), ("user", "U"), ("assistant", "A"))]
+    turns = [
+        {"role": role, "content": content}
+        for role, content in (("system", "S"), ("user", "U"), ("assistant", "A"))
+    ]
     assert ranks.decode(ranks.render(turns)[0]) == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nU"
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA<|eot_id|>"
@@ -306,7 +347,9 @@ def test_what_transformers_saves_is_read(family, tmp_path):
 def test_generate_works_on_a_directory_of_each_family(family, script, tmp_path, shared, qwen2_file):
     """`generate.py --model DIR --prompt` on a saved checkpoint with the family's own kind of tokenizer, sharded, the vocabulary
     padded; and AutoTokenizer opens the directory with the same ids and the same chats."""
-    file = {"llama": shared / "tokenizers" / "llama3", "qwen2": qwen2_file}.get(family, shared / "tokenizers" / "llama2")
+    file = {"llama": shared / "tokenizers" / "llama3", "qwen2": qwen2_file}.get(
+        family, shared / "tokenizers" / "llama2"
+    )
     tokenizer = load_tokenizer(file, "mistral" if family in ("mistral", "mixtral") else None)
     config = random_config(3, family, vocab_size=tokenizer.vocab_size + 64)
     directory = tmp_path / "model"
@@ -328,11 +371,11 @@ def test_a_tensor_in_two_shards_is_named(tmp_path):
     model = random_model(random_config(2))
     checkpoint.save_model(model, tmp_path / "model", max_shard_bytes=1)
     directory = tmp_path / "model"
-    index = json.loads((directory / checkpoint.INDEX).read_text())
+    index = json.loads((directory / weights.INDEX).read_text())
     (name, file), (_, other) = list(index["weight_map"].items())[:2]
     (directory / other).write_bytes((directory / file).read_bytes())
-    (directory / checkpoint.MANIFEST).unlink()
-    with pytest.raises(checkpoint.UsageError, match=name):
+    (directory / files.MANIFEST).unlink()
+    with pytest.raises(files.UsageError, match=name):
         checkpoint.load_model(directory)
 
 
@@ -349,8 +392,10 @@ def test_pickled_weights_are_not_read(script, tmp_path, tiny_actor):
 @pytest.mark.slow
 def test_loading_holds_the_weights_and_one_shard(tmp_path):
     """Peak memory of loading a 1.6 GB checkpoint in eight shards: at most the weights, one shard, and the interpreter."""
-    config = random_config(0, hidden_size=1024, num_attention_heads=8, num_key_value_heads=8, head_dim=128, vocab_size=1000)
-    config = checkpoint.ModelConfig(**{**vars(config), "intermediate_size": 12_000, "num_hidden_layers": 10})
+    config = random_config(
+        0, hidden_size=1024, num_attention_heads=8, num_key_value_heads=8, head_dim=128, vocab_size=1000
+    )
+    config = ModelConfig(**{**vars(config), "intermediate_size": 12_000, "num_hidden_layers": 10})
     model = checkpoint.build_model(config, "cpu", torch.float32)
     checkpoint.save_model(model, tmp_path / "model", max_shard_bytes=200_000_000)
     weights = sum(p.nbytes for p in model.parameters())
@@ -362,14 +407,18 @@ def test_loading_holds_the_weights_and_one_shard(tmp_path):
         ("loaded", f"import checkpoint; m = checkpoint.load_model({str(tmp_path / 'model')!r}); "),
     ):
         command = [sys.executable, "-c", f"import torch, checkpoint; {load}{code}"]
-        peak[what] = 1024 * int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+        peak[what] = 1024 * int(
+            subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        )
     assert peak["loaded"] - peak["empty"] <= weights + shard * 1.05
 
 
 def test_a_stray_system_text_is_no_assistants(shared):
     """Where a family has no system role, a system text that no first user turn follows is refused, not trained on."""
     mistral = load_tokenizer(shared / "tokenizers" / "llama2", "mistral")
-    system, user, assistant = ({"role": role, "content": role[0] * 3} for role in ("system", "user", "assistant"))
+    system, user, assistant = (
+        {"role": role, "content": role[0] * 3} for role in ("system", "user", "assistant")
+    )
     for chat in ([system, assistant, user], [user, assistant, system, user], [system]):
         with pytest.raises(ValueError, match="system text"):
             mistral.render(chat)
@@ -402,12 +451,12 @@ def test_tensors_that_would_be_misread_are_refused(what, tmp_path):
     """A tied model with another output projection in its file, and quantised weights without a word in config.json."""
     checkpoint.save_model(random_model(random_config(0, tie_word_embeddings=True)), tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
-    (tmp_path / "model" / checkpoint.MANIFEST).unlink()
+    (tmp_path / "model" / files.MANIFEST).unlink()
     tensors = load_file(file)
     if what == "other head":
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     else:
         tensors = {name: tensor.to(torch.int8) for name, tensor in tensors.items()}
     save_file(tensors, file)
-    with pytest.raises(checkpoint.UsageError, match="tied" if what == "other head" else "I8"):
+    with pytest.raises(files.UsageError, match="tied" if what == "other head" else "I8"):
         checkpoint.load_model(tmp_path / "model")

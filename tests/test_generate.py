@@ -26,16 +26,18 @@ from transformers import (
 from transformers.utils import logging
 
 import checkpoint
-import constrain
 import tokenizer as tokenizer_module
-from cli import UsageError, plain
+from common.files import UsageError
+from common.terminal import plain
 from data import prompts
 from data.chats import perspective, system_prompt
-from fast_linear import packed
-from generate import Engine, SamplingParams, find_character, load_engine
+from engine import constrain
+from engine.cpu import packed
+from engine.pages import BLANK, USED, in_one_piece
+from generate import Engine, SamplingParams, find_character
 from llm import open_model
+from llm.local import load_engine
 from model import RopeScaling
-from pages import BLANK, USED, in_one_piece
 
 logging.disable_progress_bar()
 
@@ -57,12 +59,16 @@ def random_prompts(model, seed, lengths):
 def parrot(ids, vocab_size, size=64):
     """A model that says ids (each only once among them) one after the other, greedily, once it is given the first."""
     assert len(set(ids)) == len(ids)
-    config = random_config(0, vocab_size=vocab_size, num_hidden_layers=1, hidden_size=size, tie_word_embeddings=False)
+    config = random_config(
+        0, vocab_size=vocab_size, num_hidden_layers=1, hidden_size=size, tie_word_embeddings=False
+    )
     model = checkpoint.build_model(config, "cpu", torch.float32).eval()
     vectors = torch.randn(len(ids), size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(parameter.ndim == 1)  # norms 1, all else 0: a token's embedding goes straight to the head
+            parameter.fill_(
+                parameter.ndim == 1
+            )  # norms 1, all else 0: a token's embedding goes straight to the head
         model.model["embed_tokens"].weight[ids] = vectors
         model.lm_head.weight[ids[1:]] = vectors[:-1]
     return model
@@ -93,19 +99,30 @@ def any_tokenizer(request):
 def test_greedy_equals_transformers(seed, tmp_path):
     """64 greedy tokens are those of transformers' generate, with grouped heads and scaled rope among the configurations."""
     model = random_model(
-        random_config(seed, rope_scaling=RopeScaling(original_max_position_embeddings=32) if seed & 1 else None)
+        random_config(
+            seed, rope_scaling=RopeScaling(original_max_position_embeddings=32) if seed & 1 else None
+        )
     )
     checkpoint.save_model(model, tmp_path / "model")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     theirs.generation_config.eos_token_id = None
     for prompt in random_prompts(model, seed, [1, 17]):
-        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0, len(prompt) :].tolist()
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[
+            0, len(prompt) :
+        ].tolist()
         done = alone(model, prompt, greedy(64))
         assert len(expected) == 64 and done.ids == expected
-        assert (done.finish_reason, done.prompt_tokens, done.cached_tokens, done.text) == ("length", len(prompt), 0, None)
+        assert (done.finish_reason, done.prompt_tokens, done.cached_tokens, done.text) == (
+            "length",
+            len(prompt),
+            0,
+            None,
+        )
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_batch": 1}, {"max_batch": 3, "max_step_tokens": 16}, {"max_step_tokens": 1}])
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_batch": 1}, {"max_batch": 3, "max_step_tokens": 16}, {"max_step_tokens": 1}]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_ragged_batch_equals_each_alone(seed, limits):
     """However many run at once and whatever they wait for, each prompt gets its own tokens, in the order given."""
@@ -114,7 +131,9 @@ def test_a_ragged_batch_equals_each_alone(seed, limits):
     params = [greedy(rng.randrange(1, 30)) for _ in batch]
     engine = Engine(model, **limits)
     done = engine.generate(batch, params)
-    assert [c.ids for c in done] == [alone(model, prompt, p).ids for prompt, p in zip(batch, params, strict=True)]
+    assert [c.ids for c in done] == [
+        alone(model, prompt, p).ids for prompt, p in zip(batch, params, strict=True)
+    ]
     assert [len(c.ids) for c in done] == [p.max_tokens for p in params]
     assert engine.stats["decoded"] == sum(p.max_tokens for p in params)
     assert engine.stats["prefilled"] + engine.stats["reused"] == sum(map(len, batch))
@@ -125,7 +144,11 @@ def test_limits_of_a_step_are_kept():
     model = random_model(random_config(2))
     batch = random_prompts(model, 0, [9, 9, 9, 40, 5, 9, 9, 9])
     engine = Engine(model, max_batch=3, max_step_tokens=20)
-    sequences, taken, running = [engine.add(prompt, greedy(n + 2))[0] for n, prompt in enumerate(batch)], [], []
+    sequences, taken, running = (
+        [engine.add(prompt, greedy(n + 2))[0] for n, prompt in enumerate(batch)],
+        [],
+        [],
+    )
     while any(s.finish_reason is None for s in sequences):
         before = engine.stats["prefilled"], engine.stats["decoded"]
         engine.step()
@@ -193,7 +216,10 @@ def test_a_chat_that_grows_is_never_read_twice(page_size):
 def test_chats_with_the_same_beginning_do_not_move_each_other():
     """Each lies in one piece where it can grow, at all its returns in the same place: the first as it was begun, the second
     where it went when it turned out to be another."""
-    model, [shared, *own] = random_model(random_config(2)), random_prompts(random_model(random_config(2)), 3, [40, 6, 7, 8])
+    model, [shared, *own] = (
+        random_model(random_config(2)),
+        random_prompts(random_model(random_config(2)), 3, [40, 6, 7, 8]),
+    )
     engine, chats, tables = Engine(model, page_size=4), [shared + ids for ids in own], []
     running = engine.run
     engine.run = lambda batch, wanted: tables.append(batch[0][0].block_table) or running(batch, wanted)
@@ -213,7 +239,10 @@ def test_the_cache_is_bounded():
     engine = Engine(model, cache_tokens=50, page_size=1)
     for prompt in batch:
         engine.generate([prompt], greedy(1))
-    assert [engine.generate([prompt], greedy(1))[0].cached_tokens for prompt in (batch[2], batch[1])] == [19, 19]
+    assert [engine.generate([prompt], greedy(1))[0].cached_tokens for prompt in (batch[2], batch[1])] == [
+        19,
+        19,
+    ]
     assert engine.generate([batch[0]], greedy(1))[0].cached_tokens < 19
     assert engine.blocks.available() == 50 and not engine.blocks.held
 
@@ -287,7 +316,9 @@ def test_what_is_guessed_changes_nothing(kernel):
         engine.run = lambda b, w, turns=turns, running=running: turns.extend(b) or running(b, w)
         sides.append((engine.generate(batch, params), len(turns), engine.stats["accepted"]))
         everything_given_back(engine)
-        again = engine.generate([batch[0] + looping[:40]], greedy(20))[0]  # what is found in the cache is what was accepted
+        again = engine.generate([batch[0] + looping[:40]], greedy(20))[
+            0
+        ]  # what is found in the cache is what was accepted
         assert again.ids == looping[40:60] and again.cached_tokens >= 35
     (without, most, none), (with_, fewer, accepted) = sides
     assert none == 0 < accepted and fewer == most - accepted
@@ -342,9 +373,14 @@ def test_pages_run_out(chunk):
     params = [greedy(rng.randrange(1, 60)) for _ in batch]
     engine = bounded(Engine(model, cache_tokens=112, page_size=4, max_step_tokens=chunk), 2000)
     put_back, put_away = [], engine.put_away
-    engine.put_away = lambda s: (put_back.append(s) if s.finish_reason is None and s.block_table else None, put_away(s))
+    engine.put_away = lambda s: (
+        put_back.append(s) if s.finish_reason is None and s.block_table else None,
+        put_away(s),
+    )
     done = engine.generate(batch, params)
-    assert [c.ids for c in done] == [alone(model, prompt, p).ids for prompt, p in zip(batch, params, strict=True)]
+    assert [c.ids for c in done] == [
+        alone(model, prompt, p).ids for prompt, p in zip(batch, params, strict=True)
+    ]
     assert put_back
     everything_given_back(engine)
 
@@ -352,7 +388,9 @@ def test_pages_run_out(chunk):
 def soak(requests, seed):
     """Random requests come in bursts to a small engine with few pages; some are cancelled on the way."""
     rng, model = random.Random(seed), random_model(random_config(4, vocab_size=100))
-    engine = bounded(Engine(model, cache_tokens=256, page_size=4, max_batch=6, max_step_tokens=32), 40 * requests)
+    engine = bounded(
+        Engine(model, cache_tokens=256, page_size=4, max_batch=6, max_step_tokens=32), 40 * requests
+    )
     starts = random_prompts(model, seed, [30, 12, 50])
     asked, cancelled = [], 0
     while len(asked) < requests or engine.waiting or engine.running:
@@ -373,7 +411,9 @@ def soak(requests, seed):
             asked.append((prompt, params, *engine.add(prompt, params)))
         if asked and rng.random() < 0.1:
             victim = rng.choice(asked[-20:])[2]
-            cancelled += victim.finish_reason is None and (victim in engine.waiting or victim in engine.running)
+            cancelled += victim.finish_reason is None and (
+                victim in engine.waiting or victim in engine.running
+            )
             engine.cancel([victim])
         engine.step()
     everything_given_back(engine)
@@ -404,7 +444,9 @@ def test_soak():
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
 def test_the_packed_twin(family, dtype):
     """It gives the model's logits, each row's the same bits among any number of rows, and leaves the model as it was."""
-    model = random_model(random_config(5, family, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16))
+    model = random_model(
+        random_config(5, family, hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    )
     model = model.to(dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     engine, prompt = Engine(model), random_prompts(model, 0, [33])[0]
@@ -414,7 +456,9 @@ def test_the_packed_twin(family, dtype):
     engine.run = lambda *args: logits.append(run(*args)) or logits[-1]
     engine.generate([prompt], greedy(1))
     expected = model(torch.tensor([prompt]))[0, -1].float()
-    assert (logits[0][0].float() - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.1) * expected.std()
+    assert (logits[0][0].float() - expected).abs().max() < (
+        1e-4 if dtype == torch.float32 else 0.1
+    ) * expected.std()
     for n in (1, 2, 5, 16, 17):
         rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(n)).to(dtype)
         for layer in (engine.model.model["layers"][0].self_attn.qkv, engine.model.packed_head):
@@ -445,7 +489,9 @@ def test_tables_of_blocks_through_all_that_happens(seed):
     batch += [batch[1] + [1, 2], batch[1][:19] + [5] * 9]
     expected = [alone(model, prompt, greedy(25)).ids for prompt in batch]
     scores = Engine(model).score(batch, expected)
-    engine = bounded(forced_onto_tables(Engine(model, page_size=4, cache_tokens=120, max_step_tokens=8)), 2000)
+    engine = bounded(
+        forced_onto_tables(Engine(model, page_size=4, cache_tokens=120, max_step_tokens=8)), 2000
+    )
     for _ in range(2):
         assert [c.ids for c in engine.generate(batch, greedy(25))] == expected
         assert engine.score(batch, expected) == pytest.approx(scores, abs=1e-3)
@@ -461,7 +507,9 @@ def test_windows_over_pages(window, tmp_path):
     theirs.generation_config.eos_token_id = None
     engine, prompt = Engine(model, page_size=4, max_step_tokens=7), random_prompts(model, 0, [21])[0]
     for _ in range(3):
-        ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=11, do_sample=False)[0, len(prompt) :].tolist()
+        ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=11, do_sample=False)[
+            0, len(prompt) :
+        ].tolist()
         assert engine.generate([prompt], greedy(11))[0].ids == ids
         prompt = prompt + ids
     assert engine.stats["reused"] == 31 + 42
@@ -523,7 +571,9 @@ def test_a_stop_string_at_the_very_end(chatter):
             continue
         done = alone(model, prompt, greedy(n, stop=(text[-1:],)), tokenizer=tokenizer)
         assert (done.text, done.finish_reason) == (text[: text.find(text[-1:])], "stop")
-        pieces, done = collect(Engine(model, tokenizer).stream(prompt, greedy(n, stop=(text[-1:] + "never",))))
+        pieces, done = collect(
+            Engine(model, tokenizer).stream(prompt, greedy(n, stop=(text[-1:] + "never",)))
+        )
         assert "".join(pieces) == done.text == text and (done.ids, done.finish_reason) == (ids[:n], "length")
 
 
@@ -566,7 +616,9 @@ def test_pieces_make_up_the_text(chatter):
     model, tokenizer, prompt, ids = chatter
     whole = tokenizer.decode(ids)
     borders = [len(tokenizer.decode(ids[:n])) for n in range(5, 25, 2)]
-    torn = [(whole[at - 2 : at + 2],) for at in borders]  # stop strings that are half said before they are whole
+    torn = [
+        (whole[at - 2 : at + 2],) for at in borders
+    ]  # stop strings that are half said before they are whole
     for stop in ((), *torn, (whole[30:33], whole[50:58]), (whole[:1],), ("never said",)):
         params = greedy(60, stop=stop)
         pieces, done = collect(Engine(model, tokenizer).stream(prompt, params))
@@ -689,7 +741,9 @@ def test_a_seed_repeats_in_any_company():
     """A seed fixes a text whatever runs beside it; other seeds, or none, give other texts."""
     model = random_model(random_config(4))
     batch = random_prompts(model, 0, [3, 30, 11, 1, 11])
-    params = [SamplingParams(temperature=1.2, top_k=50, top_p=0.95, max_tokens=30, seed=seed) for seed in range(5)]
+    params = [
+        SamplingParams(temperature=1.2, top_k=50, top_p=0.95, max_tokens=30, seed=seed) for seed in range(5)
+    ]
     together = [c.ids for c in Engine(model).generate(batch, params)]
     assert together == [alone(model, prompt, p).ids for prompt, p in zip(batch, params, strict=True)]
     assert together[::-1] == [c.ids for c in Engine(model, max_batch=2).generate(batch[::-1], params[::-1])]
@@ -714,7 +768,9 @@ def test_min_p_and_penalty_are_those_of_transformers(tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     theirs.generation_config.eos_token_id = None
     for penalty in (0.7, 1.5):
-        ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, repetition_penalty=penalty)[0]
+        ids = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=40, do_sample=False, repetition_penalty=penalty
+        )[0]
         assert alone(model, prompt, greedy(40, repetition_penalty=penalty)).ids == ids[len(prompt) :].tolist()
 
 
@@ -760,7 +816,9 @@ def test_choices_share_a_trie(chatter):
     model, tokenizer, prompt, _ = chatter
     end = tokenizer.stop_ids[:1]
     paths = [tokenizer.encode(name) for name in NAMES]
-    paths = [path + end * any(other != path and other[: len(path)] == path for other in paths) for path in paths]
+    paths = [
+        path + end * any(other != path and other[: len(path)] == path for other in paths) for path in paths
+    ]
     edges = {tuple(path[:n]) for path in paths for n in range(1, len(path) + 1)}
     assert len(edges) < sum(map(len, paths))
     engine, params = Engine(model, tokenizer), greedy(1, choices=NAMES)
@@ -782,7 +840,9 @@ def test_choices_of_the_same_tokens(chatter, monkeypatch):
         everything_given_back(engine)
         found = engine.completion(line).probabilities
         assert found["Hanne"] == found["Hanne~"]
-        assert found["Hanne"] / found["Wick Tarn"] == pytest.approx(expected["Hanne"] / expected["Wick Tarn"], rel=1e-3)
+        assert found["Hanne"] / found["Wick Tarn"] == pytest.approx(
+            expected["Hanne"] / expected["Wick Tarn"], rel=1e-3
+        )
         assert engine.generate([prompt], greedy(3))[0].ids
 
 
@@ -802,7 +862,9 @@ def test_choices(chatter):
         assert list(each.probabilities.values()) == pytest.approx(joint.tolist(), abs=1e-4)
     counts = torch.tensor([sum(each.text == name for each in done[1:]) for name in NAMES]) / 200
     assert (counts - joint).abs().max() < 4 * 0.5 / 200**0.5
-    flat = engine.generate([prompt] * 50, [SamplingParams(1e9, choices=NAMES, seed=seed) for seed in range(50)])
+    flat = engine.generate(
+        [prompt] * 50, [SamplingParams(1e9, choices=NAMES, seed=seed) for seed in range(50)]
+    )
     assert {each.text for each in flat} == set(NAMES)
     assert collect(engine.stream(prompt, params[3]))[0] == [done[4].text]
     everything_given_back(engine)
@@ -846,7 +908,9 @@ def test_json_always_parses(chatter):
     least = constrain.cost(constrain.Grammar(FLAWS, constrain.Vocabulary(tokenizer)).start)
     engine = Engine(model, tokenizer)
     budgets = [least, least + 1, least + 20, 150, 300]
-    params = [SamplingParams(t, max_tokens=n, seed=n, json_schema=FLAWS) for n in budgets for t in (0, 0.7, 2)]
+    params = [
+        SamplingParams(t, max_tokens=n, seed=n, json_schema=FLAWS) for n in budgets for t in (0, 0.7, 2)
+    ]
     done = engine.generate([prompt] * 30, [p for each in params for p in (each, greedy(20))])
     for each, p in zip(done[::2], params, strict=True):
         check_flaws(json.loads(each.text))
@@ -873,16 +937,24 @@ def test_random_walks_through_a_grammar(any_tokenizer, budget):
         check_flaws(json.loads(any_tokenizer.decode(ids)))
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 0), (-3, 12), (95, 1204), (-1204, -95), (7, None), (None, -7), (-1, 100)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 0), (-3, 12), (95, 1204), (-1204, -95), (7, None), (None, -7), (-1, 100)]
+)
 def test_integers_keep_to_their_bounds(low, high):
     """A text of digits is accepted exactly where it is a JSON integer within the bounds."""
-    schema = {"type": "integer"} | ({} if low is None else {"minimum": low}) | ({} if high is None else {"maximum": high})
+    schema = (
+        {"type": "integer"}
+        | ({} if low is None else {"minimum": low})
+        | ({} if high is None else {"maximum": high})
+    )
     frames = constrain.compile_schema(schema)
     for text in [*map(str, range(-1300, 1300)), "", "-", "-0", "00", "07", "-07", "+1", "1.0", "--1", "1-"]:
         state = constrain.advance(frames, text.encode())
         accepted = state is not None and constrain.cost(state) == 0
         valid = (
-            re.fullmatch(r"0|-?[1-9]\d*", text) and (low is None or low <= int(text)) and (high is None or int(text) <= high)
+            re.fullmatch(r"0|-?[1-9]\d*", text)
+            and (low is None or low <= int(text))
+            and (high is None or int(text) <= high)
         )
         assert accepted == bool(valid), text
 
@@ -893,7 +965,10 @@ def test_integers_keep_to_their_bounds(low, high):
         ({"type": "number"}, "number"),
         ({"type": "string", "pattern": "x"}, "pattern"),
         ({"type": "array"}, "items"),
-        ({"type": "object", "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 2}}}, "schema.a"),
+        (
+            {"type": "object", "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 2}}},
+            "schema.a",
+        ),
         ({"enum": []}, "enum"),
         ({"type": ["string", "null"]}, "type is"),
         ({"type": "object", "properties": []}, "properties"),
@@ -921,7 +996,11 @@ def test_extreme_temperatures(chatter, temperature):
         assert done.ids == alone(model, prompt, greedy(30)).ids
     else:
         assert len({*done.ids}) > len(done.ids) / 2
-    json.loads(engine.generate([prompt], SamplingParams(temperature, max_tokens=300, seed=1, json_schema=FLAWS))[0].text)
+    json.loads(
+        engine.generate([prompt], SamplingParams(temperature, max_tokens=300, seed=1, json_schema=FLAWS))[
+            0
+        ].text
+    )
 
 
 def test_a_prompt_that_never_fits():
@@ -966,7 +1045,9 @@ def test_a_prompt_that_fills_the_cache():
     for _ in range(3):
         done = engine.generate([others[0], full, others[1]], greedy(6))
         assert [len(c.ids) for c in done] == [6, 1, 6] and done[1].finish_reason == "length"
-        assert [c.ids for c in done] == [alone(model, p, greedy(6), cache_tokens=32).ids for p in (others[0], full, others[1])]
+        assert [c.ids for c in done] == [
+            alone(model, p, greedy(6), cache_tokens=32).ids for p in (others[0], full, others[1])
+        ]
     everything_given_back(engine)
 
 
@@ -990,19 +1071,26 @@ def test_cancelling_a_prompt_half_read():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": 1e-30}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 5, "top_k": 1}], ids=str
+    "settings",
+    [{"temperature": 1e-30}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 5, "top_k": 1}],
+    ids=str,
 )
 def test_extremes_of_sampling_are_greedy(settings):
     """A vanishing temperature, one token to choose from, or a vanishing nucleus leave the likeliest token."""
     model = random_model(random_config(4))
     prompt = random_prompts(model, 1, [9])[0]
-    assert alone(model, prompt, SamplingParams(max_tokens=30, **settings)).ids == alone(model, prompt, greedy(30)).ids
+    assert (
+        alone(model, prompt, SamplingParams(max_tokens=30, **settings)).ids
+        == alone(model, prompt, greedy(30)).ids
+    )
 
 
 def test_only_tokens_of_the_tokenizer_are_chosen(stage_tokenizer):
     """A model with more rows than the tokenizer has tokens (a padded vocabulary) never says one that cannot be read."""
     model = random_model(random_config(0, vocab_size=4 * stage_tokenizer.vocab_size, hidden_size=24))
-    done = Engine(model, stage_tokenizer).generate([[5, 6], [7]], [greedy(20), SamplingParams(max_tokens=20, seed=0)])
+    done = Engine(model, stage_tokenizer).generate(
+        [[5, 6], [7]], [greedy(20), SamplingParams(max_tokens=20, seed=0)]
+    )
     assert all(max(c.ids) < stage_tokenizer.vocab_size for c in done)
 
 
@@ -1109,9 +1197,21 @@ def test_stop_option(script, tiny_actor):
 
 def test_chat_through_a_pipe(tiny_actor):
     """A line in, a reply out, each knowing what was said before; an empty line ends it. As a process of its own."""
-    command = [sys.executable, "generate.py", "--model", tiny_actor, "--chat", "--temperature", "0", "--max-tokens", "12"]
+    command = [
+        sys.executable,
+        "generate.py",
+        "--model",
+        tiny_actor,
+        "--chat",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "12",
+    ]
     command += ["--dtype", "float32"]
-    done = subprocess.run(command, input="Good day\n Who are you? \n\nnot read\n", capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        command, input="Good day\n Who are you? \n\nnot read\n", capture_output=True, text=True, cwd=ROOT
+    )
     engine, messages, expected = load_engine(tiny_actor, "float32"), [], ""
     for line in ("Good day", "Who are you?"):
         messages.append({"role": "user", "content": line})
@@ -1123,7 +1223,9 @@ def test_chat_through_a_pipe(tiny_actor):
 
 def test_commands_of_a_chat(script, tiny_actor, monkeypatch):
     """/system and /retry change what the next answer is made from, /help and mistakes answer on stderr, --stats counts."""
-    monkeypatch.setattr(sys, "stdin", io.StringIO("/retry\n/help\n/fly\n/system Be brief.\nGood day\n/retry\nAnd?\n"))
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("/retry\n/help\n/fly\n/system Be brief.\nGood day\n/retry\nAnd?\n")
+    )
     options = ["--model", tiny_actor, "--max-tokens", 12, "--dtype", "float32", "--seed", 3, "--stats"]
     code, out, err = script("generate", "--chat", *options)
     engine, expected = load_engine(tiny_actor, "float32"), []
@@ -1134,11 +1236,16 @@ def test_commands_of_a_chat(script, tiny_actor, monkeypatch):
         return engine.generate([engine.tokenizer.render(messages, add_generation_prompt=True)[0]], params)[0]
 
     expected += [reply(3), reply(4)]
-    messages += [{"role": "assistant", "content": "", "ids": expected[-1].ids}, {"role": "user", "content": "And?"}]
+    messages += [
+        {"role": "assistant", "content": "", "ids": expected[-1].ids},
+        {"role": "user", "content": "And?"},
+    ]
     expected.append(reply(4))
     assert code == 0 and out == "".join(plain(done.text) + "\n" for done in expected)
     known = expected[1].prompt_tokens + len(expected[1].ids) - (expected[1].finish_reason == "length")
-    assert f"; {known} of {expected[2].prompt_tokens} prompt tokens cached" in err  # its own answer is not read again
+    assert (
+        f"; {known} of {expected[2].prompt_tokens} prompt tokens cached" in err
+    )  # its own answer is not read again
     assert "/retry  " in err and "/fly" in err and "nothing has been said" in err and "Be brief." in err
     assert len(re.findall(r"tokens/s in float32.*cached", err)) == 3
 
@@ -1160,8 +1267,14 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(script, tiny_actor, monkeypatch)
     engine = load_engine(tiny_actor, "float32")
     messages = [{"role": "user", "content": "Good day"}]
     first = expected_reply(engine, messages, 7).text
-    messages += [{"role": "assistant", "content": first.rstrip("\ufffd")}, {"role": "user", "content": "And?"}]
-    assert code == 0 and out == plain(messages[1]["content"] + "\n" + expected_reply(engine, messages, 12).text) + "\n"
+    messages += [
+        {"role": "assistant", "content": first.rstrip("\ufffd")},
+        {"role": "user", "content": "And?"},
+    ]
+    assert (
+        code == 0
+        and out == plain(messages[1]["content"] + "\n" + expected_reply(engine, messages, 12).text) + "\n"
+    )
 
 
 def test_ctrl_c_ends_a_completion_with_130(script, tiny_actor, monkeypatch):
@@ -1188,7 +1301,9 @@ def test_meeting_a_character(script, tiny_actor, monkeypatch):
     """--character plays one of the cast, told what actors are told, hearing the visitor as anyone, beginning with the name."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("Good day\nA long way?\n"))
     options = ["--model", tiny_actor, "--temperature", 0, "--max-tokens", 12, "--dtype", "float32"]
-    code, out, err = script("generate", "--chat", "--character", "hanne", "--scene", "the-last-ferry/3", *options)
+    code, out, err = script(
+        "generate", "--chat", "--character", "hanne", "--scene", "the-last-ferry/3", *options
+    )
     scene, name = find_character("Hanne Brod", "the-last-ferry/3")
     assert code == 0 and name in err and scene.scenario[:40] in " ".join(err.split())
     engine, dialogue, expected = load_engine(tiny_actor, "float32"), [], ""
@@ -1242,7 +1357,9 @@ def test_characters_are_found_by_how_they_begin(stage):
         (["--prompts", "x"], "--prompts"),
         (["--prompt", "x", "--model", "no/such/model"], "no/such/model"),
     ],
-    ids=lambda value: " ".join(value)[:40].encode("ascii", "replace").decode() if isinstance(value, list) else None,
+    ids=lambda value: (
+        " ".join(value)[:40].encode("ascii", "replace").decode() if isinstance(value, list) else None
+    ),
 )
 def test_bad_input_is_one_line(options, word, script, tiny_actor):
     """Each mistake is told in one line that names it, with exit code 2 and nothing on stdout but the prompt."""
@@ -1261,7 +1378,9 @@ def test_stdin_that_is_no_text(option, script, tiny_actor, monkeypatch):
 def test_a_model_without_its_tokenizer(script, tmp_path):
     """A checkpoint without a tokenizer.model says so."""
     checkpoint.save_model(random_model(random_config(0)), tmp_path / "model")
-    assert "tokenizer.model" in usage_error(script("generate", "--model", tmp_path / "model", "--prompt", "x"))
+    assert "tokenizer.model" in usage_error(
+        script("generate", "--model", tmp_path / "model", "--prompt", "x")
+    )
 
 
 @pytest.mark.parametrize("length", [1, 2, 9, 40])

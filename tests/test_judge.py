@@ -24,9 +24,15 @@ from test_llm import KEY, Script, Server
 
 import judge
 import llm
+from common import terminal
 from data.prompts import DIMENSIONS
 from data.scenes import load_scenes, straighten
-from judge import bleu, judge_messages, read_performances, rouge_l, score_flaws, scripts
+from engine import params
+from evals import judging, metrics, verdicts
+from evals.rubric import judge_messages, load_rubric, scripts
+from evals.verdicts import read_performances
+from judge import bleu, rouge_l, score_flaws
+from llm import endpoint, local
 
 MODELS = ["gpt-4o", "coser-8b", "llama-3.1-8b-instruct"]
 FLAW = {"instance": 'She says "never".', "type": "Language", "severity": 3}
@@ -73,7 +79,15 @@ def plays(stage, tmp_path):
 
 def write_plays(directory, performances):
     lines = [
-        {"book": s.book, "i_p": s.i_p, "i_c": s.i_c, "scene": s.to_dict(), "settings": {}, "messages": m, "stats": {}}
+        {
+            "book": s.book,
+            "i_p": s.i_p,
+            "i_c": s.i_c,
+            "scene": s.to_dict(),
+            "settings": {},
+            "messages": m,
+            "stats": {},
+        }
         for s, m in performances
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -87,7 +101,9 @@ def read_lines(file):
 def dimension_of(messages):
     """Which of the four this is about."""
     [dimension] = [
-        dimension for dimension in DIMENSIONS if f"every flaw of the played scene in {dimension}" in messages[-1]["content"]
+        dimension
+        for dimension in DIMENSIONS
+        if f"every flaw of the played scene in {dimension}" in messages[-1]["content"]
     ]
     return dimension
 
@@ -95,10 +111,10 @@ def dimension_of(messages):
 def judge_one(scene, messages, model, rubric=None, **options):
     """The dimensions of one performance, judged by a model object."""
     found = {}
-    wanted, rubric = {"key": (scene, messages, {})}, rubric or judge.load_rubric()
-    judge.judge_all(wanted, model, rubric, lambda key, d: found.update({key: d}), **options)
+    wanted, rubric = {"key": (scene, messages, {})}, rubric or load_rubric()
+    judging.judge_all(wanted, model, rubric, lambda key, d: found.update({key: d}), **options)
     turns = sum(message["role"] not in ("Environment", "NSP") for message in messages)
-    return judge.weigh({"turns": turns, "dimensions": found["key"]})["dimensions"]
+    return metrics.weigh({"turns": turns, "dimensions": found["key"]})["dimensions"]
 
 
 def verdict(*severities):
@@ -154,7 +170,9 @@ def test_rescoring_a_recorded_evaluation(script, gca, model):
 )
 def test_score_of_flaws(severities, turns, options, score):
     """100 - 5 * (severities - weight * turns), never below 0, above 100 unless capped."""
-    assert score_flaws([{"severity": severity} for severity in severities], turns, **options) == pytest.approx(score, abs=1e-9)
+    assert score_flaws(
+        [{"severity": severity} for severity in severities], turns, **options
+    ) == pytest.approx(score, abs=1e-9)
 
 
 # ---- BLEU and ROUGE-L ---------------------------------------------------------------------------------------------------
@@ -172,14 +190,22 @@ def test_recorded_bleu(performed, recorded):
 def test_recorded_rouge(performed, recorded):
     """On the same texts the release's ROUGE-L comes out to 1e-6; the other one has the published mean of 0.120."""
     for case, record in recorded.items():
-        assert abs(rouge_l(performed[case][0], record["simulation_str"], "release") - record["rouge_l"]) < 1e-6
-    published = statistics.mean(rouge_l(performed[case][0], record["simulation_str"]) for case, record in recorded.items())
+        assert (
+            abs(rouge_l(performed[case][0], record["simulation_str"], "release") - record["rouge_l"]) < 1e-6
+        )
+    published = statistics.mean(
+        rouge_l(performed[case][0], record["simulation_str"]) for case, record in recorded.items()
+    )
     assert round(published, 3) == 0.120
 
 
 def test_the_releases_simulations_read_as_it_read_them(performed, recorded):
     """What is judged of its simulation file is, word for word, the text the release computed its metrics on."""
-    differing = [case for case, record in recorded.items() if performed[case][1].split() != record["simulation_str"].split()]
+    differing = [
+        case
+        for case, record in recorded.items()
+        if performed[case][1].split() != record["simulation_str"].split()
+    ]
     assert differing == []
     assert round(statistics.mean(rouge_l(*texts) for texts in performed.values()), 3) == 0.120
 
@@ -222,7 +248,9 @@ def test_lcs_rouge_is_a_plain_f1():
                 return 0
             return 1 + longest(i + 1, j + 1) if x[i] == y[j] else max(longest(i + 1, j), longest(i, j + 1))
 
-        assert rouge_l(reference, candidate) == pytest.approx(2 * longest(0, 0) / (len(x) + len(y)), abs=1e-12)
+        assert rouge_l(reference, candidate) == pytest.approx(
+            2 * longest(0, 0) / (len(x) + len(y)), abs=1e-12
+        )
 
 
 def test_rouge_takes_texts_of_any_length():
@@ -237,12 +265,18 @@ def test_rouge_takes_texts_of_any_length():
 def test_bleu_without_the_speakers_names(gca, shared):
     """Over GPT-4o's hundred simulations the names are worth more than half of it."""
     found = read_performances(gca / "gpt-4o.simulation.json", shared / "coser" / "test" / "id.json")
-    named, unnamed = (statistics.mean(bleu(*scripts(s, m, names)) for s, m, _ in found) for names in (True, False))
+    named, unnamed = (
+        statistics.mean(bleu(*scripts(s, m, names)) for s, m, _ in found) for names in (True, False)
+    )
     assert round(100 * named, 1) == 5.6 and round(100 * unnamed, 1) == 1.7
     scene, messages, _ = found[0]
-    for text, speakers in zip(scripts(scene, messages, False), ([t["character"] for t in scene.dialogues], None), strict=True):
+    for text, speakers in zip(
+        scripts(scene, messages, False), ([t["character"] for t in scene.dialogues], None), strict=True
+    ):
         assert not any(
-            line.startswith(f"{name}:") for name in speakers or scene.speaking_characters for line in text.split("\n")
+            line.startswith(f"{name}:")
+            for name in speakers or scene.speaking_characters
+            for line in text.split("\n")
         )
 
 
@@ -254,7 +288,12 @@ def test_bleu_is_nltks():
         vocabulary = ["tea", "ferry", "Hanne", "night", "key", "fox"][: rng.randrange(2, 7)]
 
         def sentence(rng=rng, vocabulary=vocabulary):
-            return " ".join(rng.choice(vocabulary) + rng.choice(["", "", ","]) for _ in range(rng.randrange(4, 40))) + "."
+            return (
+                " ".join(
+                    rng.choice(vocabulary) + rng.choice(["", "", ","]) for _ in range(rng.randrange(4, 40))
+                )
+                + "."
+            )
 
         reference, candidate = sentence(), sentence()
         tokens = [re.findall(r"\w+|[,.]", text.lower()) for text in (reference, candidate)]
@@ -272,7 +311,14 @@ def test_metrics_at_their_ends():
     text = "The ferry leaves at nine, and nobody waits for it."
     for metric in (bleu, rouge_l, lambda a, b: rouge_l(a, b, "release")):
         assert metric(text, text) == pytest.approx(1, abs=1e-6)
-        for reference, candidate in ((text, "Quite other words"), (text, ""), ("", text), ("", ""), (text, " \n"), (".", "a")):
+        for reference, candidate in (
+            (text, "Quite other words"),
+            (text, ""),
+            ("", text),
+            ("", ""),
+            (text, " \n"),
+            (".", "a"),
+        ):
             assert metric(reference, candidate) == pytest.approx(0, abs=1e-9)
     words = "one two three four five six seven eight nine ten"
     assert bleu(words, "one two three four five") == pytest.approx(math.exp(1 - 10 / 5))
@@ -347,12 +393,16 @@ def test_a_verdict_is_read_out_of_what_stands_around_it(stage, reply, severities
 def test_an_invalid_verdict_is_asked_for_again(stage, reply):
     """Only the dimension it was about, hotter and with another seed; what then is valid counts as if said at once."""
     scene = stage["ward-c/1"]
-    model = Script(lambda m, p: reply if p.temperature == 0 and dimension_of(m) == "Anthropomorphism" else verdict(2))
+    model = Script(
+        lambda m, p: reply if p.temperature == 0 and dimension_of(m) == "Anthropomorphism" else verdict(2)
+    )
     dimensions = judge_one(scene, acted(scene), model, seed=5)
     assert [dimension_of(messages) for messages, _ in model.asked] == [*DIMENSIONS, "Anthropomorphism"]
     assert model.asked[-1][0] == model.asked[1][0]
     assert model.asked[-1][1].temperature == 1 and model.asked[-1][1].seed != model.asked[1][1].seed
-    assert len({found["score"] for found in dimensions.values()}) == 1 and all("error" not in d for d in dimensions.values())
+    assert len({found["score"] for found in dimensions.values()}) == 1 and all(
+        "error" not in d for d in dimensions.values()
+    )
 
 
 @pytest.mark.parametrize("reply", INVALID, ids=short)
@@ -361,8 +411,8 @@ def test_what_stays_invalid_is_never_a_score(stage, reply):
     scene = stage["ward-c/1"]
     model = Script(lambda m, _: reply if dimension_of(m) == "Anthropomorphism" else verdict(2))
     dimensions = judge_one(scene, acted(scene), model)
-    assert len(model.asked) == 3 + judge.TRIES <= 8
-    assert judge.weigh({"turns": 3, "dimensions": deepcopy(dimensions)})["score"] is None
+    assert len(model.asked) == 3 + judging.TRIES <= 8
+    assert metrics.weigh({"turns": 3, "dimensions": deepcopy(dimensions)})["score"] is None
     invalid = dimensions.pop("Anthropomorphism")
     assert invalid["error"] and invalid["score"] is None and invalid["scores"] == [None]
     assert all(found["score"] > 0 and "error" not in found for found in dimensions.values())
@@ -394,8 +444,17 @@ def mutated(rng, text):
     for _ in range(rng.randrange(1, 3)):
         i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
         text = rng.choice(
-            [text[:i] + text[i + 1 :], text[:i] + rng.choice(odd) + text[i:], text[:j], text[:i] + text[i:j] * 2 + text[j:]]
-            + [text[:i] + text[j:] if j - i < 9 else text, text[:i] + rng.choice(odd) + text[i + 1 :], text[i:]]
+            [
+                text[:i] + text[i + 1 :],
+                text[:i] + rng.choice(odd) + text[i:],
+                text[:j],
+                text[:i] + text[i:j] * 2 + text[j:],
+            ]
+            + [
+                text[:i] + text[j:] if j - i < 9 else text,
+                text[:i] + rng.choice(odd) + text[i + 1 :],
+                text[i:],
+            ]
         )
     return text
 
@@ -407,7 +466,12 @@ def test_two_thousand_mutated_replies(stage):
         rng = random.Random(seed)
         base = verdict(*[rng.randrange(1, 6) for _ in range(rng.randrange(4))])
         replies.append(
-            mutated(rng, rng.choice([base, f"```json\n{base}\n```", json.dumps({"Anthropomorphism": json.loads(base)})]))
+            mutated(
+                rng,
+                rng.choice(
+                    [base, f"```json\n{base}\n```", json.dumps({"Anthropomorphism": json.loads(base)})]
+                ),
+            )
         )
     pending = iter(replies)
     for _ in range(2000 // 4):
@@ -419,7 +483,8 @@ def test_two_thousand_mutated_replies(stage):
             found = dimensions[dimension]
             assert (found["score"] is None) == ("error" in found) == (found["scores"] == [None])
             assert all(
-                f.keys() == FLAW.keys() and type(f["severity"]) is int and 1 <= f["severity"] <= 5 for f in found["flaws"]
+                f.keys() == FLAW.keys() and type(f["severity"]) is int and 1 <= f["severity"] <= 5
+                for f in found["flaws"]
             )
             valid += found["score"] is not None
             try:
@@ -452,7 +517,7 @@ def test_another_rubric(script, stage, plays, tmp_path, monkeypatch):
     scene = stage["ward-c/1"]
     scene_with_braces = deepcopy(scene)
     scene_with_braces.scenario += " {simulated_conversation} {0} {}"
-    system, user = judge_messages(scene_with_braces, acted(scene), "Wit", judge.load_rubric(tmp_path / "wit.json"))
+    system, user = judge_messages(scene_with_braces, acted(scene), "Wit", load_rubric(tmp_path / "wit.json"))
     original, simulated = scripts(scene, acted(scene))
     assert user == {"role": "user", "content": simulated}
     assert system["content"].startswith(
@@ -476,7 +541,9 @@ def test_another_rubric(script, stage, plays, tmp_path, monkeypatch):
             assert line["dimensions"]["Wit"]["score"] == pytest.approx(100 - 5 * (3 - 0.3 * turns))
             assert line["dimensions"]["Pace"]["score"] == pytest.approx(100 + 1.5 * turns)
             assert line["rubric"].startswith("wit-")
-        assert "wit-" in usage_error(script("judge", plays, "--judge", "openai:j"))  # another rubric is another run
+        assert "wit-" in usage_error(
+            script("judge", plays, "--judge", "openai:j")
+        )  # another rubric is another run
         assert len(server.requests) == 6
 
 
@@ -590,7 +657,10 @@ def test_the_judge_knows_the_circumstances(stage):
     for dimension in DIMENSIONS:
         system, user = judge_messages(scene, acted(scene), dimension)
         known = [scene.book, scene.plot_summary, scene.scenario, *scene.major_characters]
-        assert all(part in user["content"] for part in [*known, *(scene.profiles[name] for name in scene.major_characters)])
+        assert all(
+            part in user["content"]
+            for part in [*known, *(scene.profiles[name] for name in scene.major_characters)]
+        )
         assert [other for other in DIMENSIONS if other in system["content"] + user["content"]] == [dimension]
 
 
@@ -609,19 +679,28 @@ def test_verdicts_of_a_judge(script, stage, plays, monkeypatch):
         code, out, err = script("judge", plays, "--judge", "openai:j")
     assert code == 0 and len(server.requests) == 12
     lines = read_lines(plays / "verdicts.jsonl")
-    assert [line["book"] for line in lines] == [stage[n].book for n in ("the-last-ferry/1", "ward-c/1", "three-keys/3")]
+    assert [line["book"] for line in lines] == [
+        stage[n].book for n in ("the-last-ferry/1", "ward-c/1", "three-keys/3")
+    ]
     for line in lines:
         assert line.keys() >= {"book", "i_p", "i_c", "judge", "dimensions", "score", "bleu", "rouge_l"}
-        [scene] = [s for s in stage.values() if (s.book, s.i_p, s.i_c) == (line["book"], line["i_p"], line["i_c"])]
+        [scene] = [
+            s for s in stage.values() if (s.book, s.i_p, s.i_c) == (line["book"], line["i_p"], line["i_c"])
+        ]
         turns = sum(m["role"] not in ("Environment", "NSP") for m in acted(scene))
         scores = [100 - 5 * (len(dimension) // 6 - 0.3 * turns) for dimension in DIMENSIONS]
         assert [line["dimensions"][dimension]["score"] for dimension in DIMENSIONS] == pytest.approx(scores)
         assert line["judge"] == "openai:j" and line["score"] == pytest.approx(statistics.mean(scores))
         original, simulated = scripts(scene, acted(scene))
-        assert line["bleu"] == bleu(original, simulated) > 0 and line["rouge_l"] == rouge_l(original, simulated) > 0
+        assert (
+            line["bleu"] == bleu(original, simulated) > 0
+            and line["rouge_l"] == rouge_l(original, simulated) > 0
+        )
     assert "openai:j" in out and f"{statistics.mean(line['score'] for line in lines):.2f}" in out
     assert f"{100 * statistics.mean(line['bleu'] for line in lines):.2f}" in out
-    assert str(plays / "verdicts.jsonl") in err and KEY not in out + err + (plays / "verdicts.jsonl").read_text()
+    assert (
+        str(plays / "verdicts.jsonl") in err and KEY not in out + err + (plays / "verdicts.jsonl").read_text()
+    )
 
 
 def test_judging_again_asks_nothing_again(script, plays, monkeypatch):
@@ -632,15 +711,26 @@ def test_judging_again_asks_nothing_again(script, plays, monkeypatch):
         command = ["judge", plays, "--judge", "openai:j"]
         code, out, _ = script(*command)
         content = file.read_bytes()
-        assert code == 0 and script(*command)[:2] == (0, out) and len(server.requests) == 12 and file.read_bytes() == content
-        assert script("judge", plays)[:2] == (0, out) and file.read_bytes() == content  # shown again without naming the judge
+        assert (
+            code == 0
+            and script(*command)[:2] == (0, out)
+            and len(server.requests) == 12
+            and file.read_bytes() == content
+        )
+        assert (
+            script("judge", plays)[:2] == (0, out) and file.read_bytes() == content
+        )  # shown again without naming the judge
         file.write_bytes(content[:-30])
-        assert script(*command)[:2] == (0, out) and len(server.requests) == 12 and file.read_bytes() == content
+        assert (
+            script(*command)[:2] == (0, out) and len(server.requests) == 12 and file.read_bytes() == content
+        )
         line = usage_error(script("judge", plays, "--judge", "openai:k"))
         assert "openai:j" in line and str(file) in line
         assert len(server.requests) == 12 and file.read_bytes() == content
         assert script("judge", plays, "--judge", "openai:k", "--out", plays / "k.jsonl")[0] == 0
-        assert len(server.requests) == 24 and {line["judge"] for line in read_lines(plays / "k.jsonl")} == {"openai:k"}
+        assert len(server.requests) == 24 and {line["judge"] for line in read_lines(plays / "k.jsonl")} == {
+            "openai:k"
+        }
 
 
 def test_a_judge_that_dies_midway(script, plays, monkeypatch):
@@ -678,12 +768,11 @@ def seven(stage, tmp_path):
 
 def run_judge(directory):
     """The command line in a process of its own, forked from this one."""
-    import cli
 
     sys.argv = ["judge.py", str(directory), "--judge", "openai:j"]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
-    cli.run(judge.main)
+    terminal.run(judge.main)
 
 
 def test_a_kill_loses_only_what_is_in_flight(script, seven, monkeypatch):
@@ -712,7 +801,7 @@ def test_a_kill_loses_only_what_is_in_flight(script, seven, monkeypatch):
             assert state["process"].exitcode == -signal.SIGKILL
             time.sleep(0.1)  # what the dead process had sent may still come in
             before, state["at"], known = len(server.requests), None, answers(seven)
-            assert len(known) >= at - llm.CONCURRENCY
+            assert len(known) >= at - endpoint.CONCURRENCY
             assert script("judge", seven, "--judge", "openai:j")[0] == 0
             again = hashes(server)[before:]
             assert len(again) == len(set(again)) == 28 - len(known) and not known & set(again)
@@ -738,12 +827,17 @@ def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
 
     def answer(body, number):
         invalid = bad and "Ward C" in body["messages"][1]["content"].split("\n")[0]
-        return "No." if invalid and dimension_of(body["messages"]) == "Storyline Quality" else judge_answer(body, number)
+        return (
+            "No."
+            if invalid and dimension_of(body["messages"]) == "Storyline Quality"
+            else judge_answer(body, number)
+        )
 
     file = plays / "transcripts.jsonl"
     title = read_lines(file)[1]["book"]
     file.write_text(
-        file.read_text(encoding="utf-8").replace(json.dumps(title, ensure_ascii=False), '"Ward C"'), encoding="utf-8"
+        file.read_text(encoding="utf-8").replace(json.dumps(title, ensure_ascii=False), '"Ward C"'),
+        encoding="utf-8",
     )
     with Server(answer) as server:
         server.use(monkeypatch)
@@ -751,7 +845,11 @@ def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
         assert code == 0 and re.search(r"\b1 verdict", err)
         rows = {re.split(r"\s{2,}", line)[0]: line.rsplit(None, 1)[1] for line in out.splitlines()[2:]}
         assert (rows["Storyline Quality"], rows["Anthropomorphism"], rows["Average"]) == ("2", "3", "2")
-        assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [False, True, False]
+        assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [
+            False,
+            True,
+            False,
+        ]
         bad, asked = False, len(server.requests)
         code, out, err = script("judge", plays, "--judge", "openai:j")
         assert code == 0 and len(server.requests) - asked == 1 and "verdict(s) never" not in err
@@ -763,15 +861,18 @@ def test_without_a_judge_there_are_metrics_alone(script, plays):
     code, out, err = script("judge", plays)
     assert code == 0 and "BLEU" in out and "ROUGE-L" in out and "Average" not in out and "--judge" in err
     assert all(
-        line["score"] is None and line["judge"] is None and line["bleu"] > 0 for line in read_lines(plays / "verdicts.jsonl")
+        line["score"] is None and line["judge"] is None and line["bleu"] > 0
+        for line in read_lines(plays / "verdicts.jsonl")
     )
 
 
 def test_a_checkpoint_as_judge(script, stage, plays, tiny_actor, monkeypatch):
     """A model that talks nonsense, cut short after forty tokens: whatever comes of it, the run ends well and counts it."""
     write_plays(plays, [(stage["ward-c/1"], acted(stage["ward-c/1"]))])
-    stop_early = judge.SamplingParams
-    monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 40}))
+    stop_early = params.SamplingParams
+    monkeypatch.setattr(
+        params, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 40})
+    )
     code, out, err = script("judge", plays, "--judge", tiny_actor)
     [line] = read_lines(plays / "verdicts.jsonl")
     assert code == 0 and "BLEU" in out and ("error" in str(line["dimensions"])) == ("verdict(s) never" in err)
@@ -779,20 +880,26 @@ def test_a_checkpoint_as_judge(script, stage, plays, tiny_actor, monkeypatch):
 
 def test_the_bundled_actor_as_judge(stage, monkeypatch):
     """Four million parameters and no sense, but held to the schema: each verdict parses, also drawn hot and cut short."""
-    model, scene, whole = llm.open_model(llm.BUNDLED_ACTOR), stage["ward-c/1"], judge.SamplingParams
-    monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 120}))
+    model, scene, whole = llm.open_model(local.BUNDLED_ACTOR), stage["ward-c/1"], params.SamplingParams
+    monkeypatch.setattr(
+        params, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 120})
+    )
     flaws = 0
     for seed in range(3):
         dimensions = judge_one(scene, acted(scene), model, temperature=2.0, seed=seed)
-        assert list(dimensions) == list(DIMENSIONS) and not any("error" in found for found in dimensions.values())
+        assert list(dimensions) == list(DIMENSIONS) and not any(
+            "error" in found for found in dimensions.values()
+        )
         flaws += sum(len(found["flaws"]) for found in dimensions.values())
     assert flaws > 0
 
 
 def test_a_scene_too_long_for_a_local_judge_is_its_own_error(stage, tiny_actor, monkeypatch):
     """Far over the context, and with a few tokens left, too few for a verdict: that scene has an error, the other a verdict."""
-    model, short_scene, whole = llm.open_model(tiny_actor), stage["ward-c/1"], judge.SamplingParams
-    monkeypatch.setattr(judge, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 40}))
+    model, short_scene, whole = llm.open_model(tiny_actor), stage["ward-c/1"], params.SamplingParams
+    monkeypatch.setattr(
+        params, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 40})
+    )
     limit = model.engine.config.max_position_embeddings
 
     def scene_of(tokens):
@@ -803,18 +910,21 @@ def test_a_scene_too_long_for_a_local_judge_is_its_own_error(stage, tiny_actor, 
         return short_scene, said, {}
 
     wanted, found = {"long": scene_of(limit + 500), "full": scene_of(limit - 5), "short": scene_of(0)}, {}
-    judge.judge_all(wanted, model, judge.load_rubric(), lambda key, dimensions: found.update({key: dimensions}))
+    judging.judge_all(wanted, model, load_rubric(), lambda key, dimensions: found.update({key: dimensions}))
     errors = {
-        key: [name for name in DIMENSIONS if "tokens" in dimensions[name].get("error", "")] for key, dimensions in found.items()
+        key: [name for name in DIMENSIONS if "tokens" in dimensions[name].get("error", "")]
+        for key, dimensions in found.items()
     }
-    assert errors["long"] == list(DIMENSIONS) and "Anthropomorphism" in errors["full"] and errors["short"] == []
+    assert (
+        errors["long"] == list(DIMENSIONS) and "Anthropomorphism" in errors["full"] and errors["short"] == []
+    )
 
 
 @pytest.mark.slow
 def test_the_bundled_actor_as_judge_of_twenty_scenes(script, stage, plays):
     """On the command line: eighty verdicts, none of them invalid."""
     write_plays(plays, [(scene, acted(scene)) for scene in list(stage.values())[:20]])
-    code, out, err = script("judge", plays, "--judge", llm.BUNDLED_ACTOR, "--json")
+    code, out, err = script("judge", plays, "--judge", local.BUNDLED_ACTOR, "--json")
     summary = json.loads(out)
     assert code == 0 and (summary["scenes"], summary["verdicts"], summary["invalid"]) == (20, 80, 0)
 
@@ -831,11 +941,24 @@ def test_no_file_holds_the_key(script, plays, tmp_path, monkeypatch):
         server.use(monkeypatch)
         code, out, err = script("judge", plays, "--judge", "openai:j", "--html", tmp_path / "report.html")
         assert code == 0 and len(server.requests) >= 12 and KEY in server.requests[0].headers["Authorization"]
-        other = script("judge", plays, "--judge", f"openai:j@{server.url}", "--out", tmp_path / "new" / "v.jsonl", "--json")
+        other = script(
+            "judge",
+            plays,
+            "--judge",
+            f"openai:j@{server.url}",
+            "--out",
+            tmp_path / "new" / "v.jsonl",
+            "--json",
+        )
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) > 12 and KEY not in out + err + "".join(map(str, other))
     assert [file for file in files if KEY.encode() in file.read_bytes()] == []
-    errors = [f["error"] for line in read_lines(plays / "verdicts.jsonl") for f in line["dimensions"].values() if "error" in f]
+    errors = [
+        f["error"]
+        for line in read_lines(plays / "verdicts.jsonl")
+        for f in line["dimensions"].values()
+        if "error" in f
+    ]
     assert errors and all("400" in error and "***" in error for error in errors)
 
 
@@ -855,7 +978,10 @@ def test_one_bad_scene_never_stops_the_rest(script, plays, monkeypatch):
         code, out, err = script("judge", plays, "--judge", "openai:j")
     assert code == 0 and len(server.requests) == 12 and "3 verdict(s)" in err and "Anthropomorphism" in out
     for line in read_lines(plays / "verdicts.jsonl"):
-        assert "too long" in line["dimensions"][bad]["error"] and line["dimensions"]["Anthropomorphism"]["score"] > 0
+        assert (
+            "too long" in line["dimensions"][bad]["error"]
+            and line["dimensions"]["Anthropomorphism"]["score"] > 0
+        )
     with Server(judge_answer) as server:
         server.use(monkeypatch)
         assert "verdict(s)" not in script("judge", plays, "--judge", "openai:j")[2]
@@ -871,7 +997,12 @@ def test_a_scene_in_which_nobody_speaks_gets_no_score(script, stage, plays, monk
     with Server(lambda *_: verdict()) as server:
         server.use(monkeypatch)
         code, out, err = script("judge", plays, "--judge", "openai:j")
-        assert code == 0 and out.startswith("1 scene") and "3 scene(s) where nobody" in err and len(server.requests) == 4
+        assert (
+            code == 0
+            and out.startswith("1 scene")
+            and "3 scene(s) where nobody" in err
+            and len(server.requests) == 4
+        )
         write_plays(plays, played)
         assert "no finished scene" in usage_error(script("judge", plays, "--judge", "openai:j"))
 
@@ -886,18 +1017,27 @@ def test_repeats_and_their_spread(script, plays, monkeypatch):
         server.use(monkeypatch)
         assert script("judge", plays, "--judge", "openai:j")[0] == 0
         code, out, _ = script("judge", plays, "--judge", "openai:j", "--repeats", 3, "--json")
-        assert code == 0 and len(server.requests) == 36 and {r.body["seed"] for r in server.requests} == {0, 1000, 2000}
+        assert (
+            code == 0
+            and len(server.requests) == 36
+            and {r.body["seed"] for r in server.requests} == {0, 1000, 2000}
+        )
         summary = json.loads(out)
         lines = read_lines(plays / "verdicts.jsonl")
         for line in lines:
             found = line["dimensions"]["Anthropomorphism"]
             one = 100 - 5 * (1 - 0.3 * line["turns"])
-            assert found["scores"] == pytest.approx([one, one - 5, one - 10]) and line["score"] == pytest.approx(one - 5)
+            assert found["scores"] == pytest.approx([one, one - 5, one - 10]) and line[
+                "score"
+            ] == pytest.approx(one - 5)
             assert [flaw.get("repeat", 0) for flaw in found["flaws"]] == [0, 1, 1, 2, 2, 2]
         means = summary["repeats"]["means"]
         assert means[0] - means[1] == pytest.approx(5) and summary["repeats"]["deviation"] == pytest.approx(5)
         assert "standard deviation 5.00" in script("judge", plays)[1]
-        assert "12 of 12" in script("judge", "--rescore", plays / "verdicts.jsonl")[1] and len(server.requests) == 36
+        assert (
+            "12 of 12" in script("judge", "--rescore", plays / "verdicts.jsonl")[1]
+            and len(server.requests) == 36
+        )
 
 
 def test_the_length_weight_is_an_option(script, plays, monkeypatch):
@@ -907,11 +1047,14 @@ def test_the_length_weight_is_an_option(script, plays, monkeypatch):
         assert script("judge", plays, "--judge", "openai:j")[0] == 0
         for weight in (0, 0.5):
             assert (
-                f"length weight {float(weight)}" in script("judge", plays, "--judge", "openai:j", "--length-weight", weight)[1]
+                f"length weight {float(weight)}"
+                in script("judge", plays, "--judge", "openai:j", "--length-weight", weight)[1]
             )
             for line in read_lines(plays / "verdicts.jsonl"):
                 flaws = {name: len(name) // 6 for name in DIMENSIONS}
-                expected = statistics.mean(max(0, 100 - 5 * (n - weight * line["turns"])) for n in flaws.values())
+                expected = statistics.mean(
+                    max(0, 100 - 5 * (n - weight * line["turns"])) for n in flaws.values()
+                )
                 assert line["score"] == pytest.approx(expected) and line["length_weight"] == weight
         assert len(server.requests) == 12
 
@@ -924,7 +1067,9 @@ def test_two_scenes_with_the_same_words_keep_their_own_verdicts(script, stage, p
         server.use(monkeypatch)
         for _ in range(2):
             assert script("judge", plays, "--judge", "openai:j")[0] == 0
-            assert [line["book"] for line in read_lines(plays / "verdicts.jsonl")] == [scene.book for scene in scenes]
+            assert [line["book"] for line in read_lines(plays / "verdicts.jsonl")] == [
+                scene.book for scene in scenes
+            ]
     assert len(server.requests) == 8
 
 
@@ -935,16 +1080,27 @@ def test_the_releases_files_are_judged_as_ours(script, stage, plays, tmp_path):
     cases = [{key: line[key] for key in ("book", "i_p", "i_c")} for line in lines]
     for case, line in zip(cases, lines, strict=True):
         named = [
-            {**m, "content": f"{m['role']}: {m['content']}" if m["role"] != "NSP" else m["content"]} for m in line["messages"]
+            {**m, "content": f"{m['role']}: {m['content']}" if m["role"] != "NSP" else m["content"]}
+            for m in line["messages"]
         ]
         case["simulation"] = named
     (tmp_path / "simulation.json").write_text(json.dumps(cases))
     (tmp_path / "scenes.json").write_text(json.dumps([line["scene"] for line in reversed(lines)]))
-    args = [tmp_path / "simulation.json", "--scenes", tmp_path / "scenes.json", "--out", tmp_path / "new" / "v.jsonl"]
+    args = [
+        tmp_path / "simulation.json",
+        "--scenes",
+        tmp_path / "scenes.json",
+        "--out",
+        tmp_path / "new" / "v.jsonl",
+    ]
     assert script("judge", *args)[0] == 0
     ours, theirs = read_lines(plays / "verdicts.jsonl"), read_lines(tmp_path / "new" / "v.jsonl")
-    assert [(v["book"], v["bleu"], v["rouge_l"]) for v in ours] == [(v["book"], v["bleu"], v["rouge_l"]) for v in theirs]
-    assert "--scenes" in usage_error(script("judge", tmp_path / "simulation.json", "--out", tmp_path / "x.jsonl"))
+    assert [(v["book"], v["bleu"], v["rouge_l"]) for v in ours] == [
+        (v["book"], v["bleu"], v["rouge_l"]) for v in theirs
+    ]
+    assert "--scenes" in usage_error(
+        script("judge", tmp_path / "simulation.json", "--out", tmp_path / "x.jsonl")
+    )
     (tmp_path / "scenes.json").write_text(json.dumps([lines[0]["scene"]]))
     assert lines[1]["book"] in usage_error(script("judge", *args))
 
@@ -965,9 +1121,13 @@ def test_rescoring_our_verdicts(script, plays, monkeypatch):
     assert "11 of 12" in changed
 
     def mean(text, row):
-        return float(next(line for line in text.splitlines() if line.startswith(row)).removeprefix(row).split()[0])
+        return float(
+            next(line for line in text.splitlines() if line.startswith(row)).removeprefix(row).split()[0]
+        )
 
-    assert mean(out, "Anthropomorphism") - mean(changed, "Anthropomorphism") == pytest.approx(15 / 3, abs=0.011)
+    assert mean(out, "Anthropomorphism") - mean(changed, "Anthropomorphism") == pytest.approx(
+        15 / 3, abs=0.011
+    )
     assert mean(out, "Average") - mean(changed, "Average") == pytest.approx(15 / 12, abs=0.011)
 
 
@@ -988,8 +1148,16 @@ def test_the_contract_of_the_command_line(script):
         ["plays", "--judge", "nosuch"],
         ["plays", "--judge", "openai:"],
     ]
-    + [["--rescore", "nosuch.json"], ["--rescore", "plays"], ["plays", "--seed", "x"], ["plays", "--out", "plays"]]
-    + [["plays", "--out", "plays/transcripts.jsonl/x"], ["plays", "--out", "plays/transcripts.jsonl", "--judge", "openai:j"]],
+    + [
+        ["--rescore", "nosuch.json"],
+        ["--rescore", "plays"],
+        ["plays", "--seed", "x"],
+        ["plays", "--out", "plays"],
+    ]
+    + [
+        ["plays", "--out", "plays/transcripts.jsonl/x"],
+        ["plays", "--out", "plays/transcripts.jsonl", "--judge", "openai:j"],
+    ],
     ids=" ".join,
 )
 def test_a_command_that_cannot_be_is_one_line(script, plays, tmp_path, monkeypatch, args):
@@ -1003,7 +1171,12 @@ def test_a_command_that_cannot_be_is_one_line(script, plays, tmp_path, monkeypat
     assert not server.requests and (plays / "transcripts.jsonl").read_bytes() == before
 
 
-SCENE = {**dict.fromkeys(("book", "tag", "scenario", "topic", "plot_summary"), "x"), "i_p": 0, "i_c": 0, "dialogues": []}
+SCENE = {
+    **dict.fromkeys(("book", "tag", "scenario", "topic", "plot_summary"), "x"),
+    "i_p": 0,
+    "i_c": 0,
+    "dialogues": [],
+}
 
 
 @pytest.mark.parametrize(
@@ -1032,7 +1205,9 @@ def test_transcripts_that_are_none_are_one_line(script, tmp_path, content):
     assert not (tmp_path / "verdicts.jsonl").exists()
 
 
-@pytest.mark.parametrize("content", [b"{}\n", b"[]\n", b"5\n", b"{\n{}\n", b"\xff\xfe\n", b'{"judge": null}\n'], ids=short)
+@pytest.mark.parametrize(
+    "content", [b"{}\n", b"[]\n", b"5\n", b"{\n{}\n", b"\xff\xfe\n", b'{"judge": null}\n'], ids=short
+)
 def test_verdicts_that_are_none_are_one_line(script, plays, content):
     """A file in the place of the verdicts that holds something else is left as it is."""
     (plays / "verdicts.jsonl").write_bytes(content)
@@ -1057,8 +1232,12 @@ CASE = {"critique": {"Anthropomorphism": {"flaws": [FLAW], "score": 85}}, "simul
         json.dumps({"cases": {"nodashes": CASE}}).encode(),
         json.dumps({"cases": {"a-b-c": CASE}}).encode(),
         json.dumps({"cases": {"a-1-2": {**CASE, "simulation": None}}}).encode(),
-        json.dumps({"cases": {"a-1-2": {**CASE, "critique": {"Anthropomorphism": {"flaws": ["x"], "score": 85}}}}}).encode(),
-        json.dumps({"cases": {"a-1-2": {**CASE, "critique": {"Anthropomorphism": {"flaws": [], "score": None}}}}}).encode(),
+        json.dumps(
+            {"cases": {"a-1-2": {**CASE, "critique": {"Anthropomorphism": {"flaws": ["x"], "score": 85}}}}}
+        ).encode(),
+        json.dumps(
+            {"cases": {"a-1-2": {**CASE, "critique": {"Anthropomorphism": {"flaws": [], "score": None}}}}}
+        ).encode(),
     ],
     ids=short,
 )
@@ -1100,15 +1279,29 @@ def test_every_recorded_simulation_finds_its_scene(gca, shared):
 
 @pytest.mark.parametrize(
     "change",
-    [{"book": ["a"]}, {"i_p": "1"}, {"judge": {}}, {"rubric": []}, {"settings": []}, {"turns": None}, {"dimensions": []}]
+    [
+        {"book": ["a"]},
+        {"i_p": "1"},
+        {"judge": {}},
+        {"rubric": []},
+        {"settings": []},
+        {"turns": None},
+        {"dimensions": []},
+    ]
     + [{"bleu": "0.1"}, {"rouge_l": None}, {"seed": [1]}, {"settings": {"actor": []}}, {"performance": []}]
-    + [{"dimensions": {"A": {"flaws": [FLAW | {"severity": bad}]}}} for bad in (float("nan"), 2.5, "3", None, True, 10**400)]
-    + [{"dimensions": {"A": {"flaws": [FLAW | {"instance": 3}]}}}, {"dimensions": {"A": {"flaws": [{"severity": 3}]}}}],
+    + [
+        {"dimensions": {"A": {"flaws": [FLAW | {"severity": bad}]}}}
+        for bad in (float("nan"), 2.5, "3", None, True, 10**400)
+    ]
+    + [
+        {"dimensions": {"A": {"flaws": [FLAW | {"instance": 3}]}}},
+        {"dimensions": {"A": {"flaws": [{"severity": 3}]}}},
+    ],
     ids=str,
 )
 def test_verdicts_that_give_no_score_are_one_line(script, tmp_path, change):
     """Neither a table nor a zero comes of a line with other types, as a severity that is not a number would give."""
-    line = dict.fromkeys(judge.VERDICT_KEYS, 1) | {"book": "a", "judge": "x", "performance": "p"}
+    line = dict.fromkeys(verdicts.VERDICT_KEYS, 1) | {"book": "a", "judge": "x", "performance": "p"}
     line["dimensions"] = {"A": {"flaws": [], "score": 1}}
     for value in (line, line | change):
         (tmp_path / "v.jsonl").write_text(json.dumps(value) + "\n")
@@ -1126,7 +1319,10 @@ def test_verdicts_of_another_seed_are_another_run(script, plays, monkeypatch):
         assert script("judge", plays, "--judge", "openai:j")[0] == 0
         asked = len(server.requests)
         assert "seed 0" in usage_error(script("judge", plays, "--judge", "openai:j", "--seed", 1))
-        assert script("judge", plays, "--judge", "openai:j", "--seed", 1, "--out", plays / "second.jsonl")[0] == 0
+        assert (
+            script("judge", plays, "--judge", "openai:j", "--seed", 1, "--out", plays / "second.jsonl")[0]
+            == 0
+        )
         assert len(server.requests) == 2 * asked
 
 

@@ -40,7 +40,10 @@ def random_case(seed, dtype=torch.float64):
     """q, k, v and positions of packed rows with odd sizes, drawn from a seed; a document of one token is among them."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     B, T, K, D = rng.randrange(1, 4), rng.randrange(5, 14), rng.choice([1, 2, 3]), rng.choice([1, 4, 7])
-    q, k, v = (torch.randn(B, T, heads, D, generator=generator, dtype=dtype) for heads in (K * rng.choice([1, 2, 3]), K, K))
+    q, k, v = (
+        torch.randn(B, T, heads, D, generator=generator, dtype=dtype)
+        for heads in (K * rng.choice([1, 2, 3]), K, K)
+    )
     rows = []
     for _ in range(B):
         row = [0] if rng.random() < 0.5 else [0, 1, 0, 1]
@@ -84,7 +87,9 @@ def test_attention_gradients_are_finite_differences(seed, window):
     """The backward pass agrees with finite differences, with packed documents and windows."""
     *inputs, positions = random_case(seed)
     inputs = [x.requires_grad_() for x in inputs]
-    assert torch.autograd.gradcheck(lambda q, k, v: kernels.attention(q, k, v, positions, window), inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: kernels.attention(q, k, v, positions, window), inputs, fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("wrong", ["q", "k", "v", "positions"])
@@ -101,7 +106,9 @@ def test_attention_refuses_shapes_that_do_not_fit(wrong, how):
         shape.pop()
     tensors[wrong] = shape
     with pytest.raises(ValueError) as refusal:  # noqa: PT011 (the message is looked at below)
-        kernels.attention(*(torch.zeros(s, dtype=torch.int64 if n == "positions" else None) for n, s in tensors.items()))
+        kernels.attention(
+            *(torch.zeros(s, dtype=torch.int64 if n == "positions" else None) for n, s in tensors.items())
+        )
     assert str(shape) in str(refusal.value)
 
 
@@ -197,7 +204,9 @@ def decode_reference(q, key_pages, value_pages, block_table, lengths, window=Non
 def test_decode_attention_is_attention_over_pages(queries, group, window):
     """The twin gives what whole attention gives for the last tokens; sequences shorter than the queries get zeros before."""
     case = paged_case(0, torch.float32, queries, group)
-    torch.testing.assert_close(kernels.decode_attention(*case, window), decode_reference(*case, window).float())
+    torch.testing.assert_close(
+        kernels.decode_attention(*case, window), decode_reference(*case, window).float()
+    )
 
 
 def test_kernels_are_chosen_by_name_or_device(monkeypatch):
@@ -218,7 +227,9 @@ def test_kernels_are_chosen_by_name_or_device(monkeypatch):
 
 def test_importing_the_kernels_leaves_triton_alone():
     """Triton is not on every platform; it is imported when one of its kernels first runs."""
-    subprocess.run([sys.executable, "-c", "import sys, kernels; assert 'triton' not in sys.modules"], check=True)
+    subprocess.run(
+        [sys.executable, "-c", "import sys, kernels; assert 'triton' not in sys.modules"], check=True
+    )
 
 
 # ---- Triton against fp64 ------------------------------------------------------------------------------------------------
@@ -314,7 +325,9 @@ def test_triton_attention_is_no_worse_than_its_twin(case, dtype, triton_runs):
     generator = torch.Generator().manual_seed(T)
     rows = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=DEVICE)
     shape = (B, T, K * group, D) if rows is None else (len(rows), K * group, D)
-    q, k, v, upstream = (torch.randn(s, generator=generator) for s in (shape, (B, T, K, D), (B, T, K, D), shape))
+    q, k, v, upstream = (
+        torch.randn(s, generator=generator) for s in (shape, (B, T, K, D), (B, T, K, D), shape)
+    )
     q, k, v, upstream = (x.to(DEVICE, dtype) for x in (q, k, v, upstream))
 
     def run(*inputs):
@@ -373,7 +386,9 @@ def test_blocks_a_mask_empties_are_not_visited(window, chosen, triton_runs):
     T = positions.numel()
     rows = torch.arange(T, device=DEVICE)[slice(None) if chosen is None else chosen]
     generator = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(n, 1, 16, generator=generator).to(DEVICE) for n in (len(rows), T, T, len(rows)))
+    q, k, v, grad = (
+        torch.randn(n, 1, 16, generator=generator).to(DEVICE) for n in (len(rows), T, T, len(rows))
+    )
     seen = visible(1, T, positions, window, rows).to(DEVICE)
     first, stop = kernel.key_range(1, T, positions, window, rows, DEVICE)
     out, lse = kernel.attend(q, k, v, first, stop)
@@ -404,7 +419,9 @@ def test_blocks_a_mask_empties_are_not_visited(window, chosen, triton_runs):
                 assert torch.equal(got[at : at + own], expected[at : at + own])
             visited += blocks
         dense = visible(1, T, None, None, rows) if given is v else visible(1, T, None, None, rows).T
-        assert visited < 0.8 * sum(-(-block.any(0).sum().item() // other) for block in dense.split(own))  # causal alone
+        assert visited < 0.8 * sum(
+            -(-block.any(0).sum().item() // other) for block in dense.split(own)
+        )  # causal alone
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -417,7 +434,11 @@ def test_triton_decode_attention_is_no_worse_than_its_twin(queries, group, windo
         (kernels.use(n) or kernels.decode_attention(*case, window) for n in VERSIONS),
     )
     assert ours.dtype == twin.dtype == dtype
-    twin, ours, rounding = (twin - exact).abs(), (ours - exact).abs(), torch.finfo(dtype).eps * exact.abs().max()
+    twin, ours, rounding = (
+        (twin - exact).abs(),
+        (ours - exact).abs(),
+        torch.finfo(dtype).eps * exact.abs().max(),
+    )
     assert ours.max() <= max(3 * twin.max(), rounding) and ours.mean() <= max(3 * twin.mean(), rounding / 4)
 
 
@@ -455,8 +476,13 @@ def test_triton_rms_norm_gradients_are_finite_differences(triton_runs):
         return (normed.double() * upstream[0] + total.double() * upstream[1]).sum()
 
     leaves = [x.clone().requires_grad_() for x in inputs]
-    slope = sum((g * d).sum() for g, d in zip(torch.autograd.grad(value(leaves), leaves), directions, strict=True)).item()
-    ahead, behind = (value([x + step * d for x, d in zip(inputs, directions, strict=True)]).item() for step in (5e-3, -5e-3))
+    slope = sum(
+        (g * d).sum() for g, d in zip(torch.autograd.grad(value(leaves), leaves), directions, strict=True)
+    ).item()
+    ahead, behind = (
+        value([x + step * d for x, d in zip(inputs, directions, strict=True)]).item()
+        for step in (5e-3, -5e-3)
+    )
     assert slope == pytest.approx((ahead - behind) / 1e-2, rel=1e-3)
 
 
@@ -465,7 +491,8 @@ def test_triton_results_do_not_change_from_run_to_run(triton_runs):
     kernels.use("triton")
     generator = torch.Generator().manual_seed(0)
     q, k, weight = (
-        torch.randn(s, generator=generator).to(DEVICE).requires_grad_() for s in ((1, 90, 4, 16), (1, 90, 2, 16), (16,))
+        torch.randn(s, generator=generator).to(DEVICE).requires_grad_()
+        for s in ((1, 90, 4, 16), (1, 90, 2, 16), (16,))
     )
     results = []
     for _ in range(2):
@@ -490,7 +517,9 @@ def test_triton_operators_are_well_formed(triton_runs):
     weight = torch.ones(8, device=DEVICE, requires_grad=True)
     for other in (None, residual):
         torch.library.opcheck(norm, (x, weight, 1e-5, other))
-    torch.library.opcheck(norm_backward, (*torch.ones(3, 3, 8, device=DEVICE), weight.detach(), torch.ones(3, device=DEVICE)))
+    torch.library.opcheck(
+        norm_backward, (*torch.ones(3, 3, 8, device=DEVICE), weight.detach(), torch.ones(3, device=DEVICE))
+    )
 
 
 def test_triton_kernels_run_under_a_compiler(triton_runs):
@@ -504,10 +533,13 @@ def test_triton_kernels_run_under_a_compiler(triton_runs):
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
     for T in (20, 33):
-        leaves = [torch.randn(s, device=DEVICE).requires_grad_() for s in ((4, 8), (T, 2, 16), (T, 1, 16), (8,))]
+        leaves = [
+            torch.randn(s, device=DEVICE).requires_grad_() for s in ((4, 8), (T, 2, 16), (T, 1, 16), (8,))
+        ]
         rows = torch.arange(1, T, 4, device=DEVICE)
         results = [
-            (out := run(*leaves, packed([7, T - 7]), rows), *torch.autograd.grad(out, leaves)) for run in (block, compiled)
+            (out := run(*leaves, packed([7, T - 7]), rows), *torch.autograd.grad(out, leaves))
+            for run in (block, compiled)
         ]
         torch.testing.assert_close(*results)
 
@@ -515,7 +547,11 @@ def test_triton_kernels_run_under_a_compiler(triton_runs):
 def test_triton_kernels_refuse_what_they_cannot_do(triton_runs):
     """Head sizes, rows and groups too large, and dtypes they do not know: a ValueError that names them."""
     kernels.use("triton")
-    wide, double, half = torch.zeros(1, 2, 1, 136), torch.zeros(1, 2, 1, 16).double(), torch.zeros(1, 2, 1, 16).half()
+    wide, double, half = (
+        torch.zeros(1, 2, 1, 136),
+        torch.zeros(1, 2, 1, 16).double(),
+        torch.zeros(1, 2, 1, 16).half(),
+    )
     with pytest.raises(ValueError, match=r"\[1, 2, 1, 136\]"):
         kernels.attention(wide, wide, wide)
     with pytest.raises(ValueError, match="float64"):

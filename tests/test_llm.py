@@ -13,11 +13,12 @@ import pytest
 import torch
 
 import checkpoint
-import cli
 import llm
-from cli import UsageError
+from common import files
+from common.files import UsageError
 from generate import SamplingParams
-from llm import Endpoint, Reply
+from llm import Reply, endpoint, local
+from llm.endpoint import Endpoint
 from tokenizer import load_tokenizer
 
 KEY = "sk-test-4f9c2e71d0"
@@ -59,14 +60,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             number = len(self.server.requests)
-            self.server.requests.append(SimpleNamespace(path=self.path, headers=dict(self.headers), body=body))
+            self.server.requests.append(
+                SimpleNamespace(path=self.path, headers=dict(self.headers), body=body)
+            )
         answer = self.server.answer(body, number)
         if answer is None:
             return
         status, payload, headers = (200, completion(answer), {}) if isinstance(answer, str) else answer
         payload = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(payload), **headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": len(payload),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(payload)
@@ -127,7 +134,7 @@ def pauses(monkeypatch):
             slept.append(seconds)
 
     kept = {name: getattr(threading, name) for name in ("Thread", "Lock", "Semaphore")}
-    monkeypatch.setattr(llm, "threading", SimpleNamespace(Event=Event, **kept))
+    monkeypatch.setattr(endpoint, "threading", SimpleNamespace(Event=Event, **kept))
     return slept
 
 
@@ -155,9 +162,14 @@ def refusal(server, **options):
 
 def test_body_and_headers_sent():
     """A request carries the model, the messages and the parameters, the key as bearer, and nothing else."""
-    messages = [{"role": "system", "content": "Be Lear. {}"}, {"role": "user", "content": "Nothing, my lord.\n\n\u2014 \u6f22"}]
+    messages = [
+        {"role": "system", "content": "Be Lear. {}"},
+        {"role": "user", "content": "Nothing, my lord.\n\n\u2014 \u6f22"},
+    ]
     with Server(lambda *_: "Nothing?") as server:
-        ask(server, [messages], SamplingParams(0.7, 0.9, 0, 33, ("END", "\n\n"), seed=5), url=server.url + "/")
+        ask(
+            server, [messages], SamplingParams(0.7, 0.9, 0, 33, ("END", "\n\n"), seed=5), url=server.url + "/"
+        )
         ask(server, [messages], SamplingParams(0))
         ask(server, [messages], SamplingParams(0, seed=0))
     first, second, third = server.requests
@@ -189,7 +201,7 @@ def test_replies_come_in_order_and_are_asked_for_together():
     with Server(answer) as server:
         replies = ask(server, conversations, [SamplingParams(0, seed=100 + i) for i in range(30)])
     assert [reply.text for reply in replies] == [f"question {i}/{100 + i}" for i in range(30)]
-    assert 3 <= most <= llm.CONCURRENCY
+    assert 3 <= most <= endpoint.CONCURRENCY
 
 
 def test_token_counts_are_the_endpoints():
@@ -247,17 +259,19 @@ def test_retry_after_of_another_form_leaves_the_usual_pause(asked, pauses):
 def test_no_pause_is_endless(pauses, capsys):
     """A server that asks for a day gets a minute, and whoever waits is told why, without the key."""
     with Server(
-        lambda _, n: "at last" if n else (429, {"error": {"message": f"busy {KEY}"}}, {"Retry-After": "86400"})
+        lambda _, n: (
+            "at last" if n else (429, {"error": {"message": f"busy {KEY}"}}, {"Retry-After": "86400"})
+        )
     ) as server:
         ask(server)
     told = " ".join(capsys.readouterr().err.split())
     assert "openai:m: HTTP 429: busy ***; asked again in 60 s" in told and KEY not in told
-    assert pauses == [llm.LONGEST_PAUSE] and llm.LONGEST_PAUSE <= 120
+    assert pauses == [endpoint.LONGEST_PAUSE] and endpoint.LONGEST_PAUSE <= 120
 
 
 def test_a_pause_that_outlasts_the_deadline_is_not_announced(pauses, monkeypatch, capsys):
     """Nothing is asked again then."""
-    monkeypatch.setattr(llm, "DEADLINE", 6)
+    monkeypatch.setattr(endpoint, "DEADLINE", 6)
     with Server(lambda *_: (429, {}, {"Retry-After": "30"})) as server:
         assert "did not answer" in refusal(server)
     assert len(server.requests) == 1 and "asked again" not in capsys.readouterr().err
@@ -266,7 +280,9 @@ def test_a_pause_that_outlasts_the_deadline_is_not_announced(pauses, monkeypatch
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_what_more_tries_cannot_mend_ends_at_once(status, pauses):
     """A refusal is not asked again; the line has the model, the address, the status and the server's own words."""
-    with Server(lambda *_: (status, {"error": {"message": "no such\nmodel"}}, {"Retry-After": "1"})) as server:
+    with Server(
+        lambda *_: (status, {"error": {"message": "no such\nmodel"}}, {"Retry-After": "1"})
+    ) as server:
         line = refusal(server)
     assert len(server.requests) == 1 and not pauses
     assert all(part in line for part in ("openai:m", server.url, str(status), "no such model"))
@@ -285,7 +301,11 @@ def test_a_refused_prompt_fails_alone(status, pauses):
     conversations = [[{"role": "user", "content": f"question {i}"}] for i in range(5)]
 
     def answer(body, _):
-        return (status, {"error": {"message": "too long"}}, {}) if "3" in body["messages"][0]["content"] else "yes"
+        return (
+            (status, {"error": {"message": "too long"}}, {})
+            if "3" in body["messages"][0]["content"]
+            else "yes"
+        )
 
     with Server(answer) as server:
         replies = ask(server, conversations)
@@ -309,13 +329,13 @@ def test_tries_are_bounded(pauses):
     """A server that only fails is asked five times, and the line says so and what it last said."""
     with Server(lambda _, n: (500, {"error": {"message": f"failure {n}"}}, {})) as server:
         line = refusal(server)
-    assert len(server.requests) == llm.TRIES == 5 and len(pauses) == 4
+    assert len(server.requests) == endpoint.TRIES == 5 and len(pauses) == 4
     assert all(part in line for part in ("openai:m", server.url, "5 tries", "500", "failure 4"))
 
 
 def test_time_out_is_one_clear_line(monkeypatch, pauses):
     """A server that never answers is given up after as many tries."""
-    monkeypatch.setattr(llm, "TIMEOUT", 0.05)
+    monkeypatch.setattr(endpoint, "TIMEOUT", 0.05)
     over = threading.Event()
     with Server(lambda *_: over.wait(20) and None) as server:
         line = refusal(server)
@@ -326,7 +346,7 @@ def test_time_out_is_one_clear_line(monkeypatch, pauses):
 @pytest.mark.parametrize("way", ["retries", "trickle"])
 def test_there_is_a_deadline_for_everything(way, monkeypatch):
     """Neither a server that fails again and again nor one that answers byte by byte holds a request for longer."""
-    monkeypatch.setattr(llm, "DEADLINE", 0.5)
+    monkeypatch.setattr(endpoint, "DEADLINE", 0.5)
 
     def answer(*_):
         return 503, {}, {"Retry-After": "0.2"}
@@ -337,12 +357,12 @@ def test_there_is_a_deadline_for_everything(way, monkeypatch):
         begun = time.monotonic()
         line = refusal(server)
     assert time.monotonic() - begun < 5 and "did not answer" in line
-    assert len(server.requests) < llm.TRIES or way == "trickle"
+    assert len(server.requests) < endpoint.TRIES or way == "trickle"
 
 
 def test_the_deadline_holds_for_the_headers_too(monkeypatch):
     """A server that sends them letter by letter, each within the time-out."""
-    monkeypatch.setattr(llm, "DEADLINE", 0.5)
+    monkeypatch.setattr(endpoint, "DEADLINE", 0.5)
     with Server(lambda *_: "never") as server:
         server.RequestHandlerClass = TrickleOfHeaders
         begun = time.monotonic()
@@ -363,7 +383,7 @@ class TrickleOfHeaders(http.server.BaseHTTPRequestHandler):
 
 def test_an_endless_answer_is_given_up(pauses, monkeypatch):
     """It does not fill the memory."""
-    monkeypatch.setattr(llm, "LARGEST", 1000)
+    monkeypatch.setattr(endpoint, "LARGEST", 1000)
     with Server(lambda *_: (200, b" " * 2000, {})) as server:
         assert "too large" in refusal(server)
 
@@ -386,12 +406,18 @@ def test_who_is_too_busy_is_asked_until_the_deadline():
     assert [reply.text for reply in replies] == ["yes"] * 40 and len(server.requests) > 60
 
 
-@pytest.mark.parametrize("usage", [{"prompt_tokens": "12", "completion_tokens": float("nan")}, {"prompt_tokens": -1}, []])
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": "12", "completion_tokens": float("nan")}, {"prompt_tokens": -1}, []]
+)
 def test_counts_that_are_none_are_0(usage):
     """A server's own count is used if it is one."""
     with Server(lambda *_: (200, {**completion("yes"), "usage": usage}, {})) as server:
         reply = ask(server)[0]
-    assert reply.text == "yes" and (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens) == (0, 0, 0)
+    assert reply.text == "yes" and (reply.prompt_tokens, reply.completion_tokens, reply.cached_tokens) == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_an_empty_answer_is_not_kept(tmp_path):
@@ -464,7 +490,9 @@ def test_so_many_requests_at_once_over_all_calls(concurrency):
 
     with Server(answer) as server:
         endpoint = Endpoint("m", server.url, KEY, concurrency=concurrency)
-        threads = [threading.Thread(target=endpoint.chat, args=([HELLO] * 2, SamplingParams(0))) for _ in range(6)]
+        threads = [
+            threading.Thread(target=endpoint.chat, args=([HELLO] * 2, SamplingParams(0))) for _ in range(6)
+        ]
         [thread.start() for thread in threads], [thread.join() for thread in threads]
     assert len(server.requests) == 12 and most[0] == concurrency
 
@@ -506,7 +534,9 @@ def test_an_answer_is_kept_and_not_asked_for_again(tmp_path):
             once(model="n"),
         ]
         assert len({first, *others}) == 6 and once(url=other.url) == "other"
-        assert len({once(params=SamplingParams(0.5)) for _ in range(3)}) == 3  # without a seed nothing says they are the same
+        assert (
+            len({once(params=SamplingParams(0.5)) for _ in range(3)}) == 3
+        )  # without a seed nothing says they are the same
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) == 7 and not any(KEY in file.read_text() for file in files)
 
@@ -601,7 +631,10 @@ def test_key_and_address_come_from_the_environment(monkeypatch):
 
 def test_missing_key_is_told(monkeypatch):
     """Without a key nothing is asked, and the line names the variable."""
-    for set_ in (lambda: monkeypatch.delenv("OPENAI_API_KEY", raising=False), lambda: monkeypatch.setenv("OPENAI_API_KEY", "")):
+    for set_ in (
+        lambda: monkeypatch.delenv("OPENAI_API_KEY", raising=False),
+        lambda: monkeypatch.setenv("OPENAI_API_KEY", ""),
+    ):
         set_()
         with pytest.raises(UsageError, match="OPENAI_API_KEY"):
             llm.open_model("openai:m")
@@ -617,7 +650,10 @@ def test_a_model_has_an_address_and_a_key_of_its_own(monkeypatch):
             model = llm.open_model(f"openai:@org/model@20250101@{here.url}")
             assert model.chat([HELLO], SamplingParams(0))[0].text == "here"
             request = here.requests[-1]
-            assert request.headers["Authorization"] == f"Bearer {key}" and request.body["model"] == "@org/model@20250101"
+            assert (
+                request.headers["Authorization"] == f"Bearer {key}"
+                and request.body["model"] == "@org/model@20250101"
+            )
             assert key not in model.name + model.identity and here.url in model.identity
     assert not there.requests
 
@@ -644,7 +680,9 @@ def test_a_model_that_is_none_is_told(spec, tmp_path, monkeypatch):
         llm.open_model(spec)
 
 
-@pytest.mark.parametrize("url", ["ftp://127.0.0.1", "127.0.0.1:8000/v1", "http://127.0.0.1:port/v1", "http://"])
+@pytest.mark.parametrize(
+    "url", ["ftp://127.0.0.1", "127.0.0.1:8000/v1", "http://127.0.0.1:port/v1", "http://"]
+)
 def test_an_address_that_is_none_is_told(url, pauses):
     """Each is one line that shows the address."""
     assert url.rstrip("/") in refusal(SimpleNamespace(url=url))
@@ -658,7 +696,11 @@ def test_the_key_is_in_no_message(status, padding, form, pauses):
 
     def answer(*_):
         words = "x" * padding + f" wrong key {KEY}"
-        payload = {"message": {"error": {"message": words}}, "text": {"detail": words}, "html": words.encode()}[form]
+        payload = {
+            "message": {"error": {"message": words}},
+            "text": {"detail": words},
+            "html": words.encode(),
+        }[form]
         return status, payload, {"X-Key": KEY}
 
     with Server(answer) as server:
@@ -666,7 +708,9 @@ def test_the_key_is_in_no_message(status, padding, form, pauses):
     assert KEY not in line and KEY[:4] not in line
 
 
-@pytest.mark.parametrize("key", [KEY + " ", " " + KEY, KEY + "\n", KEY + "\u2026", KEY + "\x7f", f"{KEY}\t{KEY}"])
+@pytest.mark.parametrize(
+    "key", [KEY + " ", " " + KEY, KEY + "\n", KEY + "\u2026", KEY + "\x7f", f"{KEY}\t{KEY}"]
+)
 def test_a_key_pasted_badly_is_not_shown(key, pauses):
     """A key with a space, a line end or a stray character either works without it or is refused, and is not printed."""
     with Server(lambda *_: (401, {"error": {"message": f"wrong key {key}"}}, {})) as server:
@@ -680,7 +724,9 @@ def test_a_key_pasted_badly_is_not_shown(key, pauses):
 @pytest.mark.parametrize("openings", [None, ["Hanne Brod:", "", "Wick Tarn:"]])
 def test_a_checkpoint_answers_as_its_model_does(tiny_actor, openings):
     """Replies of a local model are the greedy tokens of a plain forward pass after the rendered chat and the opening."""
-    conversations = [[{"role": "system", "content": "S"}, {"role": "user", "content": "you " * n}] for n in (1, 7, 3)]
+    conversations = [
+        [{"role": "system", "content": "S"}, {"role": "user", "content": "you " * n}] for n in (1, 7, 3)
+    ]
     replies = llm.open_model(tiny_actor).chat(conversations, SamplingParams(0, max_tokens=6), openings)
     model, tokenizer = checkpoint.load_model(tiny_actor), load_tokenizer(tiny_actor)
     for messages, opening, reply in zip(conversations, openings or ["", "", ""], replies, strict=True):
@@ -690,7 +736,11 @@ def test_a_checkpoint_answers_as_its_model_does(tiny_actor, openings):
             while len(said) < 6 and not set(said) & set(tokenizer.stop_ids):
                 said.append(model(torch.tensor([ids + said]))[0, -1].argmax().item())
         said = [i for i in said if i not in tokenizer.stop_ids]
-        assert (reply.text, reply.prompt_tokens, reply.completion_tokens) == (tokenizer.decode(said), len(ids), len(said))
+        assert (reply.text, reply.prompt_tokens, reply.completion_tokens) == (
+            tokenizer.decode(said),
+            len(ids),
+            len(said),
+        )
 
 
 def test_a_chat_marker_ends_a_turn(tiny_actor):
@@ -709,25 +759,27 @@ def test_an_endpoint_is_not_given_an_opening():
     """What a reply is to begin with changes nothing in what an endpoint is asked."""
     with Server(lambda *_: "hi") as server:
         endpoint = Endpoint("m", server.url, KEY)
-        assert endpoint.chat([HELLO], SamplingParams(0), ["Ada:"]) == endpoint.chat([HELLO], SamplingParams(0))
+        assert endpoint.chat([HELLO], SamplingParams(0), ["Ada:"]) == endpoint.chat(
+            [HELLO], SamplingParams(0)
+        )
     assert server.requests[0].body == server.requests[1].body
 
 
 def test_default_actor_is_the_last_trained_else_the_bundled(tmp_path, monkeypatch, capsys):
     """None at all is an error that says what to do; a trained one goes before the bundled one; stderr says which it is."""
-    monkeypatch.setattr(cli, "OUT", tmp_path / "out")
-    monkeypatch.setattr(llm, "BUNDLED_ACTOR", tmp_path / "bundled")
+    monkeypatch.setattr(files, "OUT", tmp_path / "out")
+    monkeypatch.setattr(local, "BUNDLED_ACTOR", tmp_path / "bundled")
     trained = tmp_path / "out" / "stage" / "final"
     with pytest.raises(UsageError, match=r"train\.py"):
-        llm.default_actor()
-    for directory, what in ((llm.BUNDLED_ACTOR, "bundled"), (trained, "trained")):
+        local.default_actor()
+    for directory, what in ((local.BUNDLED_ACTOR, "bundled"), (trained, "trained")):
         directory.mkdir(parents=True)
-        expected = llm.BUNDLED_ACTOR if what == "trained" else None
+        expected = local.BUNDLED_ACTOR if what == "trained" else None
         if expected:  # a directory that training has only begun does not count
-            assert llm.default_actor() == expected
+            assert local.default_actor() == expected
         (directory / "config.json").write_text("{}")
         capsys.readouterr()
-        assert llm.default_actor() == directory
+        assert local.default_actor() == directory
         out, err = capsys.readouterr()
         assert what in err and directory.name in err and not out
 

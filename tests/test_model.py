@@ -30,7 +30,9 @@ def crossed_config(seed):
         tie_word_embeddings=bool(seed & 4),
         max_position_embeddings=2048,
     )
-    return dataclasses.replace(config, hidden_size=-(-config.hidden_size // heads) * heads)  # transformers asks for a multiple
+    return dataclasses.replace(
+        config, hidden_size=-(-config.hidden_size // heads) * heads
+    )  # transformers asks for a multiple
 
 
 def pair(seed, directory):
@@ -68,7 +70,9 @@ def test_logits_stay_equal_far_into_the_context(seed, tmp_path):
 def test_angles_equal_those_of_transformers(preset, tmp_path):
     """cos and sin at the very end of the context, where an error in a frequency counts most, are transformers' own."""
     config = ModelConfig(vocab_size=128, **PRESETS[preset])
-    small = dataclasses.replace(config, num_hidden_layers=1, hidden_size=config.num_attention_heads, intermediate_size=2)
+    small = dataclasses.replace(
+        config, num_hidden_layers=1, hidden_size=config.num_attention_heads, intermediate_size=2
+    )
     checkpoint.save_model(random_model(small), tmp_path / "model")
     theirs = LlamaRotaryEmbedding(AutoModelForCausalLM.from_pretrained(tmp_path / "model").config)
     end = config.max_position_embeddings
@@ -88,7 +92,9 @@ def test_gradients_equal_those_of_transformers(seed, tmp_path):
         F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -143,9 +149,13 @@ def test_parameters_are_counted_from_the_shapes(seed):
     assert config.num_parameters() == sum(p.numel() for p in random_model(config).parameters())
 
 
-@pytest.mark.parametrize(("preset", "published"), [("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496)])
+@pytest.mark.parametrize(
+    ("preset", "published"), [("llama-3.1-8b", 8_030_261_248), ("llama-3.1-70b", 70_553_706_496)]
+)
 def test_presets_have_the_published_sizes(preset, published):
     """The large presets have exactly as many parameters as the published models."""
     config = ModelConfig(vocab_size=128_256, **PRESETS[preset])
     with torch.device("meta"):
-        assert sum(p.numel() for p in Transformer(config).parameters()) == config.num_parameters() == published
+        assert (
+            sum(p.numel() for p in Transformer(config).parameters()) == config.num_parameters() == published
+        )

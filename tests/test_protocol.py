@@ -15,18 +15,31 @@ import torch
 from conftest import usage_error
 from rich.console import Console
 from test_llm import Script, Server
-from test_simulate import in_turn, make_scene, play, read_lines, stage_answer, three_scenes, who, without_seconds  # noqa: F401
+from test_simulate import (  # noqa: F401
+    in_turn,
+    make_scene,
+    play,
+    read_lines,
+    stage_answer,
+    three_scenes,  # noqa: F811
+    who,
+    without_seconds,
+)
 
-import cli
 import llm
 import simulate
+from common import files, terminal
 from data import prompts
 from data.chats import END_CHAT
 from data.scenes import load_scenes, straighten
-from engine import SamplingParams
-from llm import Reply
-from protocol import PROTOCOLS, Protocol, parse_next_speaker
-from simulate import perform
+from engine.params import SamplingParams
+from evals import next_speaker
+from llm import Reply, local
+from play import protocol, replies, transcripts
+from play.perform import Journal, perform
+from play.protocol import PROTOCOLS, Protocol
+from play.replies import parse_next_speaker
+from play.stage import Stage
 
 RELEASE = PROTOCOLS["release"]
 ROLES = ("actor", "environment", "next_speaker")
@@ -35,7 +48,7 @@ ROLES = ("actor", "environment", "next_speaker")
 @pytest.fixture(autouse=True)
 def _out(monkeypatch, tmp_path):
     """What goes under out/ unless told otherwise goes to a folder of the test's own."""
-    monkeypatch.setattr(cli, "OUT", tmp_path / "out")
+    monkeypatch.setattr(files, "OUT", tmp_path / "out")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -55,7 +68,9 @@ def test_the_release_keeps_an_invalid_name_and_sends_its_prompt_again(answer):
     prompt; transcript and chance are otherwise alike."""
     for rules in (RELEASE, {}):
         next_speaker = Script(lambda *_: answer)
-        _, messages, stats = play(make_scene(), Script(lambda *_: "Yes."), None, next_speaker, max_rounds=3, **rules)
+        _, messages, stats = play(
+            make_scene(), Script(lambda *_: "Yes."), None, next_speaker, max_rounds=3, **rules
+        )
         decision, (second, _) = messages[1], next_speaker.asked[1]
         chosen = messages[2]["role"]
         assert stats["fallbacks"] == (1 if answer == "Ada" else 2) and chosen != "Ada"
@@ -71,8 +86,12 @@ def test_the_releases_empty_reply_counts():
     actor = Script(lambda messages, _: "" if who(messages + [{"content": ""}]) == "Ada" else "Yes.")
     for rules in (RELEASE, {}):
         rules = {**rules, "motivations": True}
-        said, _, stats = play(make_scene(), actor, Script(lambda *_: "Wind."), in_turn("Ben"), max_rounds=2, **rules)
-        assert stats["empty"] == 1 and said[0] == (("Ada", "") if len(rules) > 1 else (said[0][0], said[0][1]))
+        said, _, stats = play(
+            make_scene(), actor, Script(lambda *_: "Wind."), in_turn("Ben"), max_rounds=2, **rules
+        )
+        assert stats["empty"] == 1 and said[0] == (
+            ("Ada", "") if len(rules) > 1 else (said[0][0], said[0][1])
+        )
         assert len(said) == (2 if len(rules) > 1 else 1)
 
 
@@ -91,10 +110,20 @@ def test_the_releases_failed_reply_is_an_empty_message():
 @pytest.mark.parametrize("answer", ["**Ben**", "Next speaker: Ben", "Ben.", "ben"])
 def test_the_release_reads_bare_names_only(answer):
     """`Ben` and `Ben: ...` are names; anything around them makes it chance."""
-    assert play(make_scene(), Script(lambda *_: "Yes."), None, Script(lambda *_: answer), max_rounds=2)[2]["fallbacks"] == 0
+    assert (
+        play(make_scene(), Script(lambda *_: "Yes."), None, Script(lambda *_: answer), max_rounds=2)[2][
+            "fallbacks"
+        ]
+        == 0
+    )
     for text, expected in ((answer, 1), ("Ben", 0), ("Ben: hello", 0)):
         _, messages, stats = play(
-            make_scene(), Script(lambda *_: "Yes."), None, Script(lambda *_, t=text: t), max_rounds=2, **RELEASE
+            make_scene(),
+            Script(lambda *_: "Yes."),
+            None,
+            Script(lambda *_, t=text: t),
+            max_rounds=2,
+            **RELEASE,
         )
         assert stats["fallbacks"] == expected and (expected or messages[2]["role"] == "Ben")
 
@@ -107,9 +136,14 @@ def test_the_releases_original_lines_come_from_wrong_mouths(shared):
     def wrong(rules, seed):
         count = 0
         for scene in scenes:
-            said, _, stats = play(scene, Script(lambda *_: "."), continue_from=3, max_rounds=4, seed=seed, **rules)
+            said, _, stats = play(
+                scene, Script(lambda *_: "."), continue_from=3, max_rounds=4, seed=seed, **rules
+            )
             assert [text for _, text in said[:3]] == [turn["message"] for turn in scene.dialogues[:3]]
-            count += sum(role != turn["character"] for (role, _), turn in zip(said[:3], scene.dialogues[:3], strict=True))
+            count += sum(
+                role != turn["character"]
+                for (role, _), turn in zip(said[:3], scene.dialogues[:3], strict=True)
+            )
         return count
 
     assert wrong({}, 0) == 0
@@ -122,7 +156,13 @@ def test_the_presets_differ_in_nothing_else():
     """Field by field; what both have in common is the paper's."""
     paper, release = Protocol(**PROTOCOLS["paper"]), Protocol(**RELEASE)
     assert replace(release, **dict.fromkeys(RELEASE, True)) == paper
-    assert (paper.max_rounds, paper.end_from_round, paper.max_tokens, paper.temperature, paper.retry_temperature) == (
+    assert (
+        paper.max_rounds,
+        paper.end_from_round,
+        paper.max_tokens,
+        paper.temperature,
+        paper.retry_temperature,
+    ) == (
         20,
         5,
         512,
@@ -196,7 +236,10 @@ def test_what_recorded_models_answered_is_read(shared):
     read = 0
     for file in sorted((shared / "coser" / "gca").glob("*.simulation.json")):
         for case in json.loads(file.read_text()):
-            cast = [*scenes[f"{straighten(case['book'])}-{case['i_p']}-{case['i_c']}"].speaking_characters, "Environment"]
+            cast = [
+                *scenes[f"{straighten(case['book'])}-{case['i_p']}-{case['i_c']}"].speaking_characters,
+                "Environment",
+            ]
             for answer in (m["content"] for m in case["simulation"] if m["role"] == "NSP"):
                 if answer in cast:
                     read += 1
@@ -225,10 +268,17 @@ def test_choices_are_the_cast_and_their_probabilities_are_kept():
         def chat(self, conversations, params, openings=None, on_reply=lambda: None):
             (p,) = params
             asked.append(p.choices)
-            return [Reply(p.choices[0], "stop", probabilities={name: 1 / len(p.choices) for name in p.choices})]
+            return [
+                Reply(p.choices[0], "stop", probabilities={name: 1 / len(p.choices) for name in p.choices})
+            ]
 
     _, messages, stats = play(
-        make_scene(), Script(lambda *_: "Yes."), None, Chooser(None), max_rounds=8, next_speaker_mode="choices"
+        make_scene(),
+        Script(lambda *_: "Yes."),
+        None,
+        Chooser(None),
+        max_rounds=8,
+        next_speaker_mode="choices",
     )
     names = [m for m in messages if m["role"] == "NSP"]
     spoken = [m["role"] for m in messages if m["role"] != "NSP"]
@@ -239,16 +289,31 @@ def test_choices_are_the_cast_and_their_probabilities_are_kept():
         assert message["probabilities"].keys() == set(choices) and message["content"] == choices[0]
 
 
-def test_choices_of_a_checkpoint_are_its_own_probabilities(script, three_scenes, tiny_actor, tmp_path, monkeypatch):  # noqa: F811
+def test_choices_of_a_checkpoint_are_its_own_probabilities(
+    script,
+    three_scenes,  # noqa: F811
+    tiny_actor,
+    tmp_path,
+    monkeypatch,  # noqa: F811
+):
     """From the command line: what is recorded is what the model gives each name after the recorded chat, token by token."""
-    monkeypatch.setattr(simulate, "Protocol", lambda **kw: Protocol(max_tokens=16, **kw))
-    args = ["--scene", f"{three_scenes}:0", "--actor", tiny_actor, "--max-rounds", 3, "--next-speaker-mode", "choices"]
+    monkeypatch.setattr(protocol, "Protocol", lambda **kw: Protocol(max_tokens=16, **kw))
+    args = [
+        "--scene",
+        f"{three_scenes}:0",
+        "--actor",
+        tiny_actor,
+        "--max-rounds",
+        3,
+        "--next-speaker-mode",
+        "choices",
+    ]
     assert script("simulate", *args, "--out", tmp_path / "a")[0] == 0
     [line] = read_lines(tmp_path / "a")
     model = llm.open_model(tiny_actor)
     scene, spoken = load_scenes(three_scenes)[0], line["messages"][0]
     dialogue = [{"character": spoken["role"], "message": spoken["content"]}]
-    prompt, _ = model.prompt(simulate.next_speakers_chat(scene, dialogue))
+    prompt, _ = model.prompt(protocol.next_speakers_chat(scene, dialogue))
     decision = line["messages"][1]
     probabilities = decision["probabilities"]
     ids = [model.tokenizer.encode(name) for name in probabilities]
@@ -282,7 +347,9 @@ def test_an_evaluation_that_nobody_answers_is_an_error(script, three_scenes, mon
     """And no score of zero."""
     with Server(lambda *_: (400, {"error": {"message": "no such option"}}, {})) as server:
         server.use(monkeypatch)
-        line = usage_error(script("simulate", "--next-speaker-eval", three_scenes, "--next-speaker", "openai:m"))
+        line = usage_error(
+            script("simulate", "--next-speaker-eval", three_scenes, "--next-speaker", "openai:m")
+        )
     assert "none of" in line and "no such option" in line
 
 
@@ -295,7 +362,9 @@ def test_next_speaker_evaluation_counts_what_it_says(script, three_scenes, monke
     def answer(body, _):
         system, *chat = body["messages"]
         names = next(names for scenario, names in lines.items() if scenario in system["content"])
-        assert [m["content"] for m in chat if m["role"] == "assistant"] == names[: len(chat) // 2]  # teacher-forced
+        assert [m["content"] for m in chat if m["role"] == "assistant"] == names[
+            : len(chat) // 2
+        ]  # teacher-forced
         is_right = len(chat) // 2 % 2 == 0
         right.append(is_right)
         return names[len(chat) // 2] if is_right else "nobody at all"
@@ -316,8 +385,14 @@ def test_next_speaker_evaluation_counts_what_it_says(script, three_scenes, monke
             before = [name for name in names[:i] if name != names[i - 1]]
             last += bool(before) and before[-1] == names[i]
             uniform += 1 / (len({*scene.speaking_characters, "Environment"}) - 1)
-    assert (found["total"], found["last_other"], found["correct"]) == (total, last, sum(right)) and total == len(right)
-    assert abs(found["uniform"] - uniform) < 1e-9 and found["percent"]["correct"] == round(100 * sum(right) / total, 2)
+    assert (found["total"], found["last_other"], found["correct"]) == (
+        total,
+        last,
+        sum(right),
+    ) and total == len(right)
+    assert abs(found["uniform"] - uniform) < 1e-9 and found["percent"]["correct"] == round(
+        100 * sum(right) / total, 2
+    )
     assert f"{found['percent']['last_other']}%" in err
 
 
@@ -329,7 +404,7 @@ def test_the_last_other_speaker_is_right_as_often_as_published(shared):
         spoken = [m["content"] for m in messages if m["role"] == "assistant"]
         return next((name for name in reversed(spoken) if name != spoken[-1]), "nobody")
 
-    counts = simulate.evaluate_next_speaker(scenes, Script(last_other), Protocol())
+    counts = next_speaker.evaluate_next_speaker(scenes, Script(last_other), Protocol())
     assert (counts["total"], counts["last_other"], counts["correct"]) == (1142, 746, 746)
 
 
@@ -338,7 +413,10 @@ def test_the_last_other_speaker_is_right_as_often_as_published(shared):
 
 def test_ids_of_a_message_stand_as_they_are(stage_tokenizer):
     """In every chat format that has them: the ids replace the encoding of the content, under the same mask."""
-    messages = [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "the ferry", "ids": [300, 301, 302]}]
+    messages = [
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "the ferry", "ids": [300, 301, 302]},
+    ]
     plain = [messages[0], {"role": "assistant", "content": "the ferry"}]
     ids, mask = stage_tokenizer.render(messages)
     expected, expected_mask = stage_tokenizer.render(plain)
@@ -360,12 +438,16 @@ def test_ids_of_a_message_stand_as_they_are(stage_tokenizer):
 def test_as_much_of_a_reply_is_kept_as_sampled_as_the_turn_says(tiny_actor, content, kept):
     """The tokens up to where the turn says something else, then an encoding; the text is that of the turn in any case."""
     model = llm.open_model(tiny_actor)
-    sampled = [i for c in " well said\n\n" for i in model.tokenizer.encode(c)]  # a letter a token: no encoder does that
+    sampled = [
+        i for c in " well said\n\n" for i in model.tokenizer.encode(c)
+    ]  # a letter a token: no encoder does that
     ids, n = model.as_sampled(content, "Ada:", tuple(sampled))
     assert model.tokenizer.decode(ids) == content
     opening = model.tokenizer.encode("Ada:")
     assert ids[len(opening) : len(opening) + n] == sampled[:n] or kept == "none"
-    assert (n == len(sampled), n > 0) == {"all": (True, True), "some": (False, True), "none": (False, False)}[kept]
+    assert (n == len(sampled), n > 0) == {"all": (True, True), "some": (False, True), "none": (False, False)}[
+        kept
+    ]
 
 
 def test_every_agents_tokens_are_read_once(tiny_actor, stage):
@@ -438,14 +520,16 @@ def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(script, three_scene
         server.use(monkeypatch)
         assert script("simulate", *args, tmp_path / "whole")[0] == 0
         whole, calls = (tmp_path / "whole" / "transcripts.jsonl").read_bytes(), len(server.requests)
-        writes = 2 + 2 * calls + 3 + 1  # settings, transcripts; each answer and reply; scenes; transcripts in order
+        writes = (
+            2 + 2 * calls + 3 + 1
+        )  # settings, transcripts; each answer and reply; scenes; transcripts in order
         points = [*sorted(random.Random(0).sample(range(1, writes), 24)), writes]
         deaths = 0
         for at in points:
             out, before = tmp_path / f"at{at}", len(server.requests)
-            monkeypatch.setattr(cli, "OUT", tmp_path / f"out{at}")  # no kept answers but its own
+            monkeypatch.setattr(files, "OUT", tmp_path / f"out{at}")  # no kept answers but its own
             deaths += killed([*args, out], at, tear=at % 2)
-            monkeypatch.setattr(cli, "OUT", tmp_path / f"out{at}" / "resumed")
+            monkeypatch.setattr(files, "OUT", tmp_path / f"out{at}" / "resumed")
             code, _, err = script("simulate", *args, out, "--resume")
             assert code == 0, (at, err)
             assert without_seconds(read_lines(out)) == without_seconds(read_lines(tmp_path / "whole"))
@@ -465,8 +549,8 @@ def test_errors_that_a_play_goes_on_past_are_in_the_journal(tmp_path):
     scene, call = make_scene(), SimpleNamespace(occasion="0.0|actor")
     live, failed = SimpleNamespace(scene=scene, call=call), Reply("", "error", error="busy")
     for errors in (True, False):
-        simulate.Journal(tmp_path / f"{errors}.jsonl").keep([(live, failed)], errors)
-        assert simulate.Journal(tmp_path / f"{errors}.jsonl").take(scene, call) == ((failed, 1) if errors else None)
+        Journal(tmp_path / f"{errors}.jsonl").keep([(live, failed)], errors)
+        assert Journal(tmp_path / f"{errors}.jsonl").take(scene, call) == ((failed, 1) if errors else None)
 
 
 def test_a_journal_torn_twice_is_read(tmp_path):
@@ -474,19 +558,36 @@ def test_a_journal_torn_twice_is_read(tmp_path):
     scene, call = make_scene(), SimpleNamespace(occasion="0.0|actor")
     live, path = SimpleNamespace(scene=scene, call=call), tmp_path / "replies.jsonl"
     path.write_text('{"a|0": [1, {"text": "x", "finish_reason": "stop"}]}\n{"b|0": [1, {"te')
-    simulate.Journal(path).keep([(live, Reply("y", "stop"))])
-    journal = simulate.Journal(path)
-    assert journal.replies.keys() == {"a|0", f"{scene.key}|0.0|actor"} and journal.take(scene, call) == (Reply("y", "stop"), 2)
+    Journal(path).keep([(live, Reply("y", "stop"))])
+    journal = Journal(path)
+    assert journal.replies.keys() == {"a|0", f"{scene.key}|0.0|actor"} and journal.take(scene, call) == (
+        Reply("y", "stop"),
+        2,
+    )
 
 
 def test_a_killed_run_of_a_checkpoint_goes_on_too(script, three_scenes, tiny_actor, tmp_path, monkeypatch):  # noqa: F811
     """The same with a real engine, whose cache is gone with the run: its counts come out the same as well."""
-    monkeypatch.setattr(simulate, "Protocol", lambda **kw: Protocol(max_tokens=12, next_speaker_tokens=4, **kw))
-    args = ["--scene", f"{three_scenes}:all", "--actor", tiny_actor, "--max-rounds", 5, "--temperature", 0.9, "--out"]
+    monkeypatch.setattr(
+        protocol, "Protocol", lambda **kw: Protocol(max_tokens=12, next_speaker_tokens=4, **kw)
+    )
+    args = [
+        "--scene",
+        f"{three_scenes}:all",
+        "--actor",
+        tiny_actor,
+        "--max-rounds",
+        5,
+        "--temperature",
+        0.9,
+        "--out",
+    ]
     assert script("simulate", *args, tmp_path / "whole")[0] == 0
     whole = without_seconds(read_lines(tmp_path / "whole"))
     again = tmp_path / "again"
-    assert script("simulate", *args, again)[0] == 0 and without_seconds(read_lines(again)) == whole  # same seed, same bytes
+    assert (
+        script("simulate", *args, again)[0] == 0 and without_seconds(read_lines(again)) == whole
+    )  # same seed, same bytes
     for at in (4, 7, 10, 12):
         assert killed([*args, tmp_path / f"at{at}"], at, tear=at % 2)
         assert killed([*args, tmp_path / f"at{at}", "--resume"], 5, tear=False)  # and again on the way
@@ -508,9 +609,16 @@ def test_a_scene_that_fails_stops_no_other(script, three_scenes, tmp_path, monke
     with Server(answer) as server:
         server.use(monkeypatch)
         line = usage_error(script("simulate", *args, tmp_path / "a"))
-        assert "1 scene(s)" in line and "context length exceeded" in line and "2 of 3" in line and "--resume" in line
+        assert (
+            "1 scene(s)" in line
+            and "context length exceeded" in line
+            and "2 of 3" in line
+            and "--resume" in line
+        )
         assert len(read_lines(tmp_path / "a")) == 2
-        [failure] = [json.loads(text) for text in (tmp_path / "a" / "failures.jsonl").read_text().splitlines()]
+        [failure] = [
+            json.loads(text) for text in (tmp_path / "a" / "failures.jsonl").read_text().splitlines()
+        ]
         assert failure["book"] == scenes[1].book and failure["messages"] and "exceeded" in failure["error"]
         refused.clear()
         assert script("simulate", *args, tmp_path / "a", "--resume")[0] == 0
@@ -538,10 +646,10 @@ def test_two_runs_never_share_files(script, three_scenes, tmp_path, monkeypatch)
         args = ["--scene", f"{three_scenes}:0", "--actor", "openai:m", "--max-rounds", 1]
         for more in ([], [], ["--seed", 1], ["--protocol", "release"]):
             assert script("simulate", *args, *more)[0] == 0
-        names = sorted(directory.name for directory in (cli.OUT / "plays").iterdir())
+        names = sorted(directory.name for directory in (files.OUT / "plays").iterdir())
         assert len(names) == 4 and len({name.rsplit(".", 1)[0] for name in names}) == 3
-        out = cli.OUT / "plays" / names[0]
-        with simulate.held(out):
+        out = files.OUT / "plays" / names[0]
+        with transcripts.held(out):
             assert "another run" in usage_error(script("simulate", *args, "--out", out, "--resume"))
         changed = json.loads(three_scenes.read_text())
         changed[0]["dialogues"][0]["message"] += " And more."
@@ -555,20 +663,22 @@ def test_another_checkpoint_at_the_same_path_is_another_model(script, tiny_actor
     """The settings hold a hash of its files, so --resume does not go on with other weights; the same elsewhere are the same."""
     import shutil
 
-    monkeypatch.setattr(simulate, "Protocol", lambda **kw: Protocol(max_tokens=4, next_speaker_tokens=2, **kw))
+    monkeypatch.setattr(
+        protocol, "Protocol", lambda **kw: Protocol(max_tokens=4, next_speaker_tokens=2, **kw)
+    )
     shutil.copytree(tiny_actor, tmp_path / "model")
     args = ["--scene", "ward-c/1", "--actor", tmp_path / "model", "--max-rounds", 1, "--out", tmp_path / "a"]
     assert script("simulate", *args)[0] == 0
     shutil.copytree(tiny_actor, tmp_path / "moved")
     assert script("simulate", *args, "--actor", tmp_path / "moved", "--resume")[0] == 0
-    before = llm.fingerprint(tmp_path / "model")
+    before = local.fingerprint(tmp_path / "model")
     (tmp_path / "model" / "manifest.json").unlink()
-    plain = llm.fingerprint(tmp_path / "model")
+    plain = local.fingerprint(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert len({before, plain, llm.fingerprint(tmp_path / "model")}) == 3
+    assert len({before, plain, local.fingerprint(tmp_path / "model")}) == 3
     assert "identity" in usage_error(script("simulate", *args, "--resume"))
 
 
@@ -599,7 +709,7 @@ def test_a_scene_streams_what_is_played(script, tiny_actor, stage, tmp_path, mon
         def spoken(self, key):
             return said[len(shown) % 2][: self.letters]
 
-    monkeypatch.setattr(simulate, "open_model", lambda *_, **__: Model(None))
+    monkeypatch.setattr(llm, "open_model", lambda *_, **__: Model(None))
     args = ["--scene", "the-last-ferry/1", "--actor", "x", "--max-rounds", 2, "--thoughts", thoughts]
     code, out, _ = script("simulate", *args, "--out", tmp_path / "a")
     assert code == 0 and "not mine" not in out and out.count("(nods) Good day.") == 1
@@ -613,9 +723,11 @@ def test_a_scene_streams_what_is_played(script, tiny_actor, stage, tmp_path, mon
 def test_a_turn_is_wrapped_at_words(stage, monkeypatch):
     """On a terminal no line is wider than it or begins with the space it was broken at, and no word is lost."""
     file = io.StringIO()
-    monkeypatch.setattr(cli, "stdout", Console(file=file, force_terminal=True, width=40, highlight=False))
+    monkeypatch.setattr(
+        terminal, "stdout", Console(file=file, force_terminal=True, width=40, highlight=False)
+    )
     monkeypatch.setattr("sys.stdout", file)
-    said, shown = simulate.Stage(stage["the-last-ferry/1"]), file.tell()
+    said, shown = Stage(stage["the-last-ferry/1"]), file.tell()
     text = " ".join("word" * (1 + i % 3) for i in range(200))
     for n in (7, 300, len(text)):
         said.put("Wick Tarn", text[:n])
@@ -627,13 +739,30 @@ def test_a_turn_is_wrapped_at_words(stage, monkeypatch):
 def test_a_script_is_markdown_in_which_nothing_said_is_markup(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
     """Names, thoughts and actions are set apart; stars, brackets and HTML of a reply stay text."""
     evil = "[I am *bold*] (bows) <script>alert(1)</script> # no heading _x_ ![i](http://x) &lt; | `code`"
-    with Server(lambda body, _: "random" if body["messages"][0]["content"].startswith("You watch") else evil) as server:
+    with Server(
+        lambda body, _: "random" if body["messages"][0]["content"].startswith("You watch") else evil
+    ) as server:
         server.use(monkeypatch)
-        args = ["--scene", f"{three_scenes}:0-1", "--actor", "openai:m", "--max-rounds", 2, "--script", "--out", tmp_path / "a"]
+        args = [
+            "--scene",
+            f"{three_scenes}:0-1",
+            "--actor",
+            "openai:m",
+            "--max-rounds",
+            2,
+            "--script",
+            "--out",
+            tmp_path / "a",
+        ]
         assert script("simulate", *args)[0] == 0
     text = (tmp_path / "a" / "script.md").read_text()
     assert text.count("\n## ") + text.startswith("## ") == 2 and text.count(":** ") >= 3
-    assert "<script" not in text and "![" not in text.replace("!\\[", "") and r"\*bold\*" in text and r"*\[I am" in text
+    assert (
+        "<script" not in text
+        and "![" not in text.replace("!\\[", "")
+        and r"\*bold\*" in text
+        and r"*\[I am" in text
+    )
     assert "*(bows)*" in text
 
 
@@ -643,7 +772,12 @@ def test_scenes_by_range_and_limit(script, three_scenes, tmp_path, monkeypatch):
         server.use(monkeypatch)
         books = [scene.book for scene in load_scenes(three_scenes)]
         for i, (spec, more, expected) in enumerate(
-            [(":1-2", [], books[1:]), (":all", ["--limit", 1], books[:1]), ("", ["--limit", 2], books[:2]), ("", [], books[:1])]
+            [
+                (":1-2", [], books[1:]),
+                (":all", ["--limit", 1], books[:1]),
+                ("", ["--limit", 2], books[:2]),
+                ("", [], books[:1]),
+            ]
         ):
             args = ["--scene", f"{three_scenes}{spec}", "--actor", "openai:m", "--max-rounds", 1, *more]
             assert script("simulate", *args, "--out", tmp_path / str(i))[0] == 0
@@ -668,7 +802,9 @@ def test_a_slow_endpoint_holds_up_its_own_scene_alone():
                     time.sleep(0.005)
             return super().chat(conversations, params, openings)
 
-    models = dict.fromkeys(ROLES, Remote(lambda m, _: "random" if m[0]["content"].startswith("You watch") else "Yes."))
+    models = dict.fromkeys(
+        ROLES, Remote(lambda m, _: "random" if m[0]["content"].startswith("You watch") else "Yes.")
+    )
     perform(scenes, models, Protocol(max_rounds=6), on_end=lambda scene, *_: ended.append(scene.scenario))
     assert ended == ["Quick.", "Slow."]
 
@@ -685,7 +821,9 @@ def test_a_long_turn_holds_up_its_own_scene_alone():
             self.line = slow
             return done
 
-    models = dict.fromkeys(ROLES, Model(lambda m, _: "random" if m[0]["content"].startswith("You watch") else "Yes."))
+    models = dict.fromkeys(
+        ROLES, Model(lambda m, _: "random" if m[0]["content"].startswith("You watch") else "Yes.")
+    )
     perform(scenes, models, Protocol(max_rounds=6), on_end=lambda scene, *_: ended.append(scene.scenario))
     assert ended == ["Quick.", "Slow."]
 
@@ -704,12 +842,12 @@ def test_prompts_name_the_length_at_play():
 )  # fmt: skip
 def test_what_was_shown_is_what_is_played(said, monkeypatch, capsys):
     """Letter by letter, with a name that begins another one: nothing of another's line shows, and all of the turn does."""
-    stage = simulate.Stage(make_scene(speaking_characters=["Ada", "Ada Lee", "Ben"]))
+    shown = Stage(make_scene(speaking_characters=["Ada", "Ada Lee", "Ben"]))
     call = SimpleNamespace(agent="Ada Lee", role="actor")
     capsys.readouterr()
     for n in range(len(said)):
-        stage.hear(call, said[: n + 1])
-    played = simulate.clean_reply(said, "Ada Lee", stage.cast)
-    stage.show({"role": "Ada Lee", "content": played})
+        shown.hear(call, said[: n + 1])
+    played = replies.clean_reply(said, "Ada Lee", shown.cast)
+    shown.show({"role": "Ada Lee", "content": played})
     out = capsys.readouterr().out
     assert out.endswith(f"{played}\n\n") and "No." not in out.replace(played, "")

@@ -15,10 +15,10 @@ from conftest import usage_error
 from test_judge import FLAW, acted, dimension_of, judge_answer, plays, read_lines, verdict, write_plays  # noqa: F401
 from test_llm import Server
 
-import judge
-import report
+from common import files, terminal
 from data.prompts import DIMENSIONS
-from metrics import bootstrap, paired, spearman
+from evals import calibrate, page, report, verdicts
+from evals.metrics import bootstrap, paired, spearman
 
 # ---- how sure -----------------------------------------------------------------------------------------------------------
 
@@ -36,7 +36,9 @@ def test_the_bootstrap_covers_what_it_should():
     assert wide[2] - wide[1] > 2.5 * (narrow[2] - narrow[1])
     _, low, high = bootstrap(np.resize([40.0, 80.0], 100))
     assert low == pytest.approx(60 - 1.96 * 2, abs=0.5) and high == pytest.approx(60 + 1.96 * 2, abs=0.5)
-    several = bootstrap(np.repeat([1.0, 2, 3, 7], 3), scenes=np.repeat(range(4), 3))  # three times the same tells no more
+    several = bootstrap(
+        np.repeat([1.0, 2, 3, 7], 3), scenes=np.repeat(range(4), 3)
+    )  # three times the same tells no more
     assert several == pytest.approx(bootstrap([1, 2, 3, 7]), abs=1e-9)
     assert (
         bootstrap([1, 2, 3]) == bootstrap([1, 2, 3])
@@ -48,7 +50,7 @@ def test_the_bootstrap_covers_what_it_should():
 def test_the_interval_of_a_hundred_recorded_scenes(shared):
     """About two to three points to either side, as is known of this benchmark."""
     for model in ("gpt-4o", "coser-8b", "llama-3.1-8b-instruct"):
-        lines, *_ = judge.rescore(shared / "coser" / "gca" / f"{model}.evaluation.json")
+        lines, *_ = verdicts.rescore(shared / "coser" / "gca" / f"{model}.evaluation.json")
         row = report.summarise(lines)["rows"]["Average"]
         assert 1.5 < row["mean"] - row["low"] < 3 and 1.5 < row["high"] - row["mean"] < 3
 
@@ -57,7 +59,12 @@ def test_paired_comparison():
     """A small steady difference is found though the scenes differ far more; wins count ties as half."""
     scenes = np.random.default_rng(1).normal(60, 20, 100)
     found = paired(scenes + 1 + np.resize([0.5, -0.5], 100), scenes)
-    assert found["low"] > 0.8 and found["high"] < 1.2 and found["difference"] == pytest.approx(1) and found["wins"] == 1
+    assert (
+        found["low"] > 0.8
+        and found["high"] < 1.2
+        and found["difference"] == pytest.approx(1)
+        and found["wins"] == 1
+    )
     assert paired([1, 2, 3, 4], [1, 3, 2, 4])["wins"] == 0.5 and paired([1, 2], [1, 1])["wins"] == 0.75
 
 
@@ -74,7 +81,9 @@ def test_rank_correlations():
         x, y = x[: min(len(x), len(y))], y[: min(len(x), len(y))]
         if len(set(x)) > 1 and len(set(y)) > 1:
             assert spearman(x, y) == pytest.approx(brute_spearman(x, y))
-    assert spearman([1, 2, 3], [1, 4, 9]) == pytest.approx(1) and spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    assert spearman([1, 2, 3], [1, 4, 9]) == pytest.approx(1) and spearman(
+        [1, 2, 3], [3, 2, 1]
+    ) == pytest.approx(-1)
     assert spearman([1, 1, 1], [1, 2, 3]) is spearman([5], [5]) is spearman([], []) is None
 
 
@@ -102,7 +111,10 @@ def test_versus(script, two, monkeypatch):
     """The difference scene by scene, by hand; another judge's scores are refused before anything is asked."""
     code, out, _ = script("judge", two / "a", "--versus", two / "b", "--json")
     rows = json.loads(out)["versus"]["rows"]
-    lines = [{(v["book"], v["i_p"], v["i_c"]): v for v in read_lines(two / name / "verdicts.jsonl")} for name in "ab"]
+    lines = [
+        {(v["book"], v["i_p"], v["i_c"]): v for v in read_lines(two / name / "verdicts.jsonl")}
+        for name in "ab"
+    ]
     differences = [lines[0][key]["score"] - lines[1][key]["score"] for key in lines[0]]
     assert code == 0 and len(differences) == 6
     assert rows["Average"]["difference"] == pytest.approx(statistics.mean(differences))
@@ -120,7 +132,7 @@ def test_versus(script, two, monkeypatch):
 def test_a_terminal_shows_tables(script, two, monkeypatch):
     """The same cells as in the plain lines, the header set apart by a rule, whatever a name holds."""
     plain = script("judge", "--table", two / "a")[1]
-    monkeypatch.setattr(report.cli, "stdout", report.cli.Console(force_terminal=True, width=500, highlight=False))
+    monkeypatch.setattr(terminal, "stdout", terminal.Console(force_terminal=True, width=500, highlight=False))
     shown = re.sub(r"\x1b\[[0-9;]*m", "", script("judge", "--table", two / "a")[1])
     assert "\u2500\u2500\u2500" in shown and "\u2500" not in plain and shown.split() != plain.split()
     assert [cell for cell in shown.split() if "\u2500" not in cell] == plain.split()
@@ -130,7 +142,9 @@ def test_the_leaderboard(script, two, shared, monkeypatch):
     """A table a judge, best first; published rows apart and named so; the length weights at which the ranking turns."""
     with Server(judge_answer) as server:
         server.use(monkeypatch)
-        assert script("judge", two / "a", "--judge", "openai:k", "--out", two / "k.jsonl", "--seed", 7)[0] == 0
+        assert (
+            script("judge", two / "a", "--judge", "openai:k", "--out", two / "k.jsonl", "--seed", 7)[0] == 0
+        )
     runs = [two / "b", two / "a", two / "k.jsonl", shared / "coser" / "gca" / "gpt-4o.evaluation.json"]
     code, out, _ = script("judge", "--table", *runs, "--json")
     board = json.loads(out)
@@ -139,11 +153,15 @@ def test_the_leaderboard(script, two, shared, monkeypatch):
     means = [row["rows"]["Average"]["mean"] for row in first["rows"]]
     assert len(means) == 2 and means == sorted(means, reverse=True) and second["rows"][0]["seed"] == 7
     spans = first["sweep"]
-    assert spans[0]["from"] == 0 and spans[-1]["to"] == 1 and len(spans) == 2  # b has more flaws and more messages
+    assert (
+        spans[0]["from"] == 0 and spans[-1]["to"] == 1 and len(spans) == 2
+    )  # b has more flaws and more messages
     assert [spans[0]["ranking"][0], spans[1]["ranking"][0]] == [str(two / "a"), str(two / "b")]
     lines = {name: read_lines(two / name / "verdicts.jsonl") for name in "ab"}
     gap = statistics.mean(v["turns"] for v in lines["b"]) - statistics.mean(v["turns"] for v in lines["a"])
-    assert spans[1]["from"] == pytest.approx(3 / gap, abs=0.0101)  # three severity points over the difference in length
+    assert spans[1]["from"] == pytest.approx(
+        3 / gap, abs=0.0101
+    )  # three severity points over the difference in length
     assert len(board["published"]["gca"]) == 21
     _, out, _ = script("judge", "--table", *runs)
     blocks = [block for block in re.split(r"\n\s*\n", out) if block.strip()]
@@ -158,7 +176,10 @@ def test_verdicts_of_two_judges_in_one_file_are_two_tables(script, two):
     file, other = two / "a" / "verdicts.jsonl", two / "b" / "verdicts.jsonl"
     (two / "both.jsonl").write_text(file.read_text() + other.read_text().replace("openai:j", "openai:k"))
     tables = json.loads(script("judge", "--table", two / "both.jsonl", "--json")[1])["tables"]
-    assert [(table["judge"], table["rows"][0]["scenes"]) for table in tables] == [("openai:j", 6), ("openai:k", 6)]
+    assert [(table["judge"], table["rows"][0]["scenes"]) for table in tables] == [
+        ("openai:j", 6),
+        ("openai:k", 6),
+    ]
 
 
 def test_verdicts_of_plays_that_are_gone_are_in_no_table(script, two):
@@ -183,12 +204,22 @@ def recording(stage, tmp_path):
     for m, model in enumerate(("one", "two")):
         runs, cases = [], {}
         for i, scene in enumerate(scenes):
-            messages = [{"role": d["character"], "content": f"Line {i} {model}"} for d in scene.dialogues[: 4 + (i * 3) % 5]]
+            messages = [
+                {"role": d["character"], "content": f"Line {i} {model}"}
+                for d in scene.dialogues[: 4 + (i * 3) % 5]
+            ]
             severities = [1 + (i * 3 + m * 2) % 5, 1 + i % 3]
             turns = sum(message["role"] != "Environment" for message in messages)
-            found = {"flaws": [{**FLAW, "severity": s} for s in severities], "score": 100 - 5 * (sum(severities) - 0.3 * turns)}
+            found = {
+                "flaws": [{**FLAW, "severity": s} for s in severities],
+                "score": 100 - 5 * (sum(severities) - 0.3 * turns),
+            }
             runs.append({"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, "simulation": messages})
-            cases[scene.key] = {"critique": dict.fromkeys(DIMENSIONS, found), "simulation": messages, "score": found["score"]}
+            cases[scene.key] = {
+                "critique": dict.fromkeys(DIMENSIONS, found),
+                "simulation": messages,
+                "score": found["score"],
+            }
         (tmp_path / "gca" / f"{model}.simulation.json").write_text(json.dumps(runs))
         (tmp_path / "gca" / f"{model}.evaluation.json").write_text(json.dumps({"cases": cases}))
     return tmp_path
@@ -200,11 +231,15 @@ def echo(recording, sane=True, sign=1):
     for model in ("one", "two"):
         cases = json.loads((recording / "gca" / f"{model}.evaluation.json").read_text())["cases"].values()
         for i, case in enumerate(cases):
-            known[f"Line {i} {model}"] = [flaw["severity"] for flaw in case["critique"]["Anthropomorphism"]["flaws"]]
+            known[f"Line {i} {model}"] = [
+                flaw["severity"] for flaw in case["critique"]["Anthropomorphism"]["flaws"]
+            ]
 
     def answer(body, _):
         assert dimension_of(body["messages"])
-        original, played = re.findall(r" BEGIN\n(.*?)\n=====\w+ END", body["messages"][-1]["content"], re.DOTALL)
+        original, played = re.findall(
+            r" BEGIN\n(.*?)\n=====\w+ END", body["messages"][-1]["content"], re.DOTALL
+        )
         line = re.search(r"Line \d+ (one|two)", played)
         if line:
             return verdict(*(s if sign > 0 else 6 - s for s in known[line[0]]))
@@ -216,7 +251,15 @@ def echo(recording, sane=True, sign=1):
 def calibration(script, recording, monkeypatch, **options):
     with Server(echo(recording, **options)) as server:
         server.use(monkeypatch)
-        command = ["judge", "--calibrate", recording / "gca", "--judge", "openai:j", "--out", recording / f"out{options}"]
+        command = [
+            "judge",
+            "--calibrate",
+            recording / "gca",
+            "--judge",
+            "openai:j",
+            "--out",
+            recording / f"out{options}",
+        ]
         code, out, _ = script(*command, "--json")
         asked = len(server.requests)
         text = script(*command)[1]
@@ -234,7 +277,9 @@ def test_calibration_of_a_judge_that_agrees(script, recording, monkeypatch):
             16 if name == "pooled" else 8
         )
     assert found["better_of_two"]["judge"]["share"] == 1 and found["better_of_two"]["BLEU"]["share"] < 1
-    assert found["length"]["judge"] == found["length"]["recorded"] != 0 and found["length"]["difference"] is None
+    assert (
+        found["length"]["judge"] == found["length"]["recorded"] != 0 and found["length"]["difference"] is None
+    )
     assert found["controls"]["difference"] == pytest.approx(25) and found["controls"]["wins"] == 1
     assert "come out in order" in text and "NOT" not in text
 
@@ -243,14 +288,20 @@ def test_calibration_of_a_judge_that_does_not(script, recording, monkeypatch):
     """One who says the opposite correlates the other way, and one who likes everything does not pass the controls."""
     found, text = calibration(script, recording, monkeypatch, sane=False, sign=-1)
     recorded = json.loads((recording / "gca" / "one.evaluation.json").read_text())["cases"].values()
-    assert found["models"]["one"]["spearman"] < 0.5 and found["better_of_two"]["judge"]["share"] < 0.5 and len(recorded) == 8
+    assert (
+        found["models"]["one"]["spearman"] < 0.5
+        and found["better_of_two"]["judge"]["share"] < 0.5
+        and len(recorded) == 8
+    )
     assert found["controls"]["difference"] == 0 and "NOT IN ORDER" in text
 
 
 def test_a_shuffled_scene_is_another_order_of_the_same_lines(stage):
     for scene in stage.values():
-        original, other = report.as_played(scene), report.shuffled(scene)
-        assert original != other == report.shuffled(scene) and sorted(map(str, original)) == sorted(map(str, other))
+        original, other = calibrate.as_played(scene), calibrate.shuffled(scene)
+        assert original != other == calibrate.shuffled(scene) and sorted(map(str, original)) == sorted(
+            map(str, other)
+        )
 
 
 def test_calibrating_needs_a_judge_and_a_record(script, tmp_path):
@@ -328,7 +379,11 @@ def hostile_page(script, stage, tmp_path, monkeypatch):
     (tmp_path / "rubric.json").write_text(json.dumps(rubric))
     (tmp_path / "plays").mkdir()
     write_plays(tmp_path / "plays", performances)
-    quoting = [{"instance": f'"{m["content"]}"', "type": "x", "severity": 5} for _, said in performances for m in said]
+    quoting = [
+        {"instance": f'"{m["content"]}"', "type": "x", "severity": 5}
+        for _, said in performances
+        for m in said
+    ]
     with Server(lambda *_: json.dumps({"flaws": flaws + quoting})) as server:
         server.use(monkeypatch)
         spec = f"openai:{strings[0]}"
@@ -349,7 +404,7 @@ def test_hostile_text_is_never_live(hostile_page):
     """Of 200 strings none makes a tag or an attribute: every tag is the template's, nothing points outside."""
     file, strings = hostile_page
     page = Page(file.read_text(encoding="utf-8"))
-    template = Page((report.cli.ROOT / "data" / "report.html").read_text(encoding="utf-8"))
+    template = Page((files.ROOT / "evals" / "page.html").read_text(encoding="utf-8"))
     assert {tag for tag, _ in page.tags} <= {tag for tag, _ in template.tags}
     assert [tag for tag, _ in page.tags].count("script") == [tag for tag, _ in page.tags].count("style") == 1
     known = {(tag, name) for tag, attributes in template.tags for name in attributes} | {
@@ -358,7 +413,11 @@ def test_hostile_text_is_never_live(hostile_page):
     }
     for tag, attributes in page.tags:
         for name, value in attributes.items():
-            assert (tag, name) in known and not name.startswith("on") and name not in ("src", "style", "srcdoc", "action")
+            assert (
+                (tag, name) in known
+                and not name.startswith("on")
+                and name not in ("src", "style", "srcdoc", "action")
+            )
             assert name != "href" or re.fullmatch(r"#(s\d+|scenes)", value)
     said, odd = "".join(page.texts), r"[\s\0\u202e\ufffd]+"
     assert [s for s in strings if re.sub(odd, "", s) not in re.sub(odd, "", said)] == []
@@ -393,9 +452,12 @@ def test_no_script_but_its_own_runs_in_a_browser(hostile_page, tmp_path):
     attack = "<script>document.documentElement.setAttribute('data-pwned','1')</script>"
     alive.write_text(text.replace("<main>", f"<main>{attack}"), encoding="utf-8")
     flaws = text.count('role="note"')
-    for page in (file, bare, alive):  # the last: even where escaping failed, the policy would hold
-        document = dom(page)
-        assert f"{flaws} of {flaws} flaws</output>" in document and "data-pwned=" not in document.split("<body")[0]
+    for path in (file, bare, alive):  # the last: even where escaping failed, the policy would hold
+        document = dom(path)
+        assert (
+            f"{flaws} of {flaws} flaws</output>" in document
+            and "data-pwned=" not in document.split("<body")[0]
+        )
     bare.write_text(bare.read_text(encoding="utf-8").replace("<main>", f"<main>{attack}"), encoding="utf-8")
     assert 'data-pwned="1"' in dom(bare).split("<body")[0]  # this test can fail
 
@@ -404,9 +466,15 @@ def test_flaws_stand_beside_the_lines_they_quote(script, plays, stage, tmp_path,
     """By a quotation in any quotes, else by a run of words; what quotes nothing stands at the end; no flaw is lost."""
     scene = stage["the-last-ferry/1"]
     messages = [
-        {"role": "Hanne", "content": "[Do not cry.] The ferry leaves at nine, and it doesn't wait. (ties the rope)"},
+        {
+            "role": "Hanne",
+            "content": "[Do not cry.] The ferry leaves at nine, and it doesn't wait. (ties the rope)",
+        },
         {"role": "Environment", "content": "Rain comes down on the quay."},
-        {"role": "Tor", "content": "Then I'll [sighs] swim after it, as I did when we were young and the water was warm."},
+        {
+            "role": "Tor",
+            "content": "Then I'll [sighs] swim after it, as I did when we were young and the water was warm.",
+        },
     ]
     write_plays(plays, [(scene, messages)])
     instances = [
@@ -416,8 +484,12 @@ def test_flaws_stand_beside_the_lines_they_quote(script, plays, stage, tmp_path,
         "Tor speaks of when we were young and the water as if it were a memory",
         "The pace is off",
     ]
-    answer = json.dumps({"flaws": [{"instance": text, "type": "Flow", "severity": 1 + i} for i, text in enumerate(instances)]})
-    with Server(lambda body, _: answer if dimension_of(body["messages"]) == "Storyline Quality" else verdict()) as server:
+    answer = json.dumps(
+        {"flaws": [{"instance": text, "type": "Flow", "severity": 1 + i} for i, text in enumerate(instances)]}
+    )
+    with Server(
+        lambda body, _: answer if dimension_of(body["messages"]) == "Storyline Quality" else verdict()
+    ) as server:
         server.use(monkeypatch)
         assert script("judge", plays, "--judge", "openai:j", "--html", tmp_path / "r.html")[0] == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -426,7 +498,11 @@ def test_flaws_stand_beside_the_lines_they_quote(script, plays, stage, tmp_path,
     assert re.findall(r'data-severity="(\d)"', text.split('class="loose"')[1]) == ["5"]
     marked = ["".join(re.findall(r"<mark[^>]*>(.*?)</mark>", turn, re.DOTALL)) for turn in turns]
     plain = [re.sub(r"<[^>]*>", "", m).replace("&#39;", "'") for m in marked]
-    assert plain == ["it doesn't wait", "Rain comes down", "I'll [sighs] swim after itwhen we were young and the water"]
+    assert plain == [
+        "it doesn't wait",
+        "Rain comes down",
+        "I'll [sighs] swim after itwhen we were young and the water",
+    ]
     written = text.split('class="reference"')[1]
     assert all(turn["character"] in written for turn in scene.dialogues) and len(scene.dialogues) > 3
 
@@ -437,7 +513,9 @@ def test_filters_in_a_browser(hostile_page, tmp_path):
     text = file.read_text(encoding="utf-8")
     text = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)
     act = "document.querySelector('[name=dimension]').click(); document.querySelector('[name=severity][value=\"3\"]').click();"
-    (tmp_path / "acted.html").write_text(text.replace("</body>", f"<script>{act}</script></body>"), encoding="utf-8")
+    (tmp_path / "acted.html").write_text(
+        text.replace("</body>", f"<script>{act}</script></body>"), encoding="utf-8"
+    )
     cards = re.findall(r'data-dimension="(\d)" data-severity="(\d)"', text)
     left = sum(dimension != "0" and int(severity) >= 3 for dimension, severity in cards)
     assert 0 < left < len(cards) and f"{left} of {len(cards)} flaws</output>" in dom(tmp_path / "acted.html")
@@ -450,11 +528,13 @@ def test_a_report_without_a_judge(script, plays, tmp_path):  # noqa: F811
     assert "No judge has seen" in text and "BLEU" in text and "http" not in re.sub(r"http-equiv", "", text)
     assert script("judge", plays, "--versus", plays, "--html", tmp_path / "r.html")[0] == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "Against" in text and str(tmp_path) not in text  # what is shown to others says nothing of this machine
+    assert (
+        "Against" in text and str(tmp_path) not in text
+    )  # what is shown to others says nothing of this machine
 
 
 def test_a_judge_without_end_does_not_hold_up_the_page():
     """Only the first thousand characters of what a flaw says are searched for."""
     line = "the ferry leaves at nine tonight"
-    assert report.find_quote("z" * 900 + f' "{line}" ' + "x y " * 100_000, [line]) == (0, 0, len(line))
-    assert report.find_quote("z" * 999 + f' "{line}"', [line]) is None
+    assert page.find_quote("z" * 900 + f' "{line}" ' + "x y " * 100_000, [line]) == (0, 0, len(line))
+    assert page.find_quote("z" * 999 + f' "{line}"', [line]) is None

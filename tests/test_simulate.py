@@ -16,14 +16,16 @@ import torch
 from conftest import ROOT, usage_error
 from test_llm import KEY, Script, Server
 
-import cli
 import llm
-import simulate
+from common import files
 from data import prompts
 from data.chats import END_CHAT, next_speaker_chat, perspective, scene_to_chats, system_prompt
 from data.scenes import Scene, load_scenes
-from protocol import Protocol, clean_reply, cut_repetition, parse_next_speaker
-from simulate import perform
+from llm import local
+from play import protocol, transcripts
+from play.perform import SIDE_BY_SIDE, perform
+from play.protocol import Protocol
+from play.replies import clean_reply, cut_repetition, parse_next_speaker
 
 STATS = {"prefilled", "decoded", "cached", "seconds"}
 
@@ -31,7 +33,7 @@ STATS = {"prefilled", "decoded", "cached", "seconds"}
 @pytest.fixture(autouse=True)
 def _out(monkeypatch, tmp_path):
     """What goes under out/ unless told otherwise, kept answers too, goes to a folder of the test's own."""
-    monkeypatch.setattr(cli, "OUT", tmp_path / "out")
+    monkeypatch.setattr(files, "OUT", tmp_path / "out")
 
 
 @pytest.fixture
@@ -45,7 +47,15 @@ def one_thread():
 
 def make_scene(**changes):
     """Ada, Ben and the Environment, and Cy, who has no profile and so is no major character."""
-    fields = dict(book="The Test", i_p=0, i_c=0, tag="train", scenario="A room.", topic="", plot_summary="All of them leave.")
+    fields = dict(
+        book="The Test",
+        i_p=0,
+        i_c=0,
+        tag="train",
+        scenario="A room.",
+        topic="",
+        plot_summary="All of them leave.",
+    )
     names = ["Ada", "Ben", "Ada", "Environment", "Ben", "Ada", "Cy"]
     fields["dialogues"] = [{"character": name, "message": f"original {i}"} for i, name in enumerate(names)]
     fields["profiles"] = {"Ada": "Ada is tall.", "Ben": "Ben is short."}
@@ -68,7 +78,9 @@ def in_turn(*names):
 @pytest.fixture
 def short_turns(monkeypatch, one_thread):
     """Turns of 40 tokens on the command line, since a model with random weights never ends one."""
-    monkeypatch.setattr(simulate, "Protocol", functools.partial(Protocol, max_tokens=40, next_speaker_tokens=8))
+    monkeypatch.setattr(
+        protocol, "Protocol", functools.partial(Protocol, max_tokens=40, next_speaker_tokens=8)
+    )
 
 
 def play(scene, actor, environment=None, next_speaker=None, **protocol):
@@ -110,7 +122,9 @@ def test_thoughts_of_another_never_reach_an_agents_chat():
                     if f"(nods to {name})" in message["content"] and name != me:
                         seen.add((me, name))
     assert own == {"Ada", "Ben", "Cy", "wind"}
-    assert seen == {(a, b) for a in ("Ada", "Ben", "Cy", "wind", None) for b in ("Ada", "Ben", "Cy", "wind") if a != b}
+    assert seen == {
+        (a, b) for a in ("Ada", "Ben", "Cy", "wind", None) for b in ("Ada", "Ben", "Cy", "wind") if a != b
+    }
 
 
 def test_thoughts_stay_in_the_transcript():
@@ -134,7 +148,9 @@ def test_an_actor_knows_what_may_be_known():
     play(make_scene(), actor, Script(lambda *_: "Wind."), in_turn("Ben", "Ada"))
     for messages, _ in actor.asked:
         system = messages[0]["content"]
-        assert who(messages) and "Ada is tall." in system and "Ben is short." in system and "A room." in system
+        assert (
+            who(messages) and "Ada is tall." in system and "Ben is short." in system and "A room." in system
+        )
         assert "All of them leave." not in system
 
 
@@ -150,7 +166,9 @@ def test_the_agents_chats_are_the_training_chats(stage, name):
     """With the original lines on stage, each chat asked, its reply included, begins the chat that training would draw."""
     scene, asked = deepcopy(stage[name]), []
     original = scene.dialogues
-    scene.speaking_characters.sort(key=lambda name: name != original[0]["character"])  # so that the right one begins
+    scene.speaking_characters.sort(
+        key=lambda name: name != original[0]["character"]
+    )  # so that the right one begins
     assert all(a["character"] != b["character"] for a, b in zip(original, original[1:], strict=False))
 
     def actor(messages, _):
@@ -176,7 +194,9 @@ def test_the_agents_chats_are_the_training_chats(stage, name):
         assert {**system, "content": system["content"].replace(prompts.FORMAT_CONCISE, "")} == at_play
     trained = next_speaker_chat(scene, random.Random(0)).messages
     for (messages, _), turn in zip(next_speaker.asked, original[1:], strict=True):
-        assert [*messages, {"role": "assistant", "content": turn["character"]}] == trained[: len(messages) + 1]
+        assert [*messages, {"role": "assistant", "content": turn["character"]}] == trained[
+            : len(messages) + 1
+        ]
 
 
 def test_an_opening_is_what_training_begins_a_turn_with(stage, stage_tokenizer):
@@ -204,7 +224,11 @@ def test_an_agents_chats_grow_at_the_end_alone(seed):
             text = "".join(f"\0{m['role']}\0{m['content']}" for m in messages)
             assert text.startswith(last.get(me, ""))
             last[me] = text
-            assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * (len(messages) // 2 - 1), "user"]
+            assert [m["role"] for m in messages] == [
+                "system",
+                *["user", "assistant"] * (len(messages) // 2 - 1),
+                "user",
+            ]
 
 
 # ---- whose turn ---------------------------------------------------------------------------------------------------------
@@ -213,7 +237,9 @@ def test_an_agents_chats_grow_at_the_end_alone(seed):
 def test_the_first_speaker_is_the_first_listed():
     """Not who speaks first in the original, nor an order of ours: the first of the scene's own list."""
     for first in ("Ben", "Environment", "Cy"):
-        scene = make_scene(speaking_characters=[first, *(n for n in ("Ada", "Ben", "Environment", "Cy") if n != first)])
+        scene = make_scene(
+            speaking_characters=[first, *(n for n in ("Ada", "Ben", "Environment", "Cy") if n != first)]
+        )
         said, _, _ = play(scene, Script(lambda *_: "Yes."), max_rounds=1)
         assert said == [(first, "Yes.")]
 
@@ -222,7 +248,9 @@ def test_an_environment_is_there_even_where_the_scene_has_none():
     """A scene without one gets an Environment, which the next-speaker model may name."""
     scene = make_scene(dialogues=[{"character": name, "message": "x"} for name in ("Ada", "Ben")])
     environment = Script(lambda *_: "Wind.")
-    said, _, _ = play(scene, Script(lambda *_: "Yes."), environment, in_turn("Ben", "Environment", "Ada"), max_rounds=4)
+    said, _, _ = play(
+        scene, Script(lambda *_: "Yes."), environment, in_turn("Ben", "Environment", "Ada"), max_rounds=4
+    )
     assert ("Environment", "Wind.") in said and len(environment.asked) == said.count(("Environment", "Wind."))
 
 
@@ -230,13 +258,17 @@ def test_an_environment_is_there_even_where_the_scene_has_none():
 def test_rounds_are_limited(rounds):
     """A scene nobody ends has as many turns as rounds, 20 if not told, and no decision after the last."""
     actor, next_speaker = Script(lambda *_: "Yes."), in_turn("Ben", "Ada")
-    said, messages, _ = play(make_scene(), actor, None, next_speaker, **({"max_rounds": rounds} if rounds else {}))
+    said, messages, _ = play(
+        make_scene(), actor, None, next_speaker, **({"max_rounds": rounds} if rounds else {})
+    )
     rounds = rounds or 20
     assert len(said) == len(actor.asked) == rounds and len(next_speaker.asked) == rounds - 1
     assert [m["role"] == "NSP" for m in messages] == [False, *[True, False] * (rounds - 1)]
 
 
-@pytest.mark.parametrize("answer", ["<END CHAT>", "<end chat>", " <END CHAT>\n", "The scene is over. <END CHAT>"])
+@pytest.mark.parametrize(
+    "answer", ["<END CHAT>", "<end chat>", " <END CHAT>\n", "The scene is over. <END CHAT>"]
+)
 def test_the_end_counts_from_the_sixth_round_on(answer):
     """<END CHAT> at round indices 0 to 4 is an invalid name; at 5 it ends the scene."""
     said, messages, stats = play(make_scene(), Script(lambda *_: "Yes."), None, Script(lambda *_: answer))
@@ -244,7 +276,9 @@ def test_the_end_counts_from_the_sixth_round_on(answer):
     assert [m["content"] for m in messages if m["role"] == "NSP"].count(END_CHAT) == 1
 
 
-@pytest.mark.parametrize("answer", ["Zed", "random", "", "...", "<END CHAT>", "Adam", "Benjamin", "None of them", None])
+@pytest.mark.parametrize(
+    "answer", ["Zed", "random", "", "...", "<END CHAT>", "Adam", "Benjamin", "None of them", None]
+)
 def test_names_that_do_not_serve_fall_back(answer):
     """Unknown, empty or repeated names give a seeded choice of the major characters and the Environment, not the speaker."""
 
@@ -254,12 +288,20 @@ def test_names_that_do_not_serve_fall_back(answer):
     def decide(seed, i_p=0):
         next_speaker = Script(name)
         said, messages, stats = play(
-            make_scene(i_p=i_p), Script(lambda *_: "Yes."), None, next_speaker, seed=seed, end_from_round=20, max_rounds=12
+            make_scene(i_p=i_p),
+            Script(lambda *_: "Yes."),
+            None,
+            next_speaker,
+            seed=seed,
+            end_from_round=20,
+            max_rounds=12,
         )
         assert stats["fallbacks"] == 11
         roles = [role for role, _ in said]
         assert all(a != b for a, b in zip(roles, roles[1:], strict=False))
-        assert [m["content"] for m in messages if m["role"] == "NSP"] == roles[1:]  # the chosen names, not the answers
+        assert [m["content"] for m in messages if m["role"] == "NSP"] == roles[
+            1:
+        ]  # the chosen names, not the answers
         for asked, _ in next_speaker.asked:
             assert [m["content"] for m in asked if m["role"] == "assistant"] == roles[: len(asked) // 2 - 1]
         return roles
@@ -278,7 +320,9 @@ def test_names_are_read_out_of_what_is_wrapped_around_them(form):
     cast = ["Cy", "Environment", "Ben", "cy", "BEN"]
     names = in_turn(*(form.format(name) for name in cast))
     said, _, stats = play(make_scene(), Script(lambda *_: "Yes."), None, names, max_rounds=6)
-    assert [role for role, _ in said[1:]] == ["Cy", "Environment", "Ben", "Cy", "Ben"] and stats["fallbacks"] == 0
+    assert [role for role, _ in said[1:]] == ["Cy", "Environment", "Ben", "Cy", "Ben"] and stats[
+        "fallbacks"
+    ] == 0
 
 
 @pytest.mark.parametrize(
@@ -379,7 +423,10 @@ def test_long_runs_of_letters_are_cut():
     """A run of 100 letters or more keeps 20, where it stands; 99 stay."""
     assert cut_repetition(f"a {'h' * 99} b") == f"a {'h' * 99} b"
     for length in (100, 101, 5000):
-        assert cut_repetition(f"(waits) {'Ah' * length}, yes\n{'z' * length}!") == f"(waits) {'Ah' * 10}, yes\n{'z' * 20}!"
+        assert (
+            cut_repetition(f"(waits) {'Ah' * length}, yes\n{'z' * length}!")
+            == f"(waits) {'Ah' * 10}, yes\n{'z' * 20}!"
+        )
     assert cut_repetition("-" * 300) == "-" * 300
 
 
@@ -393,7 +440,11 @@ def test_a_phrase_five_times_in_a_row_is_said_once(seed):
     """Of 5 to 30 words that occur five times or more in a row the first is kept, and what stands before and after."""
     rng = random.Random(seed)
     for size in (5, 6, rng.randrange(7, 30), 30):
-        before, phrase, after = words(rng, rng.randrange(0, 12)), words(rng, size), words(rng, rng.randrange(0, 12))
+        before, phrase, after = (
+            words(rng, rng.randrange(0, 12)),
+            words(rng, size),
+            words(rng, rng.randrange(0, 12)),
+        )
         text = " ".join([*before, *phrase * rng.choice([5, 6, 9]), *after])
         assert cut_repetition(text).split() == [*before, *phrase, *after]
 
@@ -404,7 +455,9 @@ def test_a_passage_said_again_ends_the_reply(seed):
     rng = random.Random(seed)
     for size in (15, 16, rng.randrange(17, 30), 30, 45):
         before, passage, between = words(rng, 5), words(rng, size), words(rng, rng.randrange(1, 20))
-        text = "\n".join([" ".join([*before, *passage]), " ".join(between), " ".join([*passage, "and", "so", "on"])])
+        text = "\n".join(
+            [" ".join([*before, *passage]), " ".join(between), " ".join([*passage, "and", "so", "on"])]
+        )
         assert cut_repetition(text) == "\n".join([" ".join([*before, *passage]), " ".join(between)])
         assert cut_repetition(" ".join([*passage, *between, *passage])).split() == [*passage, *between]
     passage = words(rng, 14)
@@ -416,7 +469,9 @@ def test_what_does_not_repeat_is_left_alone(stage):
     """No line of the bundled scenes is changed."""
     for scene in stage.values():
         for turn in scene.dialogues:
-            assert clean_reply(turn["message"], turn["character"], scene.speaking_characters) == turn["message"]
+            assert (
+                clean_reply(turn["message"], turn["character"], scene.speaking_characters) == turn["message"]
+            )
 
 
 def test_an_empty_reply_is_asked_for_again_at_temperature_1():
@@ -445,7 +500,9 @@ def test_one_who_stays_silent_is_passed_over(empty):
     assert len(said) == 20 - stats["empty"] and shown == said
     assert all(m["content"].strip() and m["role"] != "Ada" for m in said)
     chats = [chat for model in models.values() for chat, _ in model.asked]
-    assert not any(line.strip() == "Ada:" for chat in chats for m in chat[1:] for line in m["content"].split("\n"))
+    assert not any(
+        line.strip() == "Ada:" for chat in chats for m in chat[1:] for line in m["content"].split("\n")
+    )
 
 
 def test_everyone_silent_still_ends():
@@ -468,7 +525,9 @@ def echo(messages, params):
 def performances(scenes, models, **protocol):
     """{scene key: (messages, stats)} of scenes played side by side."""
     ends = {}
-    perform(scenes, models, Protocol(**protocol), on_end=lambda scene, *end: ends.update({scene.key: end[:2]}))
+    perform(
+        scenes, models, Protocol(**protocol), on_end=lambda scene, *end: ends.update({scene.key: end[:2]})
+    )
     return ends
 
 
@@ -479,7 +538,7 @@ def test_scenes_side_by_side_are_the_scenes_one_by_one(stage):
     apart = {role: Script(echo) for role in roles}
     scenes = [deepcopy(scene) for scene in stage.values()]
     all_at_once = performances(scenes, together, seed=3)
-    assert len(all_at_once) == len(scenes) and max(together["actor"].batches) == simulate.SIDE_BY_SIDE
+    assert len(all_at_once) == len(scenes) and max(together["actor"].batches) == SIDE_BY_SIDE
     assert performances(scenes, apart, seed=3) == all_at_once
     for scene in scenes:
         assert performances([scene], apart, seed=3) == {scene.key: all_at_once[scene.key]}
@@ -492,7 +551,9 @@ def test_scenes_side_by_side_on_a_checkpoint(stage, tiny_actor):
     scenes = [stage["the-last-ferry/1"], stage["ward-c/1"], stage["three-keys/3"]]
     protocol = dict(max_rounds=3, max_tokens=24, next_speaker_tokens=4)
     together = performances(
-        scenes, dict.fromkeys(("actor", "environment", "next_speaker"), llm.open_model(tiny_actor)), **protocol
+        scenes,
+        dict.fromkeys(("actor", "environment", "next_speaker"), llm.open_model(tiny_actor)),
+        **protocol,
     )
     one_by_one = dict.fromkeys(("actor", "environment", "next_speaker"), llm.open_model(tiny_actor))
     for scene in scenes:
@@ -506,7 +567,11 @@ def test_each_role_is_asked_of_its_own_model():
     models = {role: Script(lambda *_, role=role: role) for role in ("actor", "environment", "next_speaker")}
     models["next_speaker"] = in_turn("Environment", "Ben", "Ada")
     said, _, stats = play(make_scene(), **models)
-    assert {role: content for role, content in said} == {"Ada": "actor", "Ben": "actor", "Environment": "environment"}
+    assert {role: content for role, content in said} == {
+        "Ada": "actor",
+        "Ben": "actor",
+        "Environment": "environment",
+    }
     calls = sum(len(model.asked) for model in models.values())
     assert (stats["prefilled"], stats["cached"], stats["decoded"]) == (5 * calls, 2 * calls, 3 * calls)
 
@@ -515,7 +580,11 @@ def call_seeds(scene, reply="Yes.", cast=("Ben", "Ada"), **protocol):
     """{(role, round): seed} of all calls."""
     actor, next_speaker = Script(lambda *_: reply), in_turn(*cast)
     play(scene, actor, actor, next_speaker, max_rounds=10, **protocol)
-    return {(model is actor, i): call[1].seed for model in (actor, next_speaker) for i, call in enumerate(model.asked)}
+    return {
+        (model is actor, i): call[1].seed
+        for model in (actor, next_speaker)
+        for i, call in enumerate(model.asked)
+    }
 
 
 def test_call_seeds_depend_on_seed_scene_round_and_role_alone():
@@ -542,7 +611,11 @@ def stage_answer(body, _):
     """An endpoint whose answers depend on the conversation alone; it leaves the next speaker to chance."""
     if body["messages"][0]["content"].startswith("You watch"):
         return "random"
-    return "[\u00e0 part] (waves) " + hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()[:12] + " \u2014 \u6f22"
+    return (
+        "[\u00e0 part] (waves) "
+        + hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()[:12]
+        + " \u2014 \u6f22"
+    )
 
 
 def read_lines(out):
@@ -583,21 +656,37 @@ def test_names_that_would_mislead_are_mended(tmp_path):
 
 def test_all_who_speak_are_of_the_cast():
     """Whatever a file lists."""
-    assert {*make_scene(speaking_characters=["Environment"]).speaking_characters} == {"Ada", "Ben", "Cy", "Environment"}
+    assert {*make_scene(speaking_characters=["Environment"]).speaking_characters} == {
+        "Ada",
+        "Ben",
+        "Cy",
+        "Environment",
+    }
 
 
 def test_a_choice_among_nobody_is_not_asked_for():
     """A scene where the Environment is alone ends, or goes on by chance, and is no error of the run."""
-    alone = make_scene(dialogues=[{"character": "Environment", "message": "Rain."}], profiles={}, motivations={})
+    alone = make_scene(
+        dialogues=[{"character": "Environment", "message": "Rain."}], profiles={}, motivations={}
+    )
     said, _, stats = play(alone, Script(lambda *_: "Wind."), next_speaker_mode="choices", max_rounds=3)
     assert said[0] == ("Environment", "Wind.") and stats["fallbacks"] == 1
 
 
 def test_a_markdown_line_is_no_list():
     """A narration that begins like a list or a rule is shown as it is."""
-    for text, shown in (("- x", r"\- x"), ("+ x", r"\+ x"), ("1. x", r"1\. x"), ("1) x", r"1\) x"), ("---", r"\---")):
-        line = {"scene": {"book": "B", "scenario": ""}, "messages": [{"role": "Environment", "content": text}]}
-        assert f"> {shown}\n" in simulate.markdown(line)
+    for text, shown in (
+        ("- x", r"\- x"),
+        ("+ x", r"\+ x"),
+        ("1. x", r"1\. x"),
+        ("1) x", r"1\) x"),
+        ("---", r"\---"),
+    ):
+        line = {
+            "scene": {"book": "B", "scenario": ""},
+            "messages": [{"role": "Environment", "content": text}],
+        }
+        assert f"> {shown}\n" in transcripts.markdown(line)
 
 
 @pytest.mark.usefixtures("short_turns")
@@ -609,12 +698,20 @@ def test_a_bundled_scene_with_a_checkpoint(script, stage, tiny_actor, tmp_path):
     [line] = read_lines(tmp_path / "a")
     assert line.keys() >= {"book", "i_p", "i_c", "scene", "settings", "messages", "stats"}
     scene = stage["the-last-ferry/1"]
-    assert (line["book"], line["i_p"], line["i_c"]) == (scene.book, scene.i_p, scene.i_c) and Scene(**line["scene"]) == scene
+    assert (line["book"], line["i_p"], line["i_c"]) == (scene.book, scene.i_p, scene.i_c) and Scene(
+        **line["scene"]
+    ) == scene
     assert (
-        line["settings"]["actor"] == str(tiny_actor) and line["settings"]["seed"] == 0 and line["settings"]["max_rounds"] == 3
+        line["settings"]["actor"] == str(tiny_actor)
+        and line["settings"]["seed"] == 0
+        and line["settings"]["max_rounds"] == 3
     )
     first, decision, second, *_ = line["messages"]
-    assert (first["role"], decision["role"], second["role"]) == (scene.speaking_characters[0], "NSP", decision["content"])
+    assert (first["role"], decision["role"], second["role"]) == (
+        scene.speaking_characters[0],
+        "NSP",
+        decision["content"],
+    )
     assert first["role"] in out and scene.scenario.split()[0] in out and first["content"].split()[0] in out
     assert not first["content"].startswith(first["role"])
     assert line["stats"].keys() >= STATS and line["stats"]["decoded"] > 0 and line["stats"]["cached"] > 0
@@ -639,7 +736,9 @@ def test_a_scene_of_a_test_file_by_index(script, shared, tiny_actor, tmp_path):
     """FILE:INDEX plays that scene of the released test set."""
     file = shared / "coser" / "test" / "id.json"
     raw = json.loads(file.read_text())[41]
-    code, _, _ = script("simulate", "--scene", f"{file}:41", "--actor", tiny_actor, "--max-rounds", 1, "--out", tmp_path / "a")
+    code, _, _ = script(
+        "simulate", "--scene", f"{file}:41", "--actor", tiny_actor, "--max-rounds", 1, "--out", tmp_path / "a"
+    )
     [line] = read_lines(tmp_path / "a")
     assert code == 0 and (line["book"], line["i_p"], line["i_c"]) == (raw["book"], raw["i_p"], raw["i_c"])
     assert line["messages"][0]["role"] == raw["speaking_characters_w_env"][0]
@@ -653,7 +752,9 @@ def test_chance_falls_on_the_files_major_characters(shared):
         expected = {*item["major_characters"], "Environment"} - {item["speaking_characters_w_env"][0]}
         chosen = set()
         for seed in range(60):
-            said, _, _ = play(scene, Script(lambda *_: "Yes."), None, Script(lambda *_: "?"), seed=seed, max_rounds=2)
+            said, _, _ = play(
+                scene, Script(lambda *_: "Yes."), None, Script(lambda *_: "?"), seed=seed, max_rounds=2
+            )
             chosen.add(said[1][0])
         missing += [(scene.key, chosen)] if chosen != expected else []
     assert missing == []
@@ -662,8 +763,8 @@ def test_chance_falls_on_the_files_major_characters(shared):
 @pytest.mark.usefixtures("short_turns")
 def test_only_a_scene_is_needed(script, tiny_actor, tmp_path, monkeypatch):
     """With --scene alone the stage actor plays, stderr says which, and each run gets a directory of its own."""
-    monkeypatch.setattr(cli, "OUT", tmp_path)
-    monkeypatch.setattr(llm, "BUNDLED_ACTOR", tiny_actor)
+    monkeypatch.setattr(files, "OUT", tmp_path)
+    monkeypatch.setattr(local, "BUNDLED_ACTOR", tiny_actor)
     for _ in range(2):
         code, _, err = script("simulate", "--scene", "the-last-ferry/1", "--max-rounds", 1)
         assert code == 0 and "bundled stage actor" in err
@@ -681,7 +782,16 @@ def test_through_an_endpoint(script, three_scenes, tmp_path, monkeypatch):
     """Three scenes side by side: three lines in the order they end, thoughts kept, the key nowhere."""
     with Server(stage_answer) as server:
         server.use(monkeypatch)
-        args = ["--scene", f"{three_scenes}:all", "--actor", "openai:m", "--next-speaker", "openai:n", "--max-rounds", 4]
+        args = [
+            "--scene",
+            f"{three_scenes}:all",
+            "--actor",
+            "openai:m",
+            "--next-speaker",
+            "openai:n",
+            "--max-rounds",
+            4,
+        ]
         code, out, err = script("simulate", *args, "--continue-from", 2, "--out", tmp_path / "a")
     assert code == 0
     assert "least possible" not in err  # what an endpoint sampled of its prompts nobody knows
@@ -701,7 +811,15 @@ def test_what_a_model_says_cannot_move_the_cursor(script, tmp_path, monkeypatch)
     with Server(lambda *_: "\x1b[31m[bold red]x[/bold red]\x07\x9b2J (sits)") as server:
         server.use(monkeypatch)
         _, out, err = script(
-            "simulate", "--scene", "ward-c/1", "--actor", "openai:m", "--max-rounds", 1, "--out", tmp_path / "a"
+            "simulate",
+            "--scene",
+            "ward-c/1",
+            "--actor",
+            "openai:m",
+            "--max-rounds",
+            1,
+            "--out",
+            tmp_path / "a",
         )
     assert not {"\x1b", "\x07", "\x9b"} & set(out + err) and "[bold red]x[/bold red]" in out
 
@@ -725,7 +843,16 @@ def test_without_a_key_nothing_is_begun(script, tmp_path, monkeypatch):
 @pytest.mark.parametrize("torn", ["half", "letter"])
 def test_resume_plays_only_what_is_missing(script, three_scenes, tmp_path, monkeypatch, torn):
     """After a kill in the middle of the last line only that scene is played again, and the file comes out as if whole."""
-    args = ["--scene", f"{three_scenes}:all", "--actor", "openai:m", "--max-rounds", 4, "--out", tmp_path / "a"]
+    args = [
+        "--scene",
+        f"{three_scenes}:all",
+        "--actor",
+        "openai:m",
+        "--max-rounds",
+        4,
+        "--out",
+        tmp_path / "a",
+    ]
     with Server(stage_answer) as server:
         server.use(monkeypatch)
         assert script("simulate", *args)[0] == 0
@@ -735,15 +862,19 @@ def test_resume_plays_only_what_is_missing(script, three_scenes, tmp_path, monke
         last = content[:-1].rindex(b"\n") + 1
         end = {"half": (last + len(content)) // 2, "letter": content.rindex("\u6f22".encode()) + 1}[torn]
         file.write_bytes(content[:end])
-        shutil.rmtree(cli.OUT / "answers")  # or nothing at all would be asked again
+        shutil.rmtree(files.OUT / "answers")  # or nothing at all would be asked again
         asked = len(server.requests)
         code, _, err = script("simulate", *args, "--resume")
         assert code == 0, err
         assert without_seconds(read_lines(tmp_path / "a")) == without_seconds(whole)
         again = server.requests[asked:]
-        assert again and all(whole[2]["scene"]["scenario"] in request.body["messages"][0]["content"] for request in again)
+        assert again and all(
+            whole[2]["scene"]["scenario"] in request.body["messages"][0]["content"] for request in again
+        )
         asked = len(server.requests)
-        assert script("simulate", *args, "--resume")[0] == 0 and len(server.requests) == asked  # nothing is left to play
+        assert (
+            script("simulate", *args, "--resume")[0] == 0 and len(server.requests) == asked
+        )  # nothing is left to play
 
 
 def test_a_directory_in_use_is_left_alone(script, three_scenes, tmp_path, monkeypatch):
@@ -782,17 +913,30 @@ def test_an_endpoint_that_dies_midway(script, three_scenes, tmp_path, monkeypatc
             return 503, {"error": {"message": "out of memory"}}, {"Retry-After": "0"}
         return stage_answer(body, number)
 
-    args = ["--scene", f"{three_scenes}:all", "--actor", "openai:m", "--max-rounds", 9, "--out", tmp_path / "a"]
+    args = [
+        "--scene",
+        f"{three_scenes}:all",
+        "--actor",
+        "openai:m",
+        "--max-rounds",
+        9,
+        "--out",
+        tmp_path / "a",
+    ]
     with Server(answer) as server:
         server.use(monkeypatch)
         line = usage_error(script("simulate", *args))
-        assert all(part in line for part in ("1 of 3", "--resume", str(tmp_path / "a"), "503", "out of memory"))
+        assert all(
+            part in line for part in ("1 of 3", "--resume", str(tmp_path / "a"), "503", "out of memory")
+        )
         [kept] = read_lines(tmp_path / "a")
         assert kept["scene"]["scenario"] == short and kept["messages"][-1]["content"] == END_CHAT
         dead = False
         assert script("simulate", *args, "--resume")[0] == 0
         assert script("simulate", *args[:-1], tmp_path / "b")[0] == 0
-    resumed, at_once = (sorted(without_seconds(read_lines(tmp_path / n)), key=lambda line: line["book"]) for n in "ab")
+    resumed, at_once = (
+        sorted(without_seconds(read_lines(tmp_path / n)), key=lambda line: line["book"]) for n in "ab"
+    )
     assert len(resumed) == 3 and resumed == at_once
 
 
@@ -805,7 +949,9 @@ def test_the_choice_does_not_hang_on_hashing(tmp_path, monkeypatch):
         for seed in "12":
             environment = {**os.environ, "PYTHONHASHSEED": seed}
             out = ["--out", tmp_path / seed]
-            runs.append(subprocess.Popen([*args, *out], env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL))
+            runs.append(
+                subprocess.Popen([*args, *out], env=environment, cwd=tmp_path, stdout=subprocess.DEVNULL)
+            )
         assert [run.wait(120) for run in runs] == [0, 0]
     [one], [two] = (read_lines(tmp_path / seed) for seed in "12")
     assert one["messages"] == two["messages"] and len(one["messages"]) == 39
@@ -830,7 +976,9 @@ def test_an_unknown_scene_is_told_which_there_are(script, stage, tmp_path):
 @pytest.mark.parametrize("index", [3, -1, 10**9])
 def test_an_index_out_of_range_is_told_the_range(script, three_scenes, tmp_path, index):
     """The line names the file and its indices."""
-    line = usage_error(script("simulate", "--scene", f"{three_scenes}:{index}", "--actor", "x", "--out", tmp_path / "a"))
+    line = usage_error(
+        script("simulate", "--scene", f"{three_scenes}:{index}", "--actor", "x", "--out", tmp_path / "a")
+    )
     assert "0 to 2" in line and str(three_scenes) in line and not (tmp_path / "a").exists()
 
 
@@ -861,21 +1009,28 @@ def test_a_command_that_cannot_be_is_one_line(script, tmp_path, monkeypatch, arg
     monkeypatch.chdir(tmp_path)
     with Server(stage_answer) as server:
         server.use(monkeypatch)
-        usage_error(script("simulate", *args, *([] if "--out" in args or "--resume" in args else ["--out", "a"])))
+        usage_error(
+            script("simulate", *args, *([] if "--out" in args or "--resume" in args else ["--out", "a"]))
+        )
     assert not server.requests
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b'{"plots": []}', b"\xff\xfe\x00", b"5", b'[{"dialogues": []}]', b"[1, null]"]
+    "content",
+    [b"", b"{", b"[]", b'{"plots": []}', b"\xff\xfe\x00", b"5", b'[{"dialogues": []}]', b"[1, null]"],
 )
 def test_a_file_without_scenes_is_one_line(script, tmp_path, content):
     """An empty file, half a file, other JSON, other bytes: told as such, with the file's name."""
     (tmp_path / "bad.json").write_bytes(content)
-    line = usage_error(script("simulate", "--scene", f"{tmp_path / 'bad.json'}:0", "--actor", "x", "--out", tmp_path / "a"))
+    line = usage_error(
+        script("simulate", "--scene", f"{tmp_path / 'bad.json'}:0", "--actor", "x", "--out", tmp_path / "a")
+    )
     assert "bad.json" in line
 
 
-@pytest.mark.parametrize("content", [b"{}\n", b"[]\n", b"5\n", b"{\n{}\n", b"\xff\xfe\n", b'{"book": "x", "settings": {}}\n'])
+@pytest.mark.parametrize(
+    "content", [b"{}\n", b"[]\n", b"5\n", b"{\n{}\n", b"\xff\xfe\n", b'{"book": "x", "settings": {}}\n']
+)
 def test_transcripts_that_are_none_are_one_line(script, tmp_path, monkeypatch, content):
     """--resume on a file that holds something else: told which, and left as it is."""
     (tmp_path / "a").mkdir()
@@ -888,7 +1043,9 @@ def test_transcripts_that_are_none_are_one_line(script, tmp_path, monkeypatch, c
     assert file.read_bytes() == content and not server.requests
 
 
-@pytest.mark.parametrize(("name", "answer"), [("\u0130nci", "inci"), ("Iago", "\u0131ago"), ("Stra\u00dfe", "STRASSE")])
+@pytest.mark.parametrize(
+    ("name", "answer"), [("\u0130nci", "inci"), ("Iago", "\u0131ago"), ("Stra\u00dfe", "STRASSE")]
+)
 def test_names_of_other_alphabets_break_nothing(name, answer):
     """Letters whose upper and lower case do not pair up: the name is found or it is not, and the scene goes on."""
     assert parse_next_speaker(answer, [name, "Ben"]) in (name, None)

@@ -37,8 +37,12 @@ def test_the_stage_is_read_without_a_repair(stage):
     """Every conversation is there under its name, `story/number` from 1, and nothing was mended or dropped on the way."""
     report = Report()
     assert load_scenes(STAGE, report) == list(stage.values()) and not +report
-    numbers = {name: sum(len(plot["conversation"]) for plot in story["plots"]) for name, story in STORIES.items()}
-    assert list(stage) == [f"{name.replace('_', '-')}/{i + 1}" for name, number in numbers.items() for i in range(number)]
+    numbers = {
+        name: sum(len(plot["conversation"]) for plot in story["plots"]) for name, story in STORIES.items()
+    }
+    assert list(stage) == [
+        f"{name.replace('_', '-')}/{i + 1}" for name, number in numbers.items() for i in range(number)
+    ]
 
 
 def test_every_scene_has_its_circumstances(stage):

@@ -1,4 +1,4 @@
-"""From chats to rows: channels, general data, the cache, cutting, packing, the stream, and what data.inspect shows."""
+"""From chats to rows: channels, general data, the cache, cutting, packing, the stream, and what data.show shows."""
 
 import contextlib
 import fcntl
@@ -22,11 +22,11 @@ from conftest import ROOT, usage_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cli
 import data.stream
 import tokenizer
-from cli import UsageError
-from data.channels import ACTION, SPEECH, THOUGHT, byte_channels, label
+from common.files import UsageError
+from data.brackets import BracketParser
+from data.channels import byte_channels, label
 from data.chats import remove_thoughts, scene_to_chats
 from data.general import LONGEST_LINE, read_general
 from data.packing import IGNORE, best_fit, pack, split_long
@@ -64,7 +64,10 @@ def characters(text, lead):
     left, before = text[len(lead) :], None
     for brackets, sign in ((r"\[[^\[\]]*\]", "\0"), (r"\([^()]*\)", "\1")):
         while left != before:
-            left, before = re.sub(brackets, lambda match, s=sign: re.sub("[^\0]", s, match.group()), left), left
+            left, before = (
+                re.sub(brackets, lambda match, s=sign: re.sub("[^\0]", s, match.group()), left),
+                left,
+            )
         before = None
         opened = left.find("[" if sign == "\0" else "(")
         if opened >= 0:
@@ -75,7 +78,11 @@ def characters(text, lead):
 @given(st.text("[]() ab\né😀", max_size=40), st.sampled_from(["A: ", "B (old) [x: ", ""]))
 def test_channels_of_characters(text, lead):
     """Each byte has the channel of its character, found by innermost brackets; what is no thought is what others perceive."""
-    expected = [channel for c, channel in zip(lead + text, characters(lead + text, lead), strict=True) for _ in c.encode()]
+    expected = [
+        channel
+        for c, channel in zip(lead + text, characters(lead + text, lead), strict=True)
+        for _ in c.encode()
+    ]
     found = byte_channels((lead + text).encode(), len(lead.encode()))
     assert found.tolist() == expected
     visible = "".join(c for c, channel in zip(text, characters(text, ""), strict=True) if channel != 3)
@@ -130,7 +137,10 @@ def test_channels_of_tokens_equal_those_found_by_decoding(tokenizers, name):
         if name == "llama2":  # it writes its own sign for a space as a space
             text = text.replace("▁", "")
         lead = f"{character}: "
-        messages = [{"role": "user", "content": "[who] (goes)"}, {"role": "assistant", "content": lead + text}]
+        messages = [
+            {"role": "user", "content": "[who] (goes)"},
+            {"role": "assistant", "content": lead + text},
+        ]
         ids, mask = tok.render(messages)
         made, channels = label(tok, messages, character)
         assert made.tolist() == ids and [bool(c) for c in channels] == mask
@@ -142,9 +152,16 @@ def test_channels_of_tokens_equal_those_found_by_decoding(tokenizers, name):
 def test_a_token_that_straddles_takes_the_highest(tokenizers):
     """LLaMA 3's ` [` is a space and a bracket: thought. `)\\n\\n` is action. The name and the end of the turn are speech."""
     tok = tokenizers["llama3"]
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "A [b: hi [no] ok (nods)\n\n"}]
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "A [b: hi [no] ok (nods)\n\n"},
+    ]
     ids, channels = label(tok, messages, "A [b")
-    words = [(tok.decode([i]), channel) for i, channel in zip(ids.tolist(), channels.tolist(), strict=True) if channel]
+    words = [
+        (tok.decode([i]), channel)
+        for i, channel in zip(ids.tolist(), channels.tolist(), strict=True)
+        if channel
+    ]
     assert words == [
         *(("A", 1), (" [", 1), ("b", 1), (":", 1), (" hi", 1), (" [", 3), ("no", 3), ("]", 3), (" ok", 1)),
         *((" (", 2), ("n", 2), ("ods", 2), (")\n\n", 2), ("<|eot_id|>", 1)),
@@ -207,7 +224,9 @@ def test_a_bad_row_is_dropped_counted_and_located(row, kind, tmp_path):
 def test_a_torn_last_line_is_counted(tmp_path):
     """A file cut in the middle of a row, or of a character, loses that row alone."""
     file = tmp_path / "general.jsonl"
-    whole = json.dumps({"messages": [USER, {"role": "assistant", "content": "né"}]}, ensure_ascii=False).encode()
+    whole = json.dumps(
+        {"messages": [USER, {"role": "assistant", "content": "né"}]}, ensure_ascii=False
+    ).encode()
     for cut, kind in ((-1, "last line, torn"), (whole.index("é".encode()) + 1, "line that is not UTF-8")):
         file.write_bytes(whole + b"\n" + whole[:cut])
         report = Report()
@@ -219,16 +238,28 @@ def test_shapes_of_general_data(tmp_path):
     """ShareGPT and `messages`, a system text in front or beside, JSON lists and JSONL: the same conversations. What follows the
     last answer is left out; half a surrogate pair is mended; both are counted."""
     system = {"role": "system", "content": "s"}
-    theirs = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    rows = [{"messages": [system, USER, ANSWER]}, {"conversations": theirs}, {"conversations": theirs[1:], "system": "s"}]
+    theirs = [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "a"},
+    ]
+    rows = [
+        {"messages": [system, USER, ANSWER]},
+        {"conversations": theirs},
+        {"conversations": theirs[1:], "system": "s"},
+    ]
     rows += [{"messages": [system, USER, ANSWER, USER]}]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, place in (("x.json", "row 3"), ("x.jsonl", "line 4")):
         report = Report()
         assert [found for found, *_ in read_general(tmp_path / name, report)] == [[system, USER, ANSWER]] * 4
-        assert report.examples == {"repaired: what follows the last answer left out": f"{tmp_path / name}: {place}"}
-    (tmp_path / "y.jsonl").write_text(json.dumps({"messages": [USER, {"role": "assistant", "content": "\ud83d!"}]}))
+        assert report.examples == {
+            "repaired: what follows the last answer left out": f"{tmp_path / name}: {place}"
+        }
+    (tmp_path / "y.jsonl").write_text(
+        json.dumps({"messages": [USER, {"role": "assistant", "content": "\ud83d!"}]})
+    )
     report = Report()
     assert next(read_general(tmp_path / "y.jsonl", report))[0][1]["content"] == "?!" and len(report) == 1
 
@@ -252,7 +283,9 @@ def test_general_data_is_read_line_by_line(tmp_path):
 @st.composite
 def labelled(draw, longest, number=30):
     """Documents (ids, channels) whose tokens are all different from each other, supervised in runs."""
-    runs = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6)), min_size=1, max_size=max(1, longest // 6))
+    runs = st.lists(
+        st.tuples(st.integers(0, 4), st.integers(1, 6)), min_size=1, max_size=max(1, longest // 6)
+    )
     made, at = [], 1
     for document in draw(st.lists(runs, min_size=1, max_size=number)):
         channels = [channel for channel, length in document for _ in range(length)][:longest]
@@ -268,9 +301,13 @@ def test_every_document_is_packed_once_and_by_itself(documents, seq_len, seed):
     rows = pack(documents, seq_len, seed)
     for row in rows:
         for name in ("tokens", "targets", "positions", "channels"):
-            assert row[name].shape == (seq_len,) and row[name].dtype == (torch.int8 if name == "channels" else torch.int64)
+            assert row[name].shape == (seq_len,) and row[name].dtype == (
+                torch.int8 if name == "channels" else torch.int64
+            )
         assert row["positions"][0] == 0 and row["tokens"].any()
-    assert Counter(d for row in rows for d in documents_of(row)) == Counter(learnt(*document) for document in documents)
+    assert Counter(d for row in rows for d in documents_of(row)) == Counter(
+        learnt(*document) for document in documents
+    )
 
 
 @settings(max_examples=300, deadline=None)
@@ -282,14 +319,18 @@ def test_long_documents_are_cut_by_the_rule(documents, seq_len):
     channels = np.array(channels, np.int8)
     pieces, without = split_long(channels, seq_len)
     found, covered = Counter(), []
-    ends = [i + 1 for i in range(len(channels)) if channels[i] and (i + 1 == len(channels) or not channels[i + 1])]
+    ends = [
+        i + 1 for i in range(len(channels)) if channels[i] and (i + 1 == len(channels) or not channels[i + 1])
+    ]
     for context_start, context_end, start, end in pieces:
         assert 0 < context_end - context_start + end - start <= seq_len and end > start
         assert channels[start:end].any()
         assert (start == 0) == (context_end == context_start)
         if start:
             fits = bool(ends) and ends[0] <= seq_len // 2 and start in ends
-            assert (context_start, context_end) == ((0, ends[0]) if fits else (max(0, start - seq_len // 2), start))
+            assert (context_start, context_end) == (
+                (0, ends[0]) if fits else (max(0, start - seq_len // 2), start)
+            )
         found.update(i for i in range(start, end) if channels[i])
         covered += range(start, end)
     assert found == Counter(np.flatnonzero(channels).tolist())
@@ -331,7 +372,10 @@ def general(tmp_path_factory):
     file, rng = tmp_path_factory.mktemp("general") / "general.jsonl", random.Random(0)
     with open(file, "w") as out:
         for i in range(60):
-            answer = {"role": "assistant", "content": " ".join([f"row {i}"] + ["word"] * rng.randrange(1, 300))}
+            answer = {
+                "role": "assistant",
+                "content": " ".join([f"row {i}"] + ["word"] * rng.randrange(1, 300)),
+            }
             out.write(json.dumps({"messages": [USER, answer]}) + "\n")
     return file
 
@@ -347,7 +391,9 @@ def stream(stage_tokenizer, tmp_path):
 
 
 def same(rows, others):
-    return all(torch.equal(row[name], other[name]) for row, other in zip(rows, others, strict=True) for name in row)
+    return all(
+        torch.equal(row[name], other[name]) for row, other in zip(rows, others, strict=True) for name in row
+    )
 
 
 def test_an_epoch_is_its_chats(stream, stage, stage_tokenizer):
@@ -356,11 +402,17 @@ def test_an_epoch_is_its_chats(stream, stage, stage_tokenizer):
     made, found, expected = stream(seq_len=4096), Counter(), Counter()
     for epoch in range(3):
         assert not made.cut
-        chats = [chat for scene in stage.values() if scene.tag == "train" for chat in scene_to_chats(scene, epoch)]
+        chats = [
+            chat for scene in stage.values() if scene.tag == "train" for chat in scene_to_chats(scene, epoch)
+        ]
         documents = [label(stage_tokenizer, chat.messages, chat.character) for chat in chats]
         assert made.documents == len(documents) and made.tokens == sum(len(ids) for ids, _ in documents)
         counts = Counter(c for _, channels in documents for c in channels.tolist())
-        assert [made.supervised[name] for name in ("speech", "action", "thought")] == [counts[1], counts[2], counts[3]]
+        assert [made.supervised[name] for name in ("speech", "action", "thought")] == [
+            counts[1],
+            counts[2],
+            counts[3],
+        ]
         expected.update(learnt(ids.tolist(), channels.tolist()) for ids, channels in documents)
         for row in made.take(len(made.rows))[:]:
             found.update(documents_of(row))
@@ -520,9 +572,9 @@ def test_workers_make_what_one_process_makes(stream, tmp_path, monkeypatch):
 def test_the_report_outlives_the_cache(stream, tmp_path):
     """What reading found is told again when nothing is read, and strict stops at it all the same."""
     book = json.loads((STAGE / "ward_c.json").read_text())
-    book["plots"][0]["conversation"][0]["dialogues"][3]["thought"] = book["plots"][0]["conversation"][0]["dialogues"][3].pop(
-        "message"
-    )
+    book["plots"][0]["conversation"][0]["dialogues"][3]["thought"] = book["plots"][0]["conversation"][0][
+        "dialogues"
+    ][3].pop("message")
     (tmp_path / "book.json").write_text(json.dumps(book))
     place = f"{tmp_path / 'book.json'}: plot 0, conversation 0, message 3"
     for _ in range(2):
@@ -536,11 +588,10 @@ def test_the_report_outlives_the_cache(stream, tmp_path):
 @given(st.text("[]() ab\n", max_size=60), st.integers(1, 5))
 def test_what_is_shown_is_what_is_learnt(text, size):
     """Thoughts and actions on the screen, however they come in, are those that the loss knows."""
-    painter, shown = cli.Painter(), []
-    styles = {"": SPEECH, cli.ACTION: ACTION, cli.THOUGHT: THOUGHT}
+    brackets, shown = BracketParser(), []
     for start in range(0, len(text), size):
-        for part, style in painter.spans(text[start : start + size]):
-            shown += [styles[style]] * len(part)
+        for part, channel in brackets.feed(text[start : start + size]):
+            shown += [channel] * len(part)
     assert shown == byte_channels(text.encode()).tolist()
 
 
@@ -565,7 +616,9 @@ print(stream.documents, stream.tokens, len(stream.rows))
 def child(books, cache):
     command = [sys.executable, "-c", CHILD, str(books), str(cache)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
 
 
 def go(process):
@@ -594,7 +647,9 @@ def test_a_signal_to_the_whole_group_stops_no_worker(tmp_path):
         assert process.poll() is None
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.communicate(timeout=60)[0].splitlines()[-1].split()[0].isdigit() and process.returncode == 0
+    assert (
+        process.communicate(timeout=60)[0].splitlines()[-1].split()[0].isdigit() and process.returncode == 0
+    )
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
@@ -633,13 +688,13 @@ def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stag
     assert {path.name for path in cache.iterdir()} == {path.name for path in (tmp_path / "other").iterdir()}
 
 
-# ---- what data.inspect shows ---------------------------------------------------------------------------------------------
+# ---- what data.show shows ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def inspect(script, tmp_path):
     def run(*args):
-        return script("data.inspect", *args, "--cache", tmp_path / "cache")
+        return script("data.show", *args, "--cache", tmp_path / "cache")
 
     return run
 
@@ -651,7 +706,11 @@ def test_statistics_are_those_of_the_chats(inspect, stage, stage_tokenizer):
     lengths = [len(stage_tokenizer.render(chat.messages)[0]) for chat in chats]
     supervised = sum(sum(stage_tokenizer.render(chat.messages)[1]) for chat in chats)
     assert code == 0
-    assert f"{sum(lengths):,}; mean" in out and f"longest {max(lengths):,}" in out and f"{supervised:,} tokens" in out
+    assert (
+        f"{sum(lengths):,}; mean" in out
+        and f"longest {max(lengths):,}" in out
+        and f"{supervised:,} tokens" in out
+    )
     assert f"{Counter(chat.kind for chat in chats)['character']} character" in out
     assert f"{sum(scene.tag == 'train' for scene in stage.values())} train" in out
     picture = re.findall(r"to +[\d,]+ ?[█▏▎▍▌▋▊▉]* ?([\d,]*)\n", out)
@@ -666,9 +725,14 @@ def test_a_chat_is_shown_with_its_channels(inspect, stage, stage_tokenizer):
         chat = scene_to_chats(scene, epoch=int(thoughts), thoughts=thoughts)[0]
         code, out, _ = inspect(STAGE / "a_cook_for_the_general.json", "--chat", 0, *options)
         assert code == 0
-        assert re.sub("«[a-z]+\\||»", "", out) == stage_tokenizer.decode(stage_tokenizer.render(chat.messages)[0]) + "\n"
+        assert (
+            re.sub("«[a-z]+\\||»", "", out)
+            == stage_tokenizer.decode(stage_tokenizer.render(chat.messages)[0]) + "\n"
+        )
         marked = re.findall("«([a-z]+)\\|([^»]*)»", out)
-        answers = "<|end|>".join(message["content"] for message in chat.messages if message["role"] == "assistant")
+        answers = "<|end|>".join(
+            message["content"] for message in chat.messages if message["role"] == "assistant"
+        )
         assert "".join(text for _, text in marked) == answers + "<|end|>"
         assert all(text.strip()[0] in "[" for channel, text in marked if channel == "thought")
 
@@ -676,13 +740,19 @@ def test_a_chat_is_shown_with_its_channels(inspect, stage, stage_tokenizer):
 def test_a_chat_is_shown_to_the_last_space(inspect, shared):
     """SentencePiece writes a space in front of every part of a text: what is shown has those between channels too."""
     code, out, _ = inspect("--chat", 0, "--epoch", 1, "--tokenizer", shared / "tokenizers" / "llama2")
-    assert code == 0 and re.search(r"speech\|[^»]+»«thought\| \[", out) and " USER: ===Conversation Start===" in out
+    assert (
+        code == 0
+        and re.search(r"speech\|[^»]+»«thought\| \[", out)
+        and " USER: ===Conversation Start===" in out
+    )
 
 
 def test_progress_is_shown_as_a_share(stream, monkeypatch):
     """On a terminal, tokenising counts up to 100%."""
     screen = io.StringIO()
-    monkeypatch.setattr(data.stream.cli, "stderr", rich.console.Console(file=screen, force_terminal=True, width=100))
+    monkeypatch.setattr(
+        data.stream.terminal, "stderr", rich.console.Console(file=screen, force_terminal=True, width=100)
+    )
     stream()
     assert "tokenising the scenes of epoch 0" in screen.getvalue() and "100%" in screen.getvalue()
 
@@ -698,8 +768,12 @@ def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
     chats = [chat for scene in scenes for chat in scene_to_chats(scene, 0, variants="all")]
     for row in rows:
         assert row.keys() == {"conversations", "system"} and isinstance(row["system"], str)
-        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (len(row["conversations"]) // 2)
-    assert [messages for messages, *_ in read_general(tmp_path / "sft.json", Report())] == [chat.messages for chat in chats]
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (
+            len(row["conversations"]) // 2
+        )
+    assert [messages for messages, *_ in read_general(tmp_path / "sft.json", Report())] == [
+        chat.messages for chat in chats
+    ]
 
 
 def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
@@ -711,13 +785,18 @@ def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
     assert f"epoch 0 of {odd}\n" in inspect(odd)[1]  # no markup
     for export in ("--test-scenes", "--sharegpt"):
         code, out, err = inspect(odd, export, tmp_path / "written.json")
-        assert (code, out) == (0, "") and f"1 dropped: characters that are not an object, the first at {odd}" in err
+        assert (code, out) == (
+            0,
+            "",
+        ) and f"1 dropped: characters that are not an object, the first at {odd}" in err
     line = usage_error(inspect("--sharegpt", tmp_path / "none.json", "--held-out-books", 1))
     assert "all are held out" in line and not (tmp_path / "none.json").exists()
     assert inspect("--test-scenes", tmp_path / "held.json")[0] == 0
     assert load_scenes(tmp_path / "held.json") == held
     assert inspect("--test-scenes", tmp_path / "all.json", "--held-out-books", 1)[0] == 0
-    assert [scene.key for scene in load_scenes(tmp_path / "all.json")] == [scene.key for scene in stage.values()]
+    assert [scene.key for scene in load_scenes(tmp_path / "all.json")] == [
+        scene.key for scene in stage.values()
+    ]
     assert {scene.tag for scene in load_scenes(tmp_path / "all.json")} == {"ood"}
 
 
@@ -734,4 +813,6 @@ def test_inspect_says_what_is_wrong(inspect, tmp_path, general):
     assert "no usable row" in usage_error(inspect("--mix", f"{tmp_path / 'empty.jsonl'}:0.5"))
     book = json.loads((STAGE / "ward_c.json").read_text())
     (tmp_path / "book.json").write_text(json.dumps({**book, "plots": ["odd", *book["plots"]]}))
-    assert "plot 0: dropped: plot that is not an object" in usage_error(inspect(tmp_path / "book.json", "--strict"))
+    assert "plot 0: dropped: plot that is not an object" in usage_error(
+        inspect(tmp_path / "book.json", "--strict")
+    )

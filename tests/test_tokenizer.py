@@ -10,16 +10,26 @@ from conftest import usage_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import UsageError
+from common.files import UsageError
 from data.chats import scene_to_chats
 from data.scenes import STAGE, load_book, load_scenes
 from tokenizer import LONGEST_RUN, STAGE_TOKENIZER, load_tokenizer, train_stage_tokenizer
 
-NAMED = ("begin_of_text", "end_of_text", "finetune_right_pad_id", "start_header_id", "end_header_id", "eom_id", "eot_id")
+NAMED = (
+    "begin_of_text",
+    "end_of_text",
+    "finetune_right_pad_id",
+    "start_header_id",
+    "end_header_id",
+    "eom_id",
+    "eot_id",
+)
 MARKERS = [f"<|{name}|>" for name in (*NAMED, "python_tag", "system", "user", "assistant", "end")]
 MARKERS += [f"<|reserved_special_token_{i}|>" for i in range(256)]
 MARKERS += ["<s>", "</s>", "<unk>", "<pad>", "<0x0A>", "<0xE2>"]
-TEXT = st.text(max_size=40) | st.lists(st.sampled_from([*MARKERS, " ", "\n", "a", "é", "\U0001f3ad"]), max_size=6).map("".join)
+TEXT = st.text(max_size=40) | st.lists(
+    st.sampled_from([*MARKERS, " ", "\n", "a", "é", "\U0001f3ad"]), max_size=6
+).map("".join)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,8 @@ def test_any_text_comes_back(tok, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["▁", "a▁b ▁▁c", "\0", "\r\n\t\v", "  two  ", "\ufeffx", "e\u0301 ﬁ ½", "\U0001f469\u200d\U0001f680"]
+    "text",
+    ["▁", "a▁b ▁▁c", "\0", "\r\n\t\v", "  two  ", "\ufeffx", "e\u0301 ﬁ ½", "\U0001f469\u200d\U0001f680"],
 )
 def test_odd_text_comes_back(tok, text):
     """Spaces of all kinds, what normalisation would change, and the sign SentencePiece itself writes for a space."""
@@ -73,10 +84,18 @@ def test_no_marker_in_a_text_becomes_special(tok):
     assert set(tok.specials) <= set(MARKERS) and len(set(tok.specials.values())) == len(tok.specials)
     special = set(tok.specials.values())
     for marker in MARKERS:
-        for text in (marker, f"a{marker}b", f"\n{marker} {marker}\n", marker[1:] + marker[:1], f"[{marker}](x)"):
+        for text in (
+            marker,
+            f"a{marker}b",
+            f"\n{marker} {marker}\n",
+            marker[1:] + marker[:1],
+            f"[{marker}](x)",
+        ):
             ids = tok.encode(text)
             assert not special & set(ids) and tok.decode(ids) == text, text
-    plain, odd = ([{"role": role, "content": text}] for role, text in (("user", "hi"), ("user", "".join(MARKERS))))
+    plain, odd = (
+        [{"role": role, "content": text}] for role, text in (("user", "hi"), ("user", "".join(MARKERS)))
+    )
     count = [sum(i in special for i in tok.render(messages)[0]) for messages in (plain, odd)]
     assert count[0] == count[1]
 
@@ -100,7 +119,11 @@ def test_torn_characters_do_not_raise(tok):
 def chats(stage, shared, tok):
     """Chats for a tokenizer: the stage's, or those of a play."""
     if tok.vocab_size < 10_000:
-        return [chat for scene in list(stage.values())[::4] for chat in scene_to_chats(scene, next_speaker_share=1)]
+        return [
+            chat
+            for scene in list(stage.values())[::4]
+            for chat in scene_to_chats(scene, next_speaker_share=1)
+        ]
     scenes = load_book(shared / "coser" / "books" / "Othello.json")
     return [chat for scene in scenes for chat in scene_to_chats(scene, next_speaker_share=1)]
 
@@ -136,7 +159,9 @@ def test_a_generation_prompt_is_a_prefix_of_the_whole(stage, shared, tok):
         for i, message in enumerate(chat.messages):
             if message["role"] == "assistant":
                 prompt, mask = tok.render(chat.messages[:i], add_generation_prompt=True)
-                assert whole[: len(prompt)] == prompt and not any(mask[len(tok.render(chat.messages[:i])[0]) :])
+                assert whole[: len(prompt)] == prompt and not any(
+                    mask[len(tok.render(chat.messages[:i])[0]) :]
+                )
                 own = [*tok.encode(message["content"]), tok.stop_ids[0]]
                 assert whole[len(prompt) : len(prompt) + len(own)] == own
 
@@ -162,7 +187,11 @@ def test_an_unknown_role_is_refused(tok):
 def test_llama3_golden_ids(llama):
     """Ids as llama-models records them, of a sentence and of a conversation."""
     assert llama.encode("This is a test sentence.") == [2028, 374, 264, 1296, 11914, 13]
-    assert (llama.vocab_size, llama.bos_id, sorted(llama.stop_ids)) == (128_256, 128_000, [128_001, 128_008, 128_009])
+    assert (llama.vocab_size, llama.bos_id, sorted(llama.stop_ids)) == (
+        128_256,
+        128_000,
+        [128_001, 128_008, 128_009],
+    )
     sentence, one = {"content": "This is a test sentence."}, [2028, 374, 264, 1296, 11914, 13]
     roles = [("system", 9125), ("user", 882), ("assistant", 78191)]
     ids, mask = llama.render([{"role": role, **sentence} for role, _ in roles], add_generation_prompt=True)
@@ -191,7 +220,9 @@ def test_llama3_equals_plain_byte_pair_merging(llama, shared):
     def merge(word):
         parts = [bytes([byte]) for byte in word]
         while len(parts) > 1 and word not in ranks:
-            pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
+            pairs = [
+                (ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks
+            ]
             if not pairs:
                 break
             i = min(pairs)[1]
@@ -250,7 +281,9 @@ def refuse(path, data):
         load_tokenizer(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b"once upon\na time\n", b"{}", b"a 1\n", b"IQ== 0\n", bytes(range(256))])
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"once upon\na time\n", b"{}", b"a 1\n", b"IQ== 0\n", bytes(range(256))]
+)
 def test_a_file_that_is_no_tokenizer_is_a_usage_error(tmp_path, content):
     """Empty, text, JSON, a few ranks, any bytes."""
     refuse(tmp_path / "tokenizer.model", content)
@@ -292,7 +325,10 @@ def test_a_marker_that_is_no_text_is_a_usage_error(tmp_path):
         (7, b"IQ== 7"),  # a token twice
         (7, b"KA== -7"),  # a rank below 0
         (7, b"K 7"),  # base64 cut short
-        (9906, b"SGVs\xff\xff\xff\xffbG8= 9906"),  # not base64, though what is left without those bytes would be
+        (
+            9906,
+            b"SGVs\xff\xff\xff\xffbG8= 9906",
+        ),  # not base64, though what is left without those bytes would be
         (0, b"**** 0"),  # not base64 at all: an empty token
         (0, b"enp6enp6enp6enp6enp6 0"),  # `!` is gone, so a text that holds one could not be encoded
     ],

@@ -25,12 +25,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import kernels
 import train
 from checkpoint import RandomWeights, fill, find_model, load_model, save_model
-from cli import UsageError
+from common.files import UsageError
 from data.packing import CHANNELS, make_row, pack
 from data.scenes import STAGE
 from data.stream import Stream
-from resume import find_checkpoints
-from runlog import Log
+from training.log import Log
+from training.resume import find_checkpoints
 
 
 def launch(*args, ranks=1, restarts=0, script="train.py", **options):
@@ -70,7 +70,20 @@ def small(story, tmp_path_factory, stage_tokenizer):
     directory = tmp_path_factory.mktemp("start") / "tiny"
     config = random_config(3, vocab_size=stage_tokenizer.vocab_size, max_position_embeddings=1024)
     save_model(random_model(config), directory, stage_tokenizer)
-    return ["--model", directory, "--data", story, "--seq-len", 1024, "--lr", 1e-2, "--dtype", "float32", "--eval-every", 1000]
+    return [
+        "--model",
+        directory,
+        "--data",
+        story,
+        "--seq-len",
+        1024,
+        "--lr",
+        1e-2,
+        "--dtype",
+        "float32",
+        "--eval-every",
+        1000,
+    ]
 
 
 def documents_of(config, lengths, seed):
@@ -80,7 +93,12 @@ def documents_of(config, lengths, seed):
     made = []
     for length in lengths:
         learnt = (torch.rand(length, generator=generator) < 0.4).tolist()
-        made.append((draw(config.vocab_size, length), [own * (1 + c) for own, c in zip(learnt, draw(3, length), strict=True)]))
+        made.append(
+            (
+                draw(config.vocab_size, length),
+                [own * (1 + c) for own, c in zip(learnt, draw(3, length), strict=True)],
+            )
+        )
     return made
 
 
@@ -117,21 +135,37 @@ def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
     rows = pack(documents, 64)
     rows += [make_row([], 64)] * (24 - len(rows))  # some ranks and micro-batches have nothing to learn
     assert len(rows) == 24
-    save_file({name: torch.stack([row[name] for row in rows]) for name in rows[0]}, tmp_path / "rows.safetensors")
+    save_file(
+        {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, tmp_path / "rows.safetensors"
+    )
     expected, by_channel, gradients = plain_step(tmp_path / "start", documents)
     for ranks, sizes in SPLITS.items():
         splits = [{"name": f"micro-batch-{size}", "micro_batch": size} for size in sizes]
-        splits += [{"name": f"recompute-{how}", "micro_batch": sizes[1], "recompute": how} for how in ("selective", "full")]
+        splits += [
+            {"name": f"recompute-{how}", "micro_batch": sizes[1], "recompute": how}
+            for how in ("selective", "full")
+        ]
         splits += [{"name": "copies", "micro_batch": sizes[1], "shard_ranks": 1}]
         splits += [{"name": "compiled", "micro_batch": sizes[1], "compile": True}] * (not tied)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+        ]
         command += [str(ROOT / "tests" / "one_step.py"), str(tmp_path), json.dumps(splits)]
-        subprocess.run(command, check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        subprocess.run(
+            command, check=True, capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         for split in splits:
             found = load_file(tmp_path / f"{ranks}-{split['name']}.safetensors")
             assert found["line.loss"].item() == pytest.approx(expected.item(), rel=1e-5), split
             for channel, loss in by_channel.items():
-                assert found[f"line.loss_{CHANNELS[channel - 1]}"].item() == pytest.approx(loss, rel=1e-5), split
+                assert found[f"line.loss_{CHANNELS[channel - 1]}"].item() == pytest.approx(loss, rel=1e-5), (
+                    split
+                )
             for name, gradient in gradients.items():
                 error = (found[name] - gradient).norm() / gradient.norm()
                 assert error < 1e-5, (ranks, split, name, error)
@@ -145,7 +179,11 @@ def test_same_run_on_one_and_two_ranks_and_micro_batches(small, tmp_path):
     runs = {}
     for name, ranks, micro in (("one", 1, 4), ("accumulated", 1, 1), ("two", 2, 1)):
         out = tmp_path / name
-        finish(launch(*small, "--out", out, "--batch-size", 4, "--micro-batch", micro, "--max-steps", 3, ranks=ranks))
+        finish(
+            launch(
+                *small, "--out", out, "--batch-size", 4, "--micro-batch", micro, "--max-steps", 3, ranks=ranks
+            )
+        )
         runs[name] = read_log(out)
     for name in ("accumulated", "two"):
         for line, other in zip(runs["one"], runs[name], strict=True):
@@ -159,10 +197,25 @@ def test_same_run_on_one_and_two_ranks_and_micro_batches(small, tmp_path):
 def test_training_lowers_the_loss_and_leaves_a_hugging_face_directory(small, tmp_path):
     """The log has its fields, the loss falls, the curve is a PNG, transformers opens final/."""
     out = tmp_path / "run"
-    err = finish(launch(*small, "--out", out, "--batch-size", 2, "--max-steps", 8, "--save-every", 3, "--peak-tflops", 2))
+    err = finish(
+        launch(
+            *small, "--out", out, "--batch-size", 2, "--max-steps", 8, "--save-every", 3, "--peak-tflops", 2
+        )
+    )
     lines = read_log(out)
     assert [line["step"] for line in lines] == list(range(1, 9))
-    numbers = {"step", "loss", "lr", "grad_norm", "tokens", "supervised", "seconds", "tokens_per_second", "tflops", "mfu"}
+    numbers = {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "supervised",
+        "seconds",
+        "tokens_per_second",
+        "tflops",
+        "mfu",
+    }
     numbers |= {"loss_speech", "loss_action", "supervised_per_second", "peak_memory", "seconds_left"}
     assert numbers <= set(lines[-1]) and all(isinstance(lines[-1][name], int | float) for name in numbers)
     for line in lines:
@@ -171,7 +224,9 @@ def test_training_lowers_the_loss_and_leaves_a_hugging_face_directory(small, tmp
         assert line["mfu"] == pytest.approx(line["tflops"] / 2)
         assert line["supervised_per_second"] == pytest.approx(line["supervised"] / line["seconds"])
     assert lines[0]["sample"] and lines[-1]["sample"] != lines[0]["sample"]
-    assert all(word in err for word in ("held out", "tok/s", "MFU", "GiB", "s left", "speech", lines[-1]["sample"]))
+    assert all(
+        word in err for word in ("held out", "tok/s", "MFU", "GiB", "s left", "speech", lines[-1]["sample"])
+    )
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -198,8 +253,12 @@ def same_state(whole, other):
     assert ours.name == theirs.name
     shards = [{file.name: file.read_bytes() for file in out.glob("*.distcp")} for out in (ours, theirs)]
     assert shards[0] and shards[0] == shards[1]
-    assert json.loads((ours / "progress.json").read_text()) == json.loads((theirs / "progress.json").read_text())
-    assert (whole / "final" / "model.safetensors").read_bytes() == (other / "final" / "model.safetensors").read_bytes()
+    assert json.loads((ours / "progress.json").read_text()) == json.loads(
+        (theirs / "progress.json").read_text()
+    )
+    assert (whole / "final" / "model.safetensors").read_bytes() == (
+        other / "final" / "model.safetensors"
+    ).read_bytes()
 
 
 def wait_for(out, steps, process):
@@ -230,26 +289,55 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path)
 
 def seen(file, ranks, steps):
     """Rows (lists of pieces) that the ranks of a spied run made in each of so many steps, in any order within a step."""
-    made = [[json.loads(line) for line in Path(f"{file}.{rank}").read_text().splitlines()] for rank in range(ranks)]
+    made = [
+        [json.loads(line) for line in Path(f"{file}.{rank}").read_text().splitlines()]
+        for rank in range(ranks)
+    ]
     each = sum(map(len, made)) // ranks // steps
     assert all(len(rows) == each * steps for rows in made)
-    return [sorted(row for rows in made for row in rows[each * step : each * (step + 1)]) for step in range(steps)]
+    return [
+        sorted(row for rows in made for row in rows[each * step : each * (step + 1)]) for step in range(steps)
+    ]
 
 
 @pytest.mark.slow
 def test_resume_on_two_ranks_and_on_other_numbers(small, tmp_path):
     """Two ranks go on bit for bit. From two to one and from one to two, ten steps' losses are the same up to rounding, and so
     are the very documents of each step: in an epoch none is read twice or missed, wherever the run was cut."""
-    arguments = [*small, "--batch-size", 2, "--save-every", 4, "--seed", 3, "--max-steps", 14, "--keep", 9, "--seq-len", 512]
+    arguments = [
+        *small,
+        "--batch-size",
+        2,
+        "--save-every",
+        4,
+        "--seed",
+        3,
+        "--max-steps",
+        14,
+        "--keep",
+        9,
+        "--seq-len",
+        512,
+    ]
     spied = lambda name, *more, ranks: finish(  # noqa: E731
-        launch(tmp_path / f"{name}.rows", *arguments, "--out", tmp_path / name, *more, ranks=ranks, script="tests/spy.py")
+        launch(
+            tmp_path / f"{name}.rows",
+            *arguments,
+            "--out",
+            tmp_path / name,
+            *more,
+            ranks=ranks,
+            script="tests/spy.py",
+        )
     )
     for ranks in (1, 2):
         whole = f"whole-{ranks}"
         spied(whole, ranks=ranks)
         rows = seen(tmp_path / f"{whole}.rows", ranks, 14)
         documents = [tuple(piece) for step in rows for row in step for piece in row]
-        assert len(documents) == len(set(documents)) and len({source for source, *_ in documents}) > 1  # epochs
+        assert (
+            len(documents) == len(set(documents)) and len({source for source, *_ in documents}) > 1
+        )  # epochs
         for again in (1, 2):
             name = f"from-{ranks}-to-{again}"
             shutil.copytree(tmp_path / whole, tmp_path / name)
@@ -290,7 +378,10 @@ def test_torchrun_stopped_saves(small, tmp_path):
     wait_for(out, 3, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=100)
-    assert "the same command with --resume goes on" in err and "File " + chr(34) + str(ROOT / "train.py") not in err
+    assert (
+        "the same command with --resume goes on" in err
+        and "File " + chr(34) + str(ROOT / "train.py") not in err
+    )
     assert find_checkpoints(out)[-1].name == f"step-{read_log(out)[-1]['step']}"
 
 
@@ -311,7 +402,9 @@ def test_killed_at_any_moment(ranks, small, tmp_path):
             time.sleep(0.01)  # up to its first new step, or to the cut back to the last checkpoint
         time.sleep(rng.random() * 8 * pace)  # some steps and savings, whatever the machine's speed
         with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-            os.kill(rng.choice([process.pid, *workers(process)]) if ranks > 1 else process.pid, signal.SIGKILL)
+            os.kill(
+                rng.choice([process.pid, *workers(process)]) if ranks > 1 else process.pid, signal.SIGKILL
+            )
         process.communicate(timeout=100)  # ends when no rank is left to hold the pipe
         lines, states = read_log(hurt), find_checkpoints(hurt)
         at = int(states[-1].name.removeprefix("step-")) if states else 0
@@ -333,7 +426,11 @@ def test_a_full_disk_leaves_the_state_before(small, tmp_path):
     shutil.copytree(whole / "step-4", full / "step-4")
     limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731 (EFBIG, as ENOSPC would)
     err = finish(launch(*arguments, "--out", full, "--resume", preexec_fn=limited), code=2)
-    assert "step-6: the checkpoint could not be saved" in err and "step-4 is as before" in err and "Traceback" not in err
+    assert (
+        "step-6: the checkpoint could not be saved" in err
+        and "step-4 is as before" in err
+        and "Traceback" not in err
+    )
     assert sorted(path.name for path in full.iterdir()) == ["log.jsonl", "loss.png", "run.json", "step-4"]
     finish(launch(*arguments, "--out", full, "--resume"))
     same_state(whole, full)
@@ -343,7 +440,9 @@ def test_an_output_that_is_read_only(small, tmp_path):
     """Found out before the first step, in one line."""
     out = tmp_path / "out"
     out.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(out)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(out)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a read-only directory needs root and a kernel that lets it")
     try:
         err = finish(launch(*small, "--max-steps", 1, "--batch-size", 1, "--out", out), code=2)
@@ -403,9 +502,22 @@ def test_a_restart_goes_on_only_in_its_own_run(tmp_path, monkeypatch):
 def test_changed_settings_and_too_few_documents(small, tmp_path):
     """A resume with other settings says what was and is; more ranks than rows are refused; what does not matter may change."""
     general = tmp_path / "general.jsonl"
-    turns = [{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "Nobody at all, and that is all."}]
+    turns = [
+        {"role": "user", "content": "Who is there?"},
+        {"role": "assistant", "content": "Nobody at all, and that is all."},
+    ]
     general.write_text(json.dumps({"messages": turns}) + "\n")
-    arguments = [*small, "--batch-size", 1, "--max-steps", 2, "--mix", f"{general}:0.01", "--out", tmp_path / "run"]
+    arguments = [
+        *small,
+        "--batch-size",
+        1,
+        "--max-steps",
+        2,
+        "--mix",
+        f"{general}:0.01",
+        "--out",
+        tmp_path / "run",
+    ]
     finish(launch(*arguments))
     said = general.read_text()
     general.write_text(said.replace("Nobody", "Somebody"))
@@ -419,7 +531,9 @@ def test_changed_settings_and_too_few_documents(small, tmp_path):
     err = finish(launch(*small, "--batch-size", 64, "--dry-run", 64))  # only a plan: said, not refused
     assert "rows of documents for 64 ranks" in err and "64 rank(s)" in err
     none = tmp_path / "none"
-    err = finish(launch(*small, "--seq-len", 100_000, "--batch-size", 2, "--out", none, ranks=2), code=1)  # torchrun's own code
+    err = finish(
+        launch(*small, "--seq-len", 100_000, "--batch-size", 2, "--out", none, ranks=2), code=1
+    )  # torchrun's own code
     assert "error: 1 rows of documents for 2 ranks; use fewer ranks" in err and not none.exists()
 
 
@@ -430,7 +544,10 @@ def test_what_is_not_finite(small, tmp_path, stage_tokenizer):
     stream = Stream([data], stage_tokenizer, 1024)
     seen = [set(row["tokens"].tolist()) for row in stream.take(6)[:]]
     step, row = next(
-        (s, r) for s in (1, 2) for r in (0, 1) if seen[2 * s + r].difference(*seen[: 2 * s + r], *seen[2 * s + r + 1 :])
+        (s, r)
+        for s in (1, 2)
+        for r in (0, 1)
+        if seen[2 * s + r].difference(*seen[: 2 * s + r], *seen[2 * s + r + 1 :])
     )
     poison = min(seen[2 * step + row].difference(*seen[: 2 * step + row], *seen[2 * step + row + 1 :]))
     model = load_model(start)
@@ -439,7 +556,10 @@ def test_what_is_not_finite(small, tmp_path, stage_tokenizer):
     save_model(model, start, stage_tokenizer)
     out = tmp_path / "run"
     err = finish(launch(*arguments, "--out", out), code=2)
-    assert f"step {step + 1}, stopped before the optimiser: loss nan" in err and f"rows of the batch: {row} " in err
+    assert (
+        f"step {step + 1}, stopped before the optimiser: loss nan" in err
+        and f"rows of the batch: {row} " in err
+    )
     assert "Traceback" not in err
     assert len(read_log(out)) == step and find_checkpoints(out)[-1].name == f"step-{step}"
     finish(launch(*arguments, "--out", out, "--resume", "--skip-nonfinite"))
@@ -478,13 +598,22 @@ if dist.get_rank() == 0:
 def test_no_rank_holds_a_whole_checkpoint(tmp_path):
     """Loading 1.3 GB of weights onto two ranks takes each a half of it, and one file of 100 MB, at its peak."""
     shape = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=8)
-    config = random_config(0, vocab_size=32_000, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, **shape)
+    config = random_config(
+        0, vocab_size=32_000, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, **shape
+    )
     save_model(random_model(config), tmp_path / "large", max_shard_bytes=10**8)
     (tmp_path / "large" / "manifest.json").unlink()
     (tmp_path / "load.py").write_text(LOAD)
     size, grown = 4 * config.num_parameters(), {}
     for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+        ]
         command += [str(tmp_path / "load.py"), str(ROOT), str(tmp_path / "large")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
@@ -505,7 +634,8 @@ def steps_of(model, batches):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("version", "recompute"), [("triton", "none"), ("triton", "selective"), ("triton", "full"), ("torch", "none")]
+    ("version", "recompute"),
+    [("triton", "none"), ("triton", "selective"), ("triton", "full"), ("torch", "none")],
 )
 def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
     """Blocks captured by torch.compile, recomputation inside, give the losses and gradients of plain ones (no code generated).
@@ -515,12 +645,16 @@ def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
     """
 
     captured = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=captured, fullgraph=version == "triton"))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend=captured, fullgraph=version == "triton")
+    )
     monkeypatch.setattr(kernels, "_chosen", version)
     torch._dynamo.reset()
     config = random_config(5, num_hidden_layers=3, head_dim=16)
     lengths = ([37, 27], [20, 30], [64], [9, 8, 7], [50, 11])
-    batches = [train.stack(pack(documents_of(config, each, seed), 64), "cpu") for seed, each in enumerate(lengths)]
+    batches = [
+        train.stack(pack(documents_of(config, each, seed), 64), "cpu") for seed, each in enumerate(lengths)
+    ]
     found = []
     for compiled in (False, True):
         args = types.SimpleNamespace(dtype="float32", recompute=recompute, compile=compiled, shard_ranks=None)
@@ -528,7 +662,9 @@ def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
         fill(model, RandomWeights(model, 0))
         found.append(steps_of(model, batches[:3]))
     frames = captured.frame_count
-    assert 0 < frames <= 3 * (1 if version == "triton" else 5)  # a block: without rows, with so many, with any number
+    assert (
+        0 < frames <= 3 * (1 if version == "triton" else 5)
+    )  # a block: without rows, with so many, with any number
     steps_of(model, batches[3:])
     assert captured.frame_count == frames
     for plain, other in zip(*found, strict=True):
@@ -550,7 +686,9 @@ def test_dry_run_allocates_nothing(script, story):
     """--dry-run of the 70B shape prints its 70,553,706,496 parameters, and makes no directory."""
     options = ["--tokenizer", STAGE / "tokenizer.model", "--dry-run", "--out", story.parent / "none"]
     code, _, err = script("train", "--model", "llama-3.1-70b", "--data", story, *options)
-    parameters = 70_553_706_496 - 2 * (128_256 - 4096) * 8192  # published for 128,256 tokens; here the stage's 4,096
+    parameters = (
+        70_553_706_496 - 2 * (128_256 - 4096) * 8192
+    )  # published for 128,256 tokens; here the stage's 4,096
     assert code == 0
     assert f"{parameters:,} parameters" in err
     assert not (story.parent / "none").exists()
@@ -561,11 +699,15 @@ def test_dry_run_downloads_no_weights(script, small, tmp_path, monkeypatch):
     asked = []
 
     def snapshot_download(spec, allow_patterns):
-        asked.append((spec, shutil.ignore_patterns(*allow_patterns)(None, os.listdir(small[1]))))  # the names that match
+        asked.append(
+            (spec, shutil.ignore_patterns(*allow_patterns)(None, os.listdir(small[1])))
+        )  # the names that match
         shutil.copytree(small[1], tmp_path / "got", ignore=lambda _, names: set(names) - asked[-1][1])
         return tmp_path / "got"
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download))
+    monkeypatch.setitem(
+        sys.modules, "huggingface_hub", types.SimpleNamespace(snapshot_download=snapshot_download)
+    )
     code, _, err = script("train", "--model", "someone/tiny", *small[2:], "--batch-size", 1, "--dry-run")
     assert code == 0 and "parameters" in err
     assert asked[0][0] == "someone/tiny" and {"config.json", "tokenizer.model"} <= asked[0][1]
@@ -591,7 +733,16 @@ def test_events_for_tensorboard(tmp_path, monkeypatch):
         def close(self):
             pass
 
-    line = {"step": 3, "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "tokens": 9, "supervised": 3, "seconds": 1.0, "sample": "Hm."}
+    line = {
+        "step": 3,
+        "loss": 2.0,
+        "lr": 0.1,
+        "grad_norm": 1.0,
+        "tokens": 9,
+        "supervised": 3,
+        "seconds": 1.0,
+        "sample": "Hm.",
+    }
     line |= {"tokens_per_second": 9.0, "supervised_per_second": 3.0, "peak_memory": 1}
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UsageError, match="pip install tensorboard"):
@@ -613,7 +764,9 @@ def test_bad_input_is_one_line_and_exit_2(script, small, story, tmp_path):
     (tmp_path / "empty.json").write_text("")
     assert "empty" in usage_error(script("train", *base, "--data", tmp_path / "empty.json"))
     assert "no such checkpoint directory" in usage_error(script("train", *base, "--model", "llama-4"))
-    assert "--batch-size 3" in usage_error(script("train", *base, "--data", story, "--batch-size", 3, "--micro-batch", 2))
+    assert "--batch-size 3" in usage_error(
+        script("train", *base, "--data", story, "--batch-size", 3, "--micro-batch", 2)
+    )
     assert "--lr must be above 0" in usage_error(script("train", *base, "--lr", 0))
     wrong = [
         ("--epochs", "inf"),

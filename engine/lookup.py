@@ -1,6 +1,6 @@
 """Guesses at how a text goes on, for texts that repeat themselves (prompt lookup decoding, Saxena 2023, within the reply)."""
 
-from pages import common_prefix
+from engine.pages import common_prefix
 
 
 class Lookup:
@@ -19,5 +19,7 @@ class Lookup:
         self.trust = min(self.trust + right, most) if all_right else self.trust // 2
         self.places.update((tuple(ids[i - 3 : i]), i) for i in range(max(begin + 3, self.indexed), len(ids)))
         self.indexed, at = len(ids), self.places.get(tuple(ids[-3:]))
-        self.guessed = [ids[at + i % (len(ids) - at)] for i in range(max(1, self.trust))] if at is not None else []
+        self.guessed = (
+            [ids[at + i % (len(ids) - at)] for i in range(max(1, self.trust))] if at is not None else []
+        )
         return self.guessed if self.trust > 1 else []

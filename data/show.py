@@ -1,9 +1,9 @@
 """Shows what the model is asked to learn: counts, lengths, what reading repaired, and any chat with what is under loss in it.
 
-    python -m data.inspect books/ --tokenizer DIR               statistics
-    python -m data.inspect books/ --tokenizer DIR --chat 12     document 12 of the epoch, coloured by channel
-    python -m data.inspect books/ --sharegpt sft.json           the same chats for LLaMA-Factory
-    python -m data.inspect books/ --test-scenes held_out.json   the held-out scenes, for simulate.py --scene held_out.json:0
+    python -m data.show books/ --tokenizer DIR               statistics
+    python -m data.show books/ --tokenizer DIR --chat 12     document 12 of the epoch, coloured by channel
+    python -m data.show books/ --sharegpt sft.json           the same chats for LLaMA-Factory
+    python -m data.show books/ --test-scenes held_out.json   the held-out scenes, for simulate.py --scene held_out.json:0
 
 LLaMA-Factory finds the rows through this entry of its `dataset_info.json`: {"coser": {"file_name": "sft.json", "formatting":
 "sharegpt", "columns": {"messages": "conversations", "system": "system"}}}
@@ -15,8 +15,8 @@ from collections import Counter
 import numpy as np
 from rich.table import Table
 
-import cli
-from cli import UsageError
+from common import terminal
+from common.files import UsageError, write_whole
 from data.chats import scene_to_chats
 from data.packing import CHANNELS
 from data.scenes import STAGE, Report, read_scenes, to_test_scene
@@ -28,15 +28,30 @@ BINS = 16
 
 
 def parse_args():
-    parser = cli.Parser(__doc__, "python -m data.inspect data/stage --chat 3")
+    parser = terminal.Parser(__doc__, "python -m data.show data/stage --chat 3")
     add = parser.add_argument
-    add("paths", nargs="*", default=[STAGE], metavar="PATH", help="books, directories of books (default: the bundled stories)")
+    add(
+        "paths",
+        nargs="*",
+        default=[STAGE],
+        metavar="PATH",
+        help="books, directories of books (default: the bundled stories)",
+    )
     add("--tokenizer", default=STAGE_TOKENIZER, help="directory or file (default: the stage's)")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the tokenizer says")
-    add("--chat", type=int, metavar="N", help="show this document, counted from 0; general data comes after the scenes")
+    add(
+        "--chat",
+        type=int,
+        metavar="N",
+        help="show this document, counted from 0; general data comes after the scenes",
+    )
     add("--seq-len", type=int, default=16_384, help="tokens in a packed row (default: 16384, the paper's)")
     add("--epoch", type=int, default=0, help="whose draw of prompts (default: 0)")
-    add("--sharegpt", metavar="FILE", help="write the chats of the epoch (without --mix) as LLaMA-Factory reads them")
+    add(
+        "--sharegpt",
+        metavar="FILE",
+        help="write the chats of the epoch (without --mix) as LLaMA-Factory reads them",
+    )
     add("--test-scenes", metavar="FILE", help="write the held-out scenes as a test file")
     add_data_flags(parser)
     args = parser.parse_args()
@@ -74,13 +89,19 @@ def statistics(args, stream, lengths, counts):
     yield "turns in a chat", f"mean {np.mean(turns):.1f}, most {max(turns)}"
     if general:
         yield "general data", f"{general:,} chats, {lengths[len(turns) :].sum() / tokens:.1%} of the tokens"
-    yield "tokens", f"{tokens:,}; mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, longest {lengths.max():,}"
+    yield (
+        "tokens",
+        f"{tokens:,}; mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, longest {lengths.max():,}",
+    )
     yield "under loss", f"{learnt.sum():,} tokens, {learnt.sum() / tokens:.1%}"
     for name, number in zip(CHANNELS, learnt.tolist(), strict=True):
         yield f"  {name}", f"{number:,}, {number / learnt.sum():.1%}"
     yield f"rows of {stream.seq_len:,}", f"{len(stream.rows):,}, {useful:.1%} useful"
     if stream.cut:
-        yield "longer than a row", f"{stream.cut:,} cut; {stream.without:,} pieces without a token under loss left out"
+        yield (
+            "longer than a row",
+            f"{stream.cut:,} cut; {stream.without:,} pieces without a token under loss left out",
+        )
 
 
 def histogram(lengths):
@@ -96,16 +117,18 @@ def show(tokenizer, ids, channels):
     """A document as the model reads it, its channels in colour; between «channel| and » where stdout is no terminal."""
     edges = [0, *(np.flatnonzero(np.diff(channels)) + 1).tolist(), len(ids)]
     for start, end in zip(edges, edges[1:], strict=False):
-        words = [tokenizer.token_bytes(i) or tokenizer.names.get(i, "").encode() for i in ids[start:end].tolist()]
+        words = [
+            tokenizer.token_bytes(i) or tokenizer.names.get(i, "").encode() for i in ids[start:end].tolist()
+        ]
         channel, text = channels[start], b"".join(words).decode(errors="replace")
-        if channel and not cli.stdout.is_terminal:
+        if channel and not terminal.stdout.is_terminal:
             text = f"«{CHANNELS[channel - 1]}|{text}»"
-        cli.put(text, STYLES[channel])
-    cli.put("\n")
-    if cli.stdout.is_terminal:
+        terminal.put(text, STYLES[channel])
+    terminal.put("\n")
+    if terminal.stdout.is_terminal:
         for name, style in zip(("not under loss", *CHANNELS), STYLES, strict=True):
-            cli.put(f"{name}  ", style)
-        cli.put("\n")
+            terminal.put(f"{name}  ", style)
+        terminal.put("\n")
 
 
 def sharegpt(chat):
@@ -122,22 +145,28 @@ def export(args):
     if args.test_scenes:
         scenes = [to_test_scene(scene) for scene in all_scenes(args, report) if scene.tag != "train"]
         if not scenes:
-            raise UsageError(f"{args.paths[0]}: no held-out scene in it; --held-out-books 0.1 holds out a tenth of the books")
-        with cli.write_whole(args.test_scenes) as file:
+            raise UsageError(
+                f"{args.paths[0]}: no held-out scene in it; --held-out-books 0.1 holds out a tenth of the books"
+            )
+        with write_whole(args.test_scenes) as file:
             json.dump(scenes, file, ensure_ascii=False, indent=1)
-        cli.note(f"{len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one")
+        terminal.note(
+            f"{len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one"
+        )
     if args.sharegpt:
         report, number = Report(args.strict), 0
-        with cli.write_whole(args.sharegpt) as file:  # one row at a time, so that no more than one is in memory
+        with write_whole(args.sharegpt) as file:  # one row at a time, so that no more than one is in memory
             chats = (chat for scene in all_scenes(args, report) for chat in chats_of(scene, args))
             for number, chat in enumerate(chats, 1):
                 file.write(("[\n" if number == 1 else ",\n") + json.dumps(sharegpt(chat), ensure_ascii=False))
             if not number:
-                raise UsageError(f"{args.paths[0]}: no training scene in it (all are held out); give a book as well")
+                raise UsageError(
+                    f"{args.paths[0]}: no training scene in it (all are held out); give a book as well"
+                )
             file.write("\n]\n")
-        cli.note(f"{args.sharegpt}: {number:,} chats of epoch {args.epoch}")
+        terminal.note(f"{args.sharegpt}: {number:,} chats of epoch {args.epoch}")
     for line in report.lines():
-        cli.note(line)
+        terminal.note(line)
 
 
 def main():
@@ -150,7 +179,11 @@ def main():
     stream = open_stream(args, args.paths, tokenizer)
     while stream.start["epoch"] < args.epoch:
         stream.begin(stream.next)
-    documents = [(stream.store(source), number) for source, chosen in stream.chosen.items() for number in chosen.tolist()]
+    documents = [
+        (stream.store(source), number)
+        for source, chosen in stream.chosen.items()
+        for number in chosen.tolist()
+    ]
     if args.chat is not None:
         if not 0 <= args.chat < len(documents):
             raise UsageError(f"--chat {args.chat}: there are {len(documents)} documents, counted from 0")
@@ -162,11 +195,17 @@ def main():
     table = Table(show_header=False)
     for row in statistics(args, stream, lengths, counts):
         table.add_row(*row)
-    cli.put(f"epoch {args.epoch} of {', '.join(map(str, args.paths))}\n")
-    cli.stdout.print(table)
-    for line in ("", "tokens in a chat", *histogram(lengths), "", *(stream.report.lines() or ["nothing repaired or dropped"])):
-        cli.put(f"{line}\n")
+    terminal.put(f"epoch {args.epoch} of {', '.join(map(str, args.paths))}\n")
+    terminal.stdout.print(table)
+    for line in (
+        "",
+        "tokens in a chat",
+        *histogram(lengths),
+        "",
+        *(stream.report.lines() or ["nothing repaired or dropped"]),
+    ):
+        terminal.put(f"{line}\n")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    terminal.run(main)

@@ -24,7 +24,7 @@ from bisect import bisect_left
 
 import numpy as np
 
-from cli import UsageError
+from common.files import UsageError
 
 STRING, QUOTE = ("string", False), ord('"')
 INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*(\\)?')  # as far as a text stays in a string
@@ -41,7 +41,9 @@ class Vocabulary:
         words = sorted((word, i) for i in range(tokenizer.vocab_size) if (word := tokenizer.token_bytes(i)))
         self.words, self.ids = [word for word, _ in words], np.array([i for _, i in words])
         if len(missing := {*range(256)} - {word[0] for word in self.words if len(word) == 1}):
-            raise UsageError(f"this tokenizer has no token for {len(missing)} of the 256 bytes, so JSON cannot be promised")
+            raise UsageError(
+                f"this tokenizer has no token for {len(missing)} of the 256 bytes, so JSON cannot be promised"
+            )
 
     def walk(self, state):
         """(index, state after it) for the words that may come in a state, byte by byte, so each beginning once."""
@@ -53,7 +55,11 @@ class Vocabulary:
                 low += 1
             while low < high:
                 byte = words[low][depth]
-                end = bisect_left(words, words[low][:depth] + bytes([byte + 1]), low, high) if byte < 255 else high
+                end = (
+                    bisect_left(words, words[low][:depth] + bytes([byte + 1]), low, high)
+                    if byte < 255
+                    else high
+                )
                 after = step(state, byte)
                 if after is not None:
                     todo.append((after, low, end, depth + 1))
@@ -85,7 +91,10 @@ class Grammar:
     def __init__(self, schema, vocabulary):
         self.vocabulary = vocabulary
         frames = compile_schema(schema)
-        self.start = (*frames[::-1], ("text", (b"", b" ")))  # SentencePiece begins words, thus texts, with a space
+        self.start = (
+            *frames[::-1],
+            ("text", (b"", b" ")),
+        )  # SentencePiece begins words, thus texts, with a space
         self.known = {}
 
     def allowed(self, state):
@@ -178,7 +187,11 @@ def digits_left(low, high, digits):
         options = [n for n in (low, high, 0, -1) if low <= n <= high and (not digits or n < 0)]
         return min(len(str(n)) for n in options) - len(digits) if options else None
     negative, number = digits[:1] == b"-", digits.lstrip(b"-")
-    if not number.isdigit() or len(digits) - len(number) > 1 or (number[:1] == b"0" and (len(number) > 1 or negative)):
+    if (
+        not number.isdigit()
+        or len(digits) - len(number) > 1
+        or (number[:1] == b"0" and (len(number) > 1 or negative))
+    ):
         return None
     least, most = (-high, -low) if negative else (low, high)
     for more in range(1 if number == b"0" else DIGITS + 4):

@@ -16,249 +16,32 @@ Greedy text is the same alone, in any batch, and with any part of it found in th
 may add in another order. A seed and a position determine a draw, whatever else is in the batch.
 """
 
-import hashlib
 import json
-import math
 import mmap
 import os
 import sys
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import kernels
-from cli import UsageError
-from constrain import Grammar, Vocabulary, advance, cost
-from fast_linear import packed
-from lookup import Lookup
-from pages import BlockManager, common_prefix, in_one_piece, last_piece
+from common.files import UsageError
+from engine.cache import StepCache
+from engine.constrain import Grammar, Vocabulary, advance, cost
+from engine.cpu import packed
+from engine.pages import BlockManager, common_prefix, in_one_piece, last_piece
+from engine.params import Completion, SamplingParams
+from engine.sample import draw
+from engine.sequence import Sequence
 
 # memory that counts only as it is touched, in a fork too; Python has no name for the last of these before 3.13
-UNTOUCHED = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0)
+UNTOUCHED = (
+    mmap.MAP_PRIVATE
+    | mmap.MAP_ANONYMOUS
+    | (getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0)
+)
+
+
 LOGITS = 2**26  # at most so many logits of scored text at a step, 256 MiB in fp32
-
-
-@dataclass
-class SamplingParams:
-    """How to choose tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all; stop: strings that end the text.
-
-    min_p: tokens less likely than this share of the likeliest are left out. repetition_penalty: divides the logits of tokens
-    already in prompt or text where positive, multiplies them where negative (Keskar et al. 2019). stop_ids: ids that end the
-    text besides the tokenizer's. logprobs: whether to return them. choices: strings, one of which the text is. json_schema:
-    the text is JSON of this schema (see constrain.py), whatever max_tokens.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_tokens: int = 256
-    stop: tuple = ()
-    seed: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop_ids: tuple = ()
-    logprobs: bool = False
-    choices: list | None = None
-    json_schema: dict | None = None
-
-    def __post_init__(self):
-        for name, good, what in (
-            ("temperature", 0 <= self.temperature < math.inf, "a number from 0"),
-            ("top_p", 0 < self.top_p <= 1, "a share above 0, at most 1"),
-            ("top_k", self.top_k >= 0, "a number from 0"),
-            ("max_tokens", self.max_tokens > 0, "a number from 1"),
-            ("seed", 0 <= (self.seed or 0) < 2**63, "a number from 0 to 2^63 - 1"),
-            ("min_p", 0 <= self.min_p <= 1, "a share from 0 to 1"),
-            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100"),
-            ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of texts, none empty"),
-        ):
-            if not good:
-                raise UsageError(f"{name} is {what}, not {getattr(self, name)!r}")
-        if (self.choices is not None) + (self.json_schema is not None) + bool(self.stop or self.stop_ids) > 1:
-            raise UsageError("choices, json_schema and stop (or stop_ids) each say where a text ends; give one of them")
-        choices = [choice for choice in {*(self.choices or ())} if isinstance(choice, str) and choice]
-        if self.choices is not None and (not choices or len(choices) < len(self.choices)):
-            raise UsageError(f"choices are different texts, none empty; got {self.choices}")
-
-
-@dataclass
-class Completion:
-    """What was generated. `finish_reason`: `stop` (a stop id or string, neither part of ids or text) or `length`.
-
-    logprobs: natural log-probability of each of ids under the model itself, before penalties, temperature and filters.
-    probabilities: of each choice, where choices were given.
-    """
-
-    ids: list
-    text: str | None
-    finish_reason: str
-    prompt_tokens: int
-    cached_tokens: int
-    logprobs: list | None = None
-    probabilities: dict | None = None
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A prompt and what follows it. Of its tokens the first `cached` have their keys and values in the pages of block_table."""
-
-    ids: list
-    params: SamplingParams
-    prompt_tokens: int
-    limit: int  # tokens in all
-    seed: int
-    scored: bool = False  # all ids are given, and what is wanted is the log-probability of those after the prompt
-    block_table: list = field(default_factory=list)
-    digests: list = field(default_factory=list)  # of the prefix up to the end of each full page
-    cached: int = 0
-    reused: int | None = None  # tokens found in the cache when it first began
-    text: str | None = None  # what is certain of the text
-    torn: str = ""  # what follows it, as long as a character may be missing bytes
-    goes_on: bool = False  # the text goes on from the prompt's last token
-    anchor: int = 0  # where to start decoding for the next piece of text: some tokens before `read`
-    read: int = 0  # tokens whose text is in `text`
-    logprobs: list = field(default_factory=list)
-    grammar: Grammar | None = None
-    state: tuple | None = None  # of the grammar
-    seen: torch.Tensor | None = None  # bool [V], for the repetition penalty
-    lookup: Lookup = field(default_factory=Lookup)
-    draft: list = field(default_factory=list)  # guessed tokens that are run at this step, with the one before them
-    finish_reason: str | None = None
-
-    @property
-    def generated(self):
-        return self.ids[self.prompt_tokens :]
-
-    @property
-    def pending(self):
-        """Tokens that are to be run. The last of a scored text predicts nothing that is asked for."""
-        return len(self.ids) - self.scored - self.cached
-
-    def uniform(self, at):
-        """A number in [0, 1) for the token after the one at a place; it depends on the seed and the place, and nothing else."""
-        digest = hashlib.blake2b(f"{self.seed}|{at + 1}".encode(), digest_size=7).digest()
-        return int.from_bytes(digest, "big") / 2**56
-
-
-@dataclass
-class Span:
-    """The queries of one sequence in a step: their rows of q, and the keys that any of them sees."""
-
-    rows: slice
-    pages: torch.Tensor | list  # int64, where these keys are; nobody asks for it where there are views
-    seen: slice  # of the tokens of those pages
-    views: tuple | None  # keys and values of every layer in turn, [1, K, seen, D] each, where they lie in one piece
-    mask: torch.Tensor | None  # [queries, seen], for several queries: bool, or what is to be added to the scores
-
-
-class StepCache:
-    """The cache of one forward pass: writes the new keys and values to their pages, and attends over all there are.
-
-    batch: (sequence, tokens of it) in the order of the row: single tokens, then whole prompts, then parts of prompts and tokens
-    with a draft behind them. wanted: of each, the tokens (from, to) whose logits are wanted.
-    """
-
-    def __init__(self, engine, batch, wanted):
-        self.kv, self.device, self.window = engine.kv, engine.device, engine.config.sliding_window
-        self.size, self.kernel = engine.blocks.page_size, engine.kernel
-        new = [(s, p) for s, n in batch for p in range(s.cached, s.cached + n)]
-        places = [(p, s.block_table[p // self.size] * self.size + p % self.size) for s, p in new]
-        self.positions, self.slots = torch.tensor(places, device=self.device).T.contiguous()
-        self.positions = self.positions[None]  # [1, N]
-        every = [(s, s.cached, s.cached + n) for s, n in batch]
-        last = [(s, *tokens) for (s, _), tokens in zip(batch, wanted, strict=True)]
-        self.everything = self.plan(every)
-        self.last = (
-            self.everything
-            if last == every and all(end - begin == 1 for _, begin, end in every)
-            else self.plan(last, last=True)
-        )
-
-    def plan(self, queries, last=False):
-        """What to attend with: (single queries, rows of whole prompts, spans of several queries)."""
-        row, singles, rest, fresh = 0, [], [], None
-        for sequence, begin, end in queries:
-            rows, row = slice(row, row + end - begin), row + end - begin
-            if end - begin == 1:
-                singles.append((sequence, rows, begin, end))
-            elif begin == 0 and not last:
-                fresh = slice(fresh.start if fresh else rows.start, rows.stop)
-            elif end > begin:
-                rest.append(self.span(sequence, rows, begin, end))
-        return self.single(singles, row), fresh, rest
-
-    def span(self, sequence, rows, begin, end):
-        size, window, views, mask = self.size, self.window, None, None
-        first = max(0, begin + 1 - window) if window else 0  # no query sees further back
-        pages = sequence.block_table[first // size : -(-end // size)]
-        seen = slice(first % size, first % size + end - first)
-        if not self.kernel and in_one_piece(pages):
-            start = pages[0] * size + first % size
-            views = self.kv.flatten(1, 2)[:, start : start + end - first].transpose(1, 2).unsqueeze(1).unbind()
-        else:
-            pages = torch.tensor(pages, device=self.device)
-        if end - begin > 1:
-            at, keys = (torch.arange(*ends, device=self.device) for ends in ((begin, end), (first, end)))
-            mask = (keys <= at[:, None]) & (keys > at[:, None] - (window or end))
-            if not self.kernel:  # a CPU adds a mask, and would make this one of the other in every layer
-                mask = torch.zeros(mask.shape, dtype=self.kv.dtype).masked_fill_(~mask, -torch.inf)
-        return Span(rows, pages, seen, views, mask)
-
-    def single(self, singles, rows):
-        """One query each: their rows, and a Span each, or a block table and lengths for the kernel."""
-        if not singles:
-            return None
-        index = None  # all of them
-        if len(singles) < rows:
-            places = [rows.start for _, rows, _, _ in singles]
-            index = slice(places[0], places[-1] + 1)  # single tokens are the row's beginning
-            if index.stop - index.start > len(places):
-                index = torch.tensor(places, device=self.device)
-        if not self.kernel:
-            return index, [self.span(*single) for single in singles], None
-        widest = max(len(sequence.block_table) for sequence, *_ in singles)
-        table = [s.block_table + [0] * (widest - len(s.block_table)) for s, *_ in singles]
-        lengths = [end for *_, end in singles]
-        return index, *(torch.tensor(x, dtype=torch.int32, device=self.device) for x in (table, lengths))
-
-    def attend(self, layer, q, k, v, window, rows):
-        """q [1, N, H, D], or [rows, H, D] with rows; k and v [1, N, K, D] -> as q."""
-        keys, values = self.kv[2 * layer : 2 * layer + 2]  # [P, page_size, K, D]
-        for pages, new in ((keys, k), (values, v)):
-            pages.view(-1, *k.shape[2:]).index_copy_(0, self.slots, new[0])
-        singles, fresh, rest = self.everything if rows is None else self.last
-        queries = q.flatten(0, -3)  # [N, H, D]
-        if singles:
-            index, table, lengths = singles
-            asking = queries if index is None else queries[index]
-            if lengths is None:  # a product for each key head: the heads of a group are folded into rows
-                folded = asking.view(len(asking), 1, k.shape[2], -1, k.shape[3]).unbind()  # [1, K, H / K, D] each
-                parts = [F.scaled_dot_product_attention(x, *self.seen(layer, s)) for x, s in zip(folded, table, strict=True)]
-                attended = torch.cat(parts)
-            else:
-                attended = kernels.decode_attention(asking[:, None], keys, values, table, lengths, window)
-            if index is None:
-                return attended.view_as(q)
-        out = torch.empty_like(queries)
-        if singles:
-            out[index] = attended.view_as(asking)
-        if fresh:
-            parts = (x[:, fresh] for x in (q, k, v, self.positions))
-            out[fresh] = kernels.attention(*parts, window)[0]
-        for span in rest:
-            x, grouped = queries[span.rows].transpose(0, 1)[None], q.shape[-2] != k.shape[2]  # [1, H, n, D]
-            attended = F.scaled_dot_product_attention(x, *self.seen(layer, span), span.mask, enable_gqa=grouped)
-            out[span.rows] = attended[0].transpose(0, 1)
-        return out.view_as(q)
-
-    def seen(self, layer, span):
-        """Keys and values of a layer for a span, [1, K, seen, D]: as they lie, or gathered from the pages."""
-        if span.views:
-            return span.views[2 * layer : 2 * layer + 2]
-        pages = (self.kv[2 * layer + i].index_select(0, span.pages) for i in range(2))  # [pages, page_size, K, D]
-        return [x.flatten(0, 1)[span.seen].transpose(0, 1)[None] for x in pages]
 
 
 class Engine:
@@ -283,8 +66,18 @@ class Engine:
         consume=False,
         lookup=None,
     ):
-        if min(max_batch, max_step_tokens, page_size, page_size if cache_tokens is None else cache_tokens // page_size) < 1:
-            raise UsageError("an engine has room for a sequence, a token of a prompt at a step, and a page of its cache")
+        if (
+            min(
+                max_batch,
+                max_step_tokens,
+                page_size,
+                page_size if cache_tokens is None else cache_tokens // page_size,
+            )
+            < 1
+        ):
+            raise UsageError(
+                "an engine has room for a sequence, a token of a prompt at a step, and a page of its cache"
+            )
         self.tokenizer, self.config = tokenizer, model.config
         self.max_batch, self.max_step_tokens = max_batch, max_step_tokens
         parameter = next(model.parameters())
@@ -299,14 +92,22 @@ class Engine:
                 room = min(2**33, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
             cache_tokens = int(room // bytes_a_page) * page_size
         self.blocks = BlockManager(cache_tokens // page_size, page_size)
-        shape = (2 * config.num_hidden_layers, self.blocks.num_pages, *shape)  # [2 layers, P, page_size, K, D]
+        shape = (
+            2 * config.num_hidden_layers,
+            self.blocks.num_pages,
+            *shape,
+        )  # [2 layers, P, page_size, K, D]
         if self.device.type == "cuda":
             self.kv = torch.zeros(shape, dtype=dtype, device=self.device)
         else:
             room = mmap.mmap(-1, self.blocks.num_pages * bytes_a_page, flags=UNTOUCHED)
             self.kv = torch.frombuffer(room, dtype=dtype).view(shape)
-        self.kernel = self.device.type != "cpu"  # attends by block table; on a CPU, views of pages in one piece are faster
-        self.room = min(config.max_position_embeddings, self.blocks.num_pages * page_size)  # tokens a sequence can have
+        self.kernel = (
+            self.device.type != "cpu"
+        )  # attends by block table; on a CPU, views of pages in one piece are faster
+        self.room = min(
+            config.max_position_embeddings, self.blocks.num_pages * page_size
+        )  # tokens a sequence can have
         self.lookup = not self.kernel if lookup is None else lookup
         self.vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size  # a model's may be padded
         self.stop_ids = set(tokenizer.stop_ids) if tokenizer else set()
@@ -395,7 +196,10 @@ class Engine:
         shared, before = [0] * len(paths), []
         for i in sorted(range(len(paths)), key=paths.__getitem__):
             shared[i], before = common_prefix(before, paths[i]), paths[i]
-        return [self.sequence([*prompt, *path[:at]], params, path[at:]) for path, at in zip(paths, shared, strict=True)]
+        return [
+            self.sequence([*prompt, *path[:at]], params, path[at:])
+            for path, at in zip(paths, shared, strict=True)
+        ]
 
     def sequence(self, prompt, params, continuation=None):
         """A prompt as a Sequence. UsageError if it is empty, not made of the model's tokens, or can never fit."""
@@ -405,10 +209,14 @@ class Engine:
             what = "model takes" if room == self.config.max_position_embeddings else "cache has room for"
             raise UsageError(f"a prompt of {len(ids)} tokens; the {what} 1 to {room - (not scored)}")
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
-            raise UsageError(f"token ids {min(ids)} to {max(ids)}, but the vocabulary has {self.config.vocab_size}")
+            raise UsageError(
+                f"token ids {min(ids)} to {max(ids)}, but the vocabulary has {self.config.vocab_size}"
+            )
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "big")
         limit = len(ids) if scored else min(room, len(ids) + params.max_tokens)
-        sequence = Sequence(ids, params, len(prompt), limit, seed, scored, anchor=len(prompt), read=len(prompt))
+        sequence = Sequence(
+            ids, params, len(prompt), limit, seed, scored, anchor=len(prompt), read=len(prompt)
+        )
         sequence.text = "" if self.tokenizer else None
         sequence.finish_reason = "stop" if scored and not continuation else None
         if params.json_schema is not None:
@@ -416,7 +224,9 @@ class Engine:
             sequence.state = sequence.grammar.start
             if cost(sequence.state) > limit - len(prompt):
                 needed, left = cost(sequence.state), limit - len(prompt)
-                raise UsageError(f"the shortest JSON of this schema takes up to {needed} tokens, but there is room for {left}")
+                raise UsageError(
+                    f"the shortest JSON of this schema takes up to {needed} tokens, but there is room for {left}"
+                )
         return sequence
 
     def grammar(self, schema):
@@ -442,7 +252,9 @@ class Engine:
         sum. Temperature 0 takes the likeliest; others draw from the probabilities to the power of 1 / temperature."""
         root, params = min(line, key=lambda choice: choice.prompt_tokens), line[0].params
         prompt_tokens, walked, path = root.prompt_tokens, {}, []
-        for choice in sorted(line, key=lambda choice: choice.ids):  # what it shares with the one before it was scored there
+        for choice in sorted(
+            line, key=lambda choice: choice.ids
+        ):  # what it shares with the one before it was scored there
             walked[choice] = path = path[: choice.prompt_tokens - prompt_tokens] + choice.logprobs
         logits = torch.tensor([sum(walked[choice]) for choice in line], dtype=torch.float64)
         probabilities = logits.softmax(-1).tolist()
@@ -463,11 +275,17 @@ class Engine:
         """One forward pass: schedule, run, sample, advance."""
         batch, wanted = self.schedule(), []
         for sequence, n in batch:  # of each, the tokens (from, to) whose logits are wanted
-            begin = max(sequence.cached, (sequence.prompt_tokens if sequence.scored else len(sequence.ids)) - 1)
+            begin = max(
+                sequence.cached, (sequence.prompt_tokens if sequence.scored else len(sequence.ids)) - 1
+            )
             wanted.append((begin, max(begin, sequence.cached + n)))
         if not batch:
             return
-        owners = [(sequence, at) for (sequence, _), tokens in zip(batch, wanted, strict=True) for at in range(*tokens)]
+        owners = [
+            (sequence, at)
+            for (sequence, _), tokens in zip(batch, wanted, strict=True)
+            for at in range(*tokens)
+        ]
         logits = self.run(batch, wanted)[: len(owners), : self.vocab_size]
         results = self.sample(logits, owners) if owners else []
         for sequence, n in batch:
@@ -484,7 +302,13 @@ class Engine:
     def schedule(self):
         """[(sequence, number of its tokens to run, its draft included)]: those in flight first, the oldest before the younger,
         then new ones."""
-        self.budget, self.rows, batch, coming, i = self.max_step_tokens, max(1, LOGITS // self.vocab_size), [], set(), 0
+        self.budget, self.rows, batch, coming, i = (
+            self.max_step_tokens,
+            max(1, LOGITS // self.vocab_size),
+            [],
+            set(),
+            0,
+        )
         while i < len(self.running):
             sequence = self.running[i]
             n = self.share(sequence)
@@ -514,7 +338,9 @@ class Engine:
         if sequence.pending == 1 and not sequence.scored:
             return 1
         n = min(sequence.pending, self.budget)
-        return min(n, max(0, sequence.prompt_tokens - 1 - sequence.cached) + self.rows) if sequence.scored else n
+        return (
+            min(n, max(0, sequence.prompt_tokens - 1 - sequence.cached) + self.rows) if sequence.scored else n
+        )
 
     def enlist(self, batch, coming, sequence, n):
         if sequence.pending > 1:
@@ -527,7 +353,9 @@ class Engine:
 
     def guess(self, s):
         """Tokens that may come next, as many as there is room for on the last page."""
-        if s.scored or s.grammar or s.params.repetition_penalty != 1:  # what these allow changes with each token
+        if (
+            s.scored or s.grammar or s.params.repetition_penalty != 1
+        ):  # what these allow changes with each token
             return []
         room = len(s.block_table) * self.blocks.page_size - len(s.ids)
         most = min(room, s.limit - len(s.ids) - 1, self.rows // 2)  # others want rows as well
@@ -553,7 +381,9 @@ class Engine:
         """Gives a sequence in line its pages and what the cache knows of it. False where there is no room; None where it had
         better wait for a page that it shares with one in flight."""
         blocks, ids = self.blocks, sequence.ids
-        pages, digests, source, common = blocks.find(ids[: (sequence.prompt_tokens if sequence.scored else len(ids)) - 1])
+        pages, digests, source, common = blocks.find(
+            ids[: (sequence.prompt_tokens if sequence.scored else len(ids)) - 1]
+        )
         following = self.next_page(digests, ids)
         if len(following[1]) == blocks.page_size and following in coming:
             return None
@@ -562,7 +392,11 @@ class Engine:
         # a page that nobody else uses is written on, if it is true to its end, or the last of a chat: that has likely gone on
         # in another way, and else loses no more than the page; of others the beginning is copied
         _, tokens, digest = blocks.known[source] if common else (None, (), None)
-        taken = common > 0 and blocks.held[source] == 1 and (common == len(tokens) or digest not in blocks.following)
+        taken = (
+            common > 0
+            and blocks.held[source] == 1
+            and (common == len(tokens) or digest not in blocks.following)
+        )
         total = self.pages(len(ids))
         needed = total - len(pages) - taken
         if common and not taken and needed > blocks.available():
@@ -600,7 +434,11 @@ class Engine:
         size, ids, digests = self.blocks.page_size, sequence.ids, sequence.digests
         while (at := len(digests) * size) + size <= sequence.cached or (partly and at < sequence.cached):
             tokens = ids[at : min(at + size, sequence.cached)]
-            digests.append(self.blocks.remember(sequence.block_table[len(digests)], digests[-1] if digests else b"", tokens))
+            digests.append(
+                self.blocks.remember(
+                    sequence.block_table[len(digests)], digests[-1] if digests else b"", tokens
+                )
+            )
 
     def put_away(self, sequence):
         """Gives the pages of a sequence back."""
@@ -638,7 +476,9 @@ class Engine:
         drawn = [i for i, (s, _) in enumerate(owners) if s.params.temperature > 0 and not s.scored]
         if drawn:
             tokens[drawn] = draw(
-                chosen[drawn].float(), [owners[i][0].params for i in drawn], [owners[i][0].uniform(owners[i][1]) for i in drawn]
+                chosen[drawn].float(),
+                [owners[i][0].params for i in drawn],
+                [owners[i][0].uniform(owners[i][1]) for i in drawn],
             )
         given = {i: s.ids[at + 1] for i, (s, at) in enumerate(owners) if s.scored}
         if given:
@@ -714,29 +554,3 @@ class Engine:
             length = len(s.text) + len(decode(s.ids[first : s.prompt_tokens]))
             while len(decode(s.ids[first:])) > length:
                 s.ids.pop()
-
-
-def draw(logits, params, uniform):
-    """One token each: logits fp32 [N, V], parameters and numbers in [0, 1) of each row -> ids int64 [N], on the device.
-
-    Temperature, then top-k, top-p of what is left, min-p; then the token at which the running sum of probabilities passes the
-    number. No row depends on another.
-    """
-    device, V = logits.device, logits.shape[1]
-    columns = [[p.temperature, p.top_p, p.min_p, u] for p, u in zip(params, uniform, strict=True)]
-    temperature, top_p, min_p, uniform = torch.tensor(columns, dtype=torch.float64, device=device).unsqueeze(-1).unbind(1)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp(1e-30, 1e30).float()
-    if some := [i for i, p in enumerate(params) if 0 < p.top_k < V]:
-        k = torch.tensor([[params[i].top_k - 1] for i in some], device=device)
-        least = logits[some].topk(max(params[i].top_k for i in some)).values.gather(1, k)
-        logits[some] = logits[some].masked_fill(logits[some] < least, -torch.inf)
-    probabilities = logits.softmax(-1)
-    if some := [i for i, p in enumerate(params) if p.top_p < 1]:
-        ordered = probabilities[some].topk(min(V, 1024) if device.type == "cpu" else V).values
-        if device.type == "cpu" and (ordered.double().sum(-1, keepdim=True) <= top_p[some]).any():
-            ordered = probabilities[some].sort(descending=True).values  # all are rarely needed, and take ten times as long
-        enough = (ordered.double().cumsum(-1) - ordered < top_p[some]).sum(-1, keepdim=True)  # the fewest that reach top_p
-        probabilities[some] *= probabilities[some] >= ordered.gather(1, enough - 1)
-    probabilities *= probabilities >= min_p * probabilities.amax(-1, keepdim=True)
-    sums = probabilities.double().cumsum(-1)
-    return (sums <= uniform * sums[:, -1:]).sum(-1)

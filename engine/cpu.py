@@ -19,7 +19,10 @@ from torch import nn
 from model import MLP, Attention, RMSNorm, Transformer, rotate, select
 
 ROWS = 16  # what the layout is chosen for; chosen for 1 it would be slow at more
-SMALL, NARROW = 2**21, 1024  # bytes and inputs of a weight; with more inputs some numbers of rows are added up in two parts
+SMALL, NARROW = (
+    2**21,
+    1024,
+)  # bytes and inputs of a weight; with more inputs some numbers of rows are added up in two parts
 
 
 def fast_bf16():
@@ -41,13 +44,24 @@ class PackedLinear(nn.Module):
         biases = [layer.bias.detach() for layer in layers if getattr(layer, "bias", None) is not None]
         self.bias = torch.cat(biases) if biases else None
         self.layout = "rows"
-        if self.weight.dtype == torch.float32 and self.weight.nbytes <= SMALL and self.weight.shape[1] <= NARROW:
+        if (
+            self.weight.dtype == torch.float32
+            and self.weight.nbytes <= SMALL
+            and self.weight.shape[1] <= NARROW
+        ):
             self.weight, self.layout = self.weight.T.contiguous(), "columns"
             return
         try:
-            types = {torch.float32, torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {torch.float32}
+            types = (
+                {torch.float32, torch.bfloat16}
+                if torch.ops.mkldnn._is_mkldnn_bf16_supported()
+                else {torch.float32}
+            )
             if self.weight.dtype in types:
-                self.weight, self.layout = torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS), "blocks"
+                self.weight, self.layout = (
+                    torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS),
+                    "blocks",
+                )
         except (AttributeError, RuntimeError):
             pass  # no oneDNN in this torch
 
@@ -57,8 +71,14 @@ class PackedLinear(nn.Module):
         if self.layout == "blocks":
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         rows = x.flatten(0, -2)
-        several = rows.expand(2, -1) if len(rows) == 1 else rows  # one row alone would be added up in another order
-        out = torch.mm(several, self.weight) if self.bias is None else torch.addmm(self.bias, several, self.weight)
+        several = (
+            rows.expand(2, -1) if len(rows) == 1 else rows
+        )  # one row alone would be added up in another order
+        out = (
+            torch.mm(several, self.weight)
+            if self.bias is None
+            else torch.addmm(self.bias, several, self.weight)
+        )
         return out[: len(rows)].view(*x.shape[:-1], out.shape[-1])
 
 
@@ -117,7 +137,9 @@ def packed(module, consume=False):
         twin.__class__ = PackedRMSNorm
         twin.pack()
     else:
-        twin._modules = {name: packed(child, consume) for name, child in module._modules.items() if name != "lm_head"}
+        twin._modules = {
+            name: packed(child, consume) for name, child in module._modules.items() if name != "lm_head"
+        }
     if isinstance(module, Transformer):
         twin.__class__ = PackedTransformer
         tied = module.config.tie_word_embeddings

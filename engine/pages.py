@@ -4,7 +4,9 @@ import hashlib
 
 import numpy as np
 
-BLANK, RESERVED, USED = range(3)  # of a page: nothing to lose; the same, but room for the sequence before it; held or known
+BLANK, RESERVED, USED = range(
+    3
+)  # of a page: nothing to lose; the same, but room for the sequence before it; held or known
 
 
 class BlockManager:
@@ -34,7 +36,9 @@ class BlockManager:
     def gap(self, n, begin=0, end=None):
         """The first of n blank pages in a row, the lowest such among pages begin to end; None where there are none."""
         blank = self.state[begin:end] == BLANK
-        runs = np.flatnonzero(np.diff(blank, prepend=False, append=False)).reshape(-1, 2)  # where each begins and ends
+        runs = np.flatnonzero(np.diff(blank, prepend=False, append=False)).reshape(
+            -1, 2
+        )  # where each begins and ends
         fits = runs[runs[:, 1] - runs[:, 0] >= n, 0]
         return begin + int(fits[0]) if len(fits) else None
 
@@ -50,11 +54,17 @@ class BlockManager:
             if start is None and (start := self.gap(n)) is None:
                 self.state[self.state == RESERVED] = BLANK
                 start = self.gap(n)
-            for page in [*self.free][: max(0, n * (1 + bool(rooms)) - (self.state == BLANK).sum())] if start is None else ():
+            for page in (
+                [*self.free][: max(0, n * (1 + bool(rooms)) - (self.state == BLANK).sum())]
+                if start is None
+                else ()
+            ):
                 self.forget(page)
                 if (start := self.gap(n, max(0, page - n + 1), page + n)) is not None:
                     break
-        pages = np.flatnonzero(self.state == BLANK)[:n].tolist() if start is None else [*range(start, start + n)]
+        pages = (
+            np.flatnonzero(self.state == BLANK)[:n].tolist() if start is None else [*range(start, start + n)]
+        )
         self.hold(pages)
         return pages
 

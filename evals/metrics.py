@@ -34,11 +34,16 @@ def weigh(line, weight=LENGTH_WEIGHT):
         for flaw in verdict.get("flaws", ()):
             parts[flaw.get("repeat", 0)].append(flaw)
         old = verdict.get("scores", [0.0] if "flaws" in verdict else [None])
-        verdict["scores"] = [None if s is None else score_flaws(parts[r], line["turns"], weight) for r, s in enumerate(old)]
+        verdict["scores"] = [
+            None if s is None else score_flaws(parts[r], line["turns"], weight) for r, s in enumerate(old)
+        ]
         valid = [score for score in verdict["scores"] if score is not None]
         verdict["score"] = statistics.mean(valid) if valid else None
     scores = [verdict["score"] for verdict in line["dimensions"].values()]
-    return line | {"length_weight": weight, "score": statistics.mean(scores) if scores and None not in scores else None}
+    return line | {
+        "length_weight": weight,
+        "score": statistics.mean(scores) if scores and None not in scores else None,
+    }
 
 
 def bleu(reference, candidate):
@@ -73,7 +78,8 @@ def rouge_l(reference, candidate, variant="lcs"):
     if variant != "release":
         raise ValueError(f"variant {variant!r} is neither 'lcs' nor 'release'")
     reference, candidate = (
-        [" ".join(part.split()).split(" ") for part in text.split(".") if part] for text in (reference, candidate)
+        [" ".join(part.split()).split(" ") for part in text.split(".") if part]
+        for text in (reference, candidate)
     )
     shared = {word for x in reference for y in candidate for word in _lcs_words(x, y)}
     sizes = [len({word for sentence in text for word in sentence}) for text in (candidate, reference)]
@@ -115,9 +121,6 @@ def _lcs_words(x, y):
         else:
             j -= 1
     return words
-
-
-# ---- how sure -----------------------------------------------------------------------------------------------------------
 
 
 def bootstrap(values, resamples=10_000, seed=0, scenes=None):

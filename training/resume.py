@@ -17,9 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-import cli
-from checkpoint import MANIFEST, checksum, sync_directory, verify
-from cli import UsageError
+from common import terminal
+from common.files import MANIFEST, UsageError, checksum, sync_directory, verify, write_whole
 
 
 @contextlib.contextmanager
@@ -32,7 +31,11 @@ def agreed():
         error = failure
         if isinstance(failure, CheckpointException) and failure.failures:
             error = next(iter(failure.failures.values()))[0]
-        error = f"{getattr(error, 'filename', None) or ''}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        error = (
+            f"{getattr(error, 'filename', None) or ''}: {error.strerror}"
+            if isinstance(error, OSError)
+            else str(error)
+        )
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     errors = [error for error in errors if error is not None]
@@ -70,7 +73,7 @@ def save_state(directory, model, optimizer, progress, keep=2):
                 (temporary / "progress.json").write_text(json.dumps(progress, indent=1))
                 own = {name: checksum(temporary / name) for name in (".metadata", "progress.json")}
                 manifest = {name: value for each in [own, *everyone] for name, value in each.items()}
-                with cli.write_whole(temporary / MANIFEST) as file:
+                with write_whole(temporary / MANIFEST) as file:
                     json.dump(manifest, file, indent=1)
                 sync_directory(temporary)
                 remove(directory)  # there only if it was found damaged
@@ -84,7 +87,11 @@ def save_state(directory, model, optimizer, progress, keep=2):
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = [path.name for path in find_checkpoints(directory.parent)]
-        kept = f"{', '.join(kept)} {'is' if len(kept) == 1 else 'are'} as before" if kept else "there is none before it"
+        kept = (
+            f"{', '.join(kept)} {'is' if len(kept) == 1 else 'are'} as before"
+            if kept
+            else "there is none before it"
+        )
         raise UsageError(f"{directory}: the checkpoint could not be saved ({error}); {kept}") from None
 
 
@@ -104,7 +111,10 @@ def last_good(out):
     """
     found = find_checkpoints(out)
     if dist.get_rank() == 0:
-        for rest in [*Path(out).glob(".step-*.tmp"), *Path(out).glob(".step-*.old")]:  # of a run that was killed
+        for rest in [
+            *Path(out).glob(".step-*.tmp"),
+            *Path(out).glob(".step-*.old"),
+        ]:  # of a run that was killed
             shutil.rmtree(rest, ignore_errors=True)
     for directory in reversed(found):
         try:
@@ -115,9 +125,11 @@ def last_good(out):
             return directory
         except UsageError as error:
             if dist.get_rank() == 0:
-                cli.note(f"{error}. Looking for an older one")
+                terminal.note(f"{error}. Looking for an older one")
     if found:
-        raise UsageError(f"{out}: each of its {len(found)} checkpoints is damaged; start again in another --out")
+        raise UsageError(
+            f"{out}: each of its {len(found)} checkpoints is damaged; start again in another --out"
+        )
     return None
 
 

@@ -11,15 +11,14 @@ output paths that leave out settings, a failing server asked forever) change no 
 
 import hashlib
 import itertools
-import json
 import random
-import re
 from dataclasses import dataclass, replace
 
 from data import prompts
 from data.chats import END_CHAT, NEXT_SPEAKER, next_speaker_perspective, perspective, system_prompt
-from data.scenes import ENVIRONMENT, straighten
-from generate import SamplingParams
+from data.scenes import ENVIRONMENT
+from engine.params import SamplingParams
+from play.replies import clean_reply, parse_next_speaker
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,23 @@ class Protocol:
     thoughts: bool = True
     continue_from: int = 0  # so many messages are the original ones
     seed: int = 0
-    motivations: bool = True  # off: actors are told none (the release looks for a key its test set does not have)
-    own_lines: bool = True  # original lines are said by those who said them; off: by whoever the play has come to
-    chosen_in_history: bool = True  # after an invalid name the next-speaker model reads who was chosen instead; off: it reads
+    motivations: bool = (
+        True  # off: actors are told none (the release looks for a key its test set does not have)
+    )
+    own_lines: bool = (
+        True  # original lines are said by those who said them; off: by whoever the play has come to
+    )
+    chosen_in_history: bool = (
+        True  # after an invalid name the next-speaker model reads who was chosen instead; off: it reads
+    )
     # the invalid name, and its system prompt again as a user turn
-    silence_passes: bool = True  # one who says nothing is passed over, a failed reply ends the scene with an error; off: either
+    silence_passes: bool = (
+        True  # one who says nothing is passed over, a failed reply ends the scene with an error; off: either
+    )
     # is an empty message, which counts
-    names_in_any_form: bool = True  # a name is read out of what is wrapped around it; off: it is the answer up to a first colon
+    names_in_any_form: bool = (
+        True  # a name is read out of what is wrapped around it; off: it is the answer up to a first colon
+    )
 
     def named(self, text, cast):
         """The name in an answer of the next-speaker model."""
@@ -54,6 +63,8 @@ class Protocol:
 
 
 OFF = ("motivations", "own_lines", "chosen_in_history", "silence_passes", "names_in_any_form")
+
+
 PROTOCOLS = {"paper": {}, "release": dict.fromkeys(OFF, False)}
 
 
@@ -89,12 +100,16 @@ def play(scene, protocol):
     dialogue, messages, last = [], [], {}
     stats = dict.fromkeys(("prefilled", "decoded", "cached", "least", "empty", "fallbacks", "original"), 0)
     speaker = cast[0]
-    decision = {"name": speaker}  # how the turn to come was given to its speaker: a part of it, once it is in the dialogue
+    decision = {
+        "name": speaker
+    }  # how the turn to come was given to its speaker: a part of it, once it is in the dialogue
 
     def say(content, sampled=None):
         messages.append({"role": speaker, "content": content})
         if content:
-            dialogue.append({"character": speaker, "message": content, "sampled": sampled, "decision": decision})
+            dialogue.append(
+                {"character": speaker, "message": content, "sampled": sampled, "decision": decision}
+            )
         return messages[-1]
 
     def ask(role, agent, chat, max_tokens, temperature, occasion, choices=None):
@@ -116,13 +131,19 @@ def play(scene, protocol):
 
     for index in range(protocol.max_rounds):
         given = index < min(protocol.continue_from, len(scene.dialogues))
-        follows = scene.dialogues[index + 1]["character"] if given and index + 1 < len(scene.dialogues) else None
+        follows = (
+            scene.dialogues[index + 1]["character"] if given and index + 1 < len(scene.dialogues) else None
+        )
         if given:
             speaker = scene.dialogues[index]["character"] if protocol.own_lines else speaker
             decision = {"name": speaker} if protocol.own_lines else decision
             stats["original"] += 1
             yield say(scene.dialogues[index]["message"])
-            if protocol.own_lines and follows and index + 1 < min(protocol.continue_from, protocol.max_rounds):
+            if (
+                protocol.own_lines
+                and follows
+                and index + 1 < min(protocol.continue_from, protocol.max_rounds)
+            ):
                 messages.append({"role": NEXT_SPEAKER, "content": follows})
                 continue
         else:
@@ -130,7 +151,9 @@ def play(scene, protocol):
             chat = agents_chat(scene, speaker, dialogue, protocol.thoughts)
             content = ""
             for attempt, temperature in enumerate((protocol.temperature, protocol.retry_temperature)):
-                reply = yield from ask(role, speaker, chat, protocol.max_tokens, temperature, f"{index}.{attempt}")
+                reply = yield from ask(
+                    role, speaker, chat, protocol.max_tokens, temperature, f"{index}.{attempt}"
+                )
                 content = clean_reply(reply.text, speaker, cast)
                 if content:
                     break
@@ -180,7 +203,9 @@ def play(scene, protocol):
                 break
             invalid = named or text.strip()
             decision = (
-                {"name": speaker} if protocol.chosen_in_history else {"name": invalid, "sampled": sampled, "invalid": True}
+                {"name": speaker}
+                if protocol.chosen_in_history
+                else {"name": invalid, "sampled": sampled, "invalid": True}
             )
             message |= {"content": decision["name"], "answer": text}
         messages.append(message)
@@ -196,12 +221,11 @@ def cached_tokens(reply, before, run_before, run):
     left = 0
     if before is not None:
         kept = reply.own_tokens - before.own_tokens  # of what it sampled then
-        unread = kept == len(before.ids) and before.finish_reason == "length"  # the last token was never an input
+        unread = (
+            kept == len(before.ids) and before.finish_reason == "length"
+        )  # the last token was never an input
         left = min(before.prompt_tokens + kept - unread, reply.prompt_tokens - 1)
     return left if run != run_before else min(reply.cached_tokens, left)
-
-
-# ---- what an agent has read ---------------------------------------------------------------------------------------------
 
 
 def agents_chat(scene, character, dialogue, thoughts=True):
@@ -209,7 +233,11 @@ def agents_chat(scene, character, dialogue, thoughts=True):
     options = {**prompts.AT_PLAY, "thoughts": thoughts}
     chat = [{"role": "system", "content": system_prompt(scene, character, options, concise=True)}]
     chat += perspective(dialogue, character, thoughts)
-    runs = [list(turns) for own, turns in itertools.groupby(dialogue, lambda turn: turn["character"] == character) if own]
+    runs = [
+        list(turns)
+        for own, turns in itertools.groupby(dialogue, lambda turn: turn["character"] == character)
+        if own
+    ]
     for message, turns in zip([m for m in chat if m["role"] == "assistant"], runs, strict=True):
         if turns[0].get("sampled"):
             message |= {"opening": f"{character}:", "sampled": turns[0]["sampled"]}
@@ -229,111 +257,9 @@ def next_speakers_chat(scene, dialogue):
     return [{"role": "system", "content": system}, *chat]
 
 
-# ---- who is next --------------------------------------------------------------------------------------------------------
-
-
 def fall_back(scene, cast, without, seed):
     """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and the Environment, else
     of the cast; nobody (None) where all of them are in `without`."""
     candidates = [name for name in [*scene.major_characters, ENVIRONMENT] if name not in without]
     candidates = candidates or [name for name in cast if name not in without]
     return random.Random(seed).choice(candidates) if candidates else None
-
-
-LABEL = r"\b(?:next|speaker|answer|name|character)\b[^\n.]{0,40}?(?:\bis\b|\bbe\b|[:=\u2013\u2014-])"
-OPINION = r"\b(?:think|choose|pick|say)\b(?: that)?(?: it(?:'s| is))?"
-STOPS = r"(?=\s*(?:$|\n|[^\w\s]|(?:because|since|as|is|should|will|would|next)\b))"  # behind a name that is the answer
-TITLES = frozenset(re.findall(r"\w+", "mr mrs ms miss sir dr lady lord madam master the and old young"))
-
-
-def parse_next_speaker(text, cast):
-    """A name of the cast, END_CHAT, or None, out of whatever a model wrapped around it.
-
-    In this order: the value in a JSON object; what follows `Next speaker:` or `I think`; what the answer, or its last line,
-    begins with, a reason after it aside; END_CHAT anywhere; the last whole name in it; in an answer of a few words, a part of a
-    name that only one of the cast has (`Darcy`, `Mr. Bennet`).
-    """
-    if text.strip() in cast:
-        return text.strip()
-    text = straighten(text).strip()
-    if value := _json_value(text):
-        text = value
-    names = "|".join(re.escape(straighten(name)) for name in sorted(cast, key=len, reverse=True))  # the longest that fits
-    one = rf"(?<!\w)({names}|end[ _-]?chat)(?!\w)"
-    begins = rf"[\W_]*{one}{STOPS}"
-    found = (
-        re.findall(rf"(?:{LABEL}|{OPINION})[\W_]*{one}", text, re.IGNORECASE)
-        or re.findall(rf"\A{begins}", text, re.IGNORECASE)
-        or re.findall(rf"\A{begins}", text.rsplit("\n", 1)[-1], re.IGNORECASE)
-        or re.findall(r"(?<!\w)(end[ _-]?chat)(?!\w)", text, re.IGNORECASE)
-        or re.findall(one, text, re.IGNORECASE)
-    )
-    if found:
-        known = {straighten(name).casefold(): name for name in reversed(cast)}
-        return known.get(found[-1].casefold(), END_CHAT if re.match("end", found[-1], re.IGNORECASE) else None)
-    words = re.findall(r"\w+", text.casefold())
-    if len(words) > 8:
-        return None
-    parts = {name: set(re.findall(r"\w+", name.casefold())) & set(words) for name in cast}
-    scores = sorted(((len(part), name) for name, part in parts.items() if part - TITLES), reverse=True)
-    return scores[0][1] if scores and (len(scores) == 1 or scores[0][0] > scores[1][0]) else None
-
-
-def _json_value(text):
-    """The string in a JSON object in the text that a key calls the next speaker, or the only one; None where there is none."""
-    found = re.search(r"\{.*\}", text, re.DOTALL)
-    try:
-        value = json.loads(found[0]) if found else None
-    except (ValueError, RecursionError):
-        return None
-    strings = {key: v for key, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
-    fitting = [v for key, v in strings.items() if re.search("next|speaker|name|character|answer", key, re.IGNORECASE)]
-    return (fitting or [*strings.values(), None])[0]
-
-
-# ---- what of a reply is played ------------------------------------------------------------------------------------------
-
-
-def clean_reply(text, character, cast):
-    """What an actor's reply adds to the play: its own part without its name, and without what it repeats."""
-    names = "|".join(re.escape(straighten(name)) for name in sorted({*cast, character}, key=len, reverse=True))
-    heads = rf"^[ \t]*[-*#>]*[ \t]*({names})[*]*[ \t]*(\([^)\n]*\))?[ \t]*[:\uff1a][*]*[ \t]*"
-    own, begin, mine = [], 0, True
-    for head in re.finditer(heads, straighten(text), re.MULTILINE | re.IGNORECASE):  # of the same length as the text
-        own += [text[begin : head.start()]] if mine else []
-        begin, mine = head.end(), head[1].casefold() == straighten(character).casefold()
-        own += [text[slice(*head.span(2))]] if mine and head[2] else []
-    own += [text[begin:]] if mine else []
-    return cut_repetition("\n".join(part.strip() for part in own if part.strip()))
-
-
-def cut_repetition(text):
-    """Cuts what a model stuck in a loop says: long runs of letters, phrases said five times over, passages said again.
-
-    A run of 100 letters or more keeps 20; of a sequence of 5 to 30 words five times in a row the first is kept; at the second
-    occurrence of 15 words the rest goes.
-    """
-    text = re.sub(r"[A-Za-z]{100,}", lambda run: run[0][:20], text)
-    while True:
-        spans = [match.span() for match in re.finditer(r"\S+", text)]
-        words = [text[first:last] for first, last in spans]
-        found = next(((i, n) for i in range(len(words)) for n in range(5, 31) if repeated(words, i, n)), None)
-        if found is None:
-            break
-        start, size = found
-        end = start + 5 * size
-        while words[end : end + size] == words[start : start + size]:
-            end += size
-        text = text[: spans[start + size - 1][1]] + text[spans[end - 1][1] :]
-    seen = set()
-    for start in range(len(words) - 14):
-        passage = tuple(words[start : start + 15])
-        if passage in seen:
-            return text[: spans[start][0]].rstrip()
-        seen.add(passage)
-    return text
-
-
-def repeated(words, start, size):
-    """Whether so many words from here stand there five times in a row."""
-    return start + 5 * size <= len(words) and words[start : start + 5 * size] == words[start : start + size] * 5

@@ -9,9 +9,14 @@ import resource
 
 import torch
 
-from loss import CHUNK
+from kernels.cross_entropy import CHUNK
 
-PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312}  # dense bf16, without sparsity, as NVIDIA states them
+PEAK_TFLOPS = {
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+}  # dense bf16, without sparsity, as NVIDIA states them
 
 
 def peak_flops(device, dtype):
@@ -29,9 +34,15 @@ def model_flops(config, tokens, supervised, pairs, supervised_pairs):
     """
     C, D, H, K = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
     kv, experts = 2 * C * K * D, config.num_local_experts
-    rest = 2 * C * H * D + 3 * C * config.intermediate_size * (config.num_experts_per_tok if experts else 1) + C * experts
+    rest = (
+        2 * C * H * D
+        + 3 * C * config.intermediate_size * (config.num_experts_per_tok if experts else 1)
+        + C * experts
+    )
     before = config.num_hidden_layers - 1
-    products = before * (kv + rest) * tokens + kv * tokens + rest * supervised + C * config.vocab_size * supervised
+    products = (
+        before * (kv + rest) * tokens + kv * tokens + rest * supervised + C * config.vocab_size * supervised
+    )
     attention = 2 * H * D * (before * pairs + supervised_pairs)
     return 3 * 2 * (products + attention)
 

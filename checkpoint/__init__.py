@@ -1,0 +1,16 @@
+"""Checkpoints: Hugging Face safetensors directories, read into a model or its shards, and written whole.
+
+    model = load_model("DIR")                    # any directory of a supported family that transformers opens
+    save_model(model, "DIR", tokenizer)          # one that transformers opens
+
+Weights come from safetensors alone. The same `fill` loads a whole model or the shards of an FSDP model: each rank reads only
+its own rows. Directories are written under a temporary name with a manifest of checksums, then renamed.
+"""
+
+from checkpoint.config import DTYPES, load_config
+from checkpoint.export import save_model
+from checkpoint.weights import RandomWeights, Weights, build_model, fill, find_model, load_model
+
+__all__ = [
+    "DTYPES", "RandomWeights", "Weights", "build_model", "fill", "find_model", "load_config", "load_model", "save_model",
+]  # fmt: skip

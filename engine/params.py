@@ -1,0 +1,68 @@
+"""What a request asks of the engine, and what it gets back. No torch here."""
+
+import math
+from dataclasses import dataclass
+
+from common.files import UsageError
+
+
+@dataclass
+class SamplingParams:
+    """How to choose tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all; stop: strings that end the text.
+
+    min_p: tokens less likely than this share of the likeliest are left out. repetition_penalty: divides the logits of tokens
+    already in prompt or text where positive, multiplies them where negative (Keskar et al. 2019). stop_ids: ids that end the
+    text besides the tokenizer's. logprobs: whether to return them. choices: strings, one of which the text is. json_schema:
+    the text is JSON of this schema (see constrain.py), whatever max_tokens.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 256
+    stop: tuple = ()
+    seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_ids: tuple = ()
+    logprobs: bool = False
+    choices: list | None = None
+    json_schema: dict | None = None
+
+    def __post_init__(self):
+        for name, good, what in (
+            ("temperature", 0 <= self.temperature < math.inf, "a number from 0"),
+            ("top_p", 0 < self.top_p <= 1, "a share above 0, at most 1"),
+            ("top_k", self.top_k >= 0, "a number from 0"),
+            ("max_tokens", self.max_tokens > 0, "a number from 1"),
+            ("seed", 0 <= (self.seed or 0) < 2**63, "a number from 0 to 2^63 - 1"),
+            ("min_p", 0 <= self.min_p <= 1, "a share from 0 to 1"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100"),
+            ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of texts, none empty"),
+        ):
+            if not good:
+                raise UsageError(f"{name} is {what}, not {getattr(self, name)!r}")
+        if (self.choices is not None) + (self.json_schema is not None) + bool(self.stop or self.stop_ids) > 1:
+            raise UsageError(
+                "choices, json_schema and stop (or stop_ids) each say where a text ends; give one of them"
+            )
+        choices = [choice for choice in {*(self.choices or ())} if isinstance(choice, str) and choice]
+        if self.choices is not None and (not choices or len(choices) < len(self.choices)):
+            raise UsageError(f"choices are different texts, none empty; got {self.choices}")
+
+
+@dataclass
+class Completion:
+    """What was generated. `finish_reason`: `stop` (a stop id or string, neither part of ids or text) or `length`.
+
+    logprobs: natural log-probability of each of ids under the model itself, before penalties, temperature and filters.
+    probabilities: of each choice, where choices were given.
+    """
+
+    ids: list
+    text: str | None
+    finish_reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    logprobs: list | None = None
+    probabilities: dict | None = None

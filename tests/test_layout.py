@@ -1,0 +1,67 @@
+"""The order of the folders: imports go downward only, and nothing imports a script."""
+
+import ast
+
+from conftest import ROOT
+
+# from the bottom up; a module may import from its own row and from the rows before it
+LEVELS = [
+    {"common"},
+    {"kernels"},
+    {"data.scenes", "data.brackets", "data.prompts", "data.chats", "data.packing"},
+    {"model", "tokenizer"},
+    {"data.channels", "data.general", "data.stream", "checkpoint"},
+    {"engine", "training"},
+    {"llm"},
+    {"play"},
+    {"evals"},
+    {"generate", "simulate", "judge", "train", "data.show", "bench"},
+]
+SCRIPTS = LEVELS[-1]
+
+
+def modules():
+    """{dotted name: path} of every Python file of the product."""
+    paths = [path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith((".", "tests", "out"))]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    return {name: path for name, path in names.items() if name != "setup"}
+
+
+def level(name):
+    """The row of the longest known prefix of a dotted name; None for what is not ours."""
+    parts = name.split(".")
+    for n in range(len(parts), 0, -1):
+        for row, names in enumerate(LEVELS):
+            if ".".join(parts[:n]) in names:
+                return row
+    return None
+
+
+def imports(path, known):
+    """Dotted names of our modules that a file imports, at its top or inside functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in known else node.module
+
+
+def test_imports_go_downward_and_nothing_imports_a_script():
+    known, wrong = modules(), []
+    assert {"model", "engine.engine", "data.scenes", "simulate"} <= known.keys()
+    for name, path in known.items():
+        row = level(name)
+        if name == "data":  # an empty package
+            continue
+        assert row is not None, f"{name} stands in no row of LEVELS"
+        for imported in imports(path, known):
+            other = level(imported)
+            if other is None or imported == name:
+                continue
+            same = imported.split(".")[0] == name.split(".")[0] != "data"
+            if name != "bench" and (other > row or (imported in SCRIPTS and not same)):
+                wrong.append(f"{name} imports {imported}")
+    assert not wrong, "\n".join(wrong)
