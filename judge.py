@@ -20,7 +20,7 @@ from pathlib import Path
 
 from common import files, terminal
 from common.files import ROOT, UsageError, make_dir, write_whole
-from evals import report
+from evals import page, report
 from evals.calibrate import calibrate
 from evals.judging import judge_run, open_judge
 from evals.metrics import LENGTH_WEIGHT, bleu, rouge_l, score_flaws  # noqa: F401 (judge.bleu and so on are contracts)
@@ -138,7 +138,7 @@ def main():
             summary["versus"] = {"name": args.versus, "rows": report.compare(lines, theirs)}
         if args.html:
             with write_whole(args.html) as file:
-                file.write(report.html(lines, performances, summary))
+                file.write(page.html(lines, performances, summary))
             terminal.note(f"the report is in {args.html}")
         terminal.note(f"verdicts are in {out}")
         if summary["invalid"]:

@@ -10,7 +10,6 @@ import numpy as np
 
 from common import terminal
 from common.files import UsageError
-from evals import report
 from evals.judging import judge_run, open_judge
 from evals.metrics import bootstrap, paired, spearman
 from evals.report import METRICS, invalid, scene_of
@@ -33,7 +32,7 @@ def calibrate(args):
     }
     chosen = {scene.key: scene for scene, *_ in next(iter(runs.values()))[: args.limit]}
     runs = {name: [p for p in run if p[0].key in chosen] for name, run in runs.items()}
-    controls = {"original": report.as_played, "shuffled": report.shuffled}
+    controls = {"original": as_played, "shuffled": shuffled}
     runs |= {
         name: [(scene, make(scene), {"actor": name}) for scene in chosen.values()]
         for name, make in controls.items()
@@ -53,7 +52,7 @@ def calibrate(args):
         for f in files
     }
     terminal.note(f"verdicts are in {out}")
-    return report.compare_judges(judged, recorded) | {
+    return compare_judges(judged, recorded) | {
         "judge": model.name,
         "rubric": load_rubric(args.rubric)["name"],
     }

@@ -22,8 +22,15 @@ SCRIPTS = LEVELS[-1]
 
 def modules():
     """{dotted name: path} of every Python file of the product."""
-    paths = [path for path in ROOT.rglob("*.py") if not path.relative_to(ROOT).parts[0].startswith((".", "tests", "out"))]
-    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    paths = [
+        path
+        for path in ROOT.rglob("*.py")
+        if not path.relative_to(ROOT).parts[0].startswith((".", "tests", "out"))
+    ]
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in paths
+    }
     return {name: path for name, path in names.items() if name != "setup"}
 
 

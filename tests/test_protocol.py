@@ -297,7 +297,7 @@ def test_choices_of_a_checkpoint_are_its_own_probabilities(
     monkeypatch,  # noqa: F811
 ):
     """From the command line: what is recorded is what the model gives each name after the recorded chat, token by token."""
-    monkeypatch.setattr(protocol, "Protocol", lambda **kw: Protocol(max_tokens=16, **kw))
+    monkeypatch.setattr(simulate, "Protocol", lambda **kw: Protocol(max_tokens=16, **kw))
     args = [
         "--scene",
         f"{three_scenes}:0",
@@ -569,7 +569,7 @@ def test_a_journal_torn_twice_is_read(tmp_path):
 def test_a_killed_run_of_a_checkpoint_goes_on_too(script, three_scenes, tiny_actor, tmp_path, monkeypatch):  # noqa: F811
     """The same with a real engine, whose cache is gone with the run: its counts come out the same as well."""
     monkeypatch.setattr(
-        protocol, "Protocol", lambda **kw: Protocol(max_tokens=12, next_speaker_tokens=4, **kw)
+        simulate, "Protocol", lambda **kw: Protocol(max_tokens=12, next_speaker_tokens=4, **kw)
     )
     args = [
         "--scene",
@@ -664,7 +664,7 @@ def test_another_checkpoint_at_the_same_path_is_another_model(script, tiny_actor
     import shutil
 
     monkeypatch.setattr(
-        protocol, "Protocol", lambda **kw: Protocol(max_tokens=4, next_speaker_tokens=2, **kw)
+        simulate, "Protocol", lambda **kw: Protocol(max_tokens=4, next_speaker_tokens=2, **kw)
     )
     shutil.copytree(tiny_actor, tmp_path / "model")
     args = ["--scene", "ward-c/1", "--actor", tmp_path / "model", "--max-rounds", 1, "--out", tmp_path / "a"]
@@ -709,7 +709,7 @@ def test_a_scene_streams_what_is_played(script, tiny_actor, stage, tmp_path, mon
         def spoken(self, key):
             return said[len(shown) % 2][: self.letters]
 
-    monkeypatch.setattr(llm, "open_model", lambda *_, **__: Model(None))
+    monkeypatch.setattr(simulate, "open_model", lambda *_, **__: Model(None))
     args = ["--scene", "the-last-ferry/1", "--actor", "x", "--max-rounds", 2, "--thoughts", thoughts]
     code, out, _ = script("simulate", *args, "--out", tmp_path / "a")
     assert code == 0 and "not mine" not in out and out.count("(nods) Good day.") == 1

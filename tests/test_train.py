@@ -474,7 +474,8 @@ def test_damaged_checkpoints(small, tmp_path):
 
 
 SAVES = """
-import sys, torch, train, resume
+import sys, torch, train
+from training import resume
 train.start_ranks()
 model = torch.nn.Linear(2, 2)
 optimizer = torch.optim.AdamW(model.parameters())
