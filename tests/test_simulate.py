@@ -22,7 +22,7 @@ from data import prompts
 from data.chats import END_CHAT, next_speaker_chat, perspective, scene_to_chats, system_prompt
 from data.scenes import Scene, load_scenes
 from llm import local
-from play import protocol, transcripts
+from play import transcripts
 from play.perform import SIDE_BY_SIDE, perform
 from play.protocol import Protocol
 from play.replies import clean_reply, cut_repetition, parse_next_speaker
@@ -79,7 +79,7 @@ def in_turn(*names):
 def short_turns(monkeypatch, one_thread):
     """Turns of 40 tokens on the command line, since a model with random weights never ends one."""
     monkeypatch.setattr(
-        protocol, "Protocol", functools.partial(Protocol, max_tokens=40, next_speaker_tokens=8)
+        simulate, "Protocol", functools.partial(Protocol, max_tokens=40, next_speaker_tokens=8)
     )
 
 
