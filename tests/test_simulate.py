@@ -17,6 +17,7 @@ from conftest import ROOT, usage_error
 from test_llm import KEY, Script, Server
 
 import llm
+import simulate
 from common import files
 from data import prompts
 from data.chats import END_CHAT, next_speaker_chat, perspective, scene_to_chats, system_prompt
