@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from checkpoint.config import _config_to
 from checkpoint.weights import INDEX
-from common.files import _write_json, whole_directory
+from common.files import whole_directory, write_json
 from tokenizer import save_tokenizer
 
 
@@ -54,9 +54,9 @@ def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 *
                 file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
                 os.rename(temporary / f"{i}.safetensors", temporary / file)
                 weight_map |= dict.fromkeys(part, file)
-            _write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _write_json(temporary / "config.json", _config_to(model.config, dtype, tokenizer))
+            write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(temporary / "config.json", _config_to(model.config, dtype, tokenizer))
         if tokenizer:
             stops = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_ids}
-            _write_json(temporary / "generation_config.json", stops)
+            write_json(temporary / "generation_config.json", stops)
             save_tokenizer(tokenizer, temporary)

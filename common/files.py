@@ -1,4 +1,4 @@
-"""Files written whole, files read with a clear error, JSON lines, directories with a manifest; usage errors."""
+"""Files written whole or not at all, files read with one clear error, JSONL, directories with a manifest."""
 
 import contextlib
 import hashlib
@@ -7,36 +7,20 @@ import os
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent  # of the checkout
-
-
-OUT = ROOT / "out"  # everything that is made goes here unless --out says otherwise
+ROOT = Path(__file__).resolve().parent.parent  # the checkout
+OUT = ROOT / "out"  # where everything is written unless --out says otherwise
+MANIFEST = "manifest.json"
 
 
 class UsageError(Exception):
-    """Something the user can mend: the message says what is wrong, where, and what to do, in one line."""
+    """Something the user can fix. The message is one line: what is wrong, where, and what to do."""
 
 
-@contextlib.contextmanager
-def write_whole(path, mode="w"):
-    """Opens a temporary neighbour of `path`; on success it is flushed, synced and renamed to `path`, else removed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)
-        temporary.unlink(missing_ok=True)
-        raise
+# ---- reading ----------------------------------------------------------------------------------------------
 
 
 def read_text(path):
-    """The text of a file the user named, or a UsageError that says why not."""
+    """The text of a UTF-8 file, without its byte-order mark. UsageError if it cannot be read."""
     path = Path(path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -52,14 +36,13 @@ def read_text(path):
 
 
 def read_json(path, kind=dict):
-    """The JSON of a file the user named, of the given kind (or kinds), or a UsageError that says why not."""
+    """The JSON value of a file, of type `kind` (or one of several). UsageError if it is anything else."""
     try:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise UsageError(
-            f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
-        ) from None
-    except (RecursionError, ValueError) as error:  # too deep, or an integer of thousands of digits
+        where = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise UsageError(f"{path}: not JSON ({where})") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply, or an integer of thousands of digits
         raise UsageError(f"{path}: JSON that cannot be read ({error})") from None
     if not isinstance(value, kind):
         raise UsageError(f"{path}: holds a {type(value).__name__} where something else is expected")
@@ -67,32 +50,51 @@ def read_json(path, kind=dict):
 
 
 def read_lines(path, keys):
-    """The objects of a JSONL file of ours, each with these keys; [] where there is no file.
+    """The objects of one of our JSONL files, each with at least `keys`; [] if there is no file.
 
-    A torn last line, as a kill leaves it, is left out; anything else that is not such an object is a UsageError.
+    A torn last line, which a kill can leave behind, is ignored. Any other line that is not such an object is
+    a UsageError.
     """
-    *whole, last = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
-    read = []
-    for number, line in enumerate([*whole, last] if last else whole, 1):
+    *complete, last = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
+    objects = []
+    for number, line in enumerate([*complete, last] if last else complete, 1):
         try:
-            read.append(json.loads(line))
+            objects.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            if number > len(whole):
+            if number > len(complete):
                 break
-            raise UsageError(f"{path}: line {number} is not JSON ({error}); mend or remove it") from None
-        if not isinstance(read[-1], dict) or not read[-1].keys() >= set(keys):
-            raise UsageError(
-                f"{path}: line {number} is not an object with {', '.join(keys)}; mend or remove it"
-            )
-    return read
+            raise UsageError(f"{path}: line {number} is not JSON ({error}); fix or remove it") from None
+        if not isinstance(objects[-1], dict) or not objects[-1].keys() >= set(keys):
+            wanted = ", ".join(keys)
+            raise UsageError(f"{path}: line {number} is not an object with {wanted}; fix or remove it")
+    return objects
 
 
-def append_line(path, value):
-    """Adds a JSON value as a line to a file, on the disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(value, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+# ---- writing ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def write_whole(path, mode="w"):
+    """Opens a temporary file beside `path`: synced and renamed on success, removed on failure."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path, value):
+    """Writes a JSON file whole."""
+    with write_whole(path) as file:
+        json.dump(value, file, indent=1)
 
 
 def write_lines(path, values):
@@ -101,25 +103,32 @@ def write_lines(path, values):
         file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
+def append_line(path, value):
+    """Appends a JSON value as one line; it is on the disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def make_dir(path):
-    """Creates an output directory, or says why it cannot be."""
+    """Creates an output directory and returns its Path. UsageError if it cannot be created or written to."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"{path}: cannot make this directory: {error.strerror}; choose another --out"
-        ) from None
+        why = f"cannot make this directory: {error.strerror}"
+        raise UsageError(f"{path}: {why}; choose another --out") from None
     if not os.access(path, os.W_OK):
         raise UsageError(f"{path}: not writable; choose another --out")
     return Path(path)
 
 
-MANIFEST = "manifest.json"
+# ---- directories that are complete or absent ---------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def whole_directory(directory):
-    """Yields a temporary neighbour; on success it gets a manifest and takes the place of `directory`, else it is removed."""
+    """Yields a temporary directory. On success it gets a manifest and replaces `directory`; else it is removed."""
     directory = Path(directory)
     temporary = directory.with_name(f".{directory.name}.tmp")
     make_dir(directory.parent)
@@ -127,9 +136,8 @@ def whole_directory(directory):
     temporary.mkdir()
     try:
         yield temporary
-        files = sorted(file for file in temporary.rglob("*") if file.is_file())
-        manifest = {str(file.relative_to(temporary)): checksum(file) for file in files}
-        _write_json(temporary / MANIFEST, manifest)
+        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+        write_json(temporary / MANIFEST, {str(path.relative_to(temporary)): checksum(path) for path in paths})
         sync_directory(temporary)
         old = directory.with_name(f".{directory.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -148,34 +156,30 @@ def whole_directory(directory):
 
 
 def verify(directory, rank=0, world=1):
-    """UsageError if a directory with a manifest lacks one of its files or one was altered. Without a manifest, nothing.
+    """UsageError if a file of a directory's manifest is missing or altered; without a manifest nothing.
 
-    Of several ranks each reads its share of the files.
+    Each of `world` ranks checks its share of the files.
     """
     directory = Path(directory)
     if not (directory / MANIFEST).is_file():
         return
     for name, expected in sorted(read_json(directory / MANIFEST).items())[rank::world]:
-        file = directory / name
-        if not file.is_file() or checksum(file) != expected:
-            raise UsageError(f"{file}: altered or truncated since it was saved; use another checkpoint")
+        path = directory / name
+        if not path.is_file() or checksum(path) != expected:
+            raise UsageError(f"{path}: altered or truncated since it was saved; use another checkpoint")
 
 
-def checksum(file):
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def checksum(path):
+    """SHA-256 of a file, after the file has been synced to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_directory(directory):
-    """Puts the names in a directory on the disk."""
-    handle = os.open(directory, os.O_RDONLY)
+    """Syncs a directory's entries, so that renames in it survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
-
-
-def _write_json(path, value):
-    with write_whole(path) as file:
-        json.dump(value, file, indent=1)
+        os.close(descriptor)

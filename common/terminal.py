@@ -1,4 +1,4 @@
-"""The terminal: the argument parser, errors in one line, notes, progress bars, text that cannot move the cursor."""
+"""The terminal: argument parsing, one-line errors, notes, progress bars, harmless text."""
 
 import argparse
 import os
@@ -12,16 +12,12 @@ from rich.text import Text
 from common.files import UsageError
 
 stdout = Console(highlight=False, emoji=False, soft_wrap=not sys.stdout.isatty())
-
-
 stderr = Console(stderr=True, highlight=False, emoji=False, soft_wrap=not sys.stderr.isatty())
-
-
-EVERY = 10  # seconds between two lines of progress where stderr is no terminal
+EVERY = 10  # seconds between two progress lines where stderr is not a terminal
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors take one line; `--help` shows the module docstring's first paragraph and an example."""
+    """argparse with one-line errors; `--help` shows the docstring's first paragraph and an example."""
 
     def __init__(self, doc, example):
         super().__init__(
@@ -36,63 +32,62 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Runs `main()`, turning usage errors into one line and exit code 2, and Ctrl-C into exit code 130.
+    """Calls `main()` and exits: 2 after a UsageError or OSError, said in one line; 130 after Ctrl-C.
 
-    Of the ranks on a machine only the first speaks.
+    Under torchrun only the first rank of a machine prints.
     """
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(
-            stream, "reconfigure"
-        ):  # what a terminal's encoding lacks is a question mark, not an error
+        if hasattr(stream, "reconfigure"):  # print `?` for what the terminal's encoding cannot show
             stream.reconfigure(errors="replace")
     try:
         sys.exit(main())
     except UsageError as error:
-        if first:
-            stderr.print("error:", style="bold red", end=" ")
-            note(" ".join(str(error).split()))
-        sys.exit(2)
-    except OSError as error:  # a disk that is full, a directory where a file should be, no permission
-        if isinstance(error, BrokenPipeError):  # the reader of our stdout (head, less) has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        if first:
-            stderr.print("error:", style="bold red", end=" ")
-            note(f"{error.filename2 or error.filename or 'system'}: {error.strerror or error}")
-        sys.exit(2)
+        fail(" ".join(str(error).split()))
+    except BrokenPipeError:  # whoever read our stdout (head, less) has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:  # a full disk, a directory in place of a file, no permission
+        fail(f"{error.filename2 or error.filename or 'system'}: {error.strerror or error}")
     except KeyboardInterrupt as error:
-        if first:
+        if is_first_rank():
             note(f"\nstopped. {error}")
         sys.exit(130)
 
 
+def fail(message):
+    """Prints `error: message` and exits with code 2."""
+    if is_first_rank():
+        stderr.print("error:", style="bold red", end=" ")
+        note(message)
+    sys.exit(2)
+
+
+def is_first_rank():
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def note(message):
-    """A plain message on stderr."""
+    """Prints a plain message on stderr."""
     stderr.print(plain(message), markup=False)
 
 
 def progress(*columns, **kwargs):
-    """A progress bar on stderr that vanishes when done, and stays silent where stderr is not a terminal."""
-    columns = columns or (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal, **kwargs)
+    """A progress bar on stderr that disappears when done; nothing where stderr is not a terminal."""
+    default = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    options = dict(console=stderr, transient=True, disable=not stderr.is_terminal)
+    return Progress(*(columns or default), **options, **kwargs)
 
 
 def plain(text):
-    """Text without the control characters that could move a cursor, ring a bell, change colours or the direction of a line."""
-    text = text.replace("\u00ad", "")  # where a word may be broken: no sign of its own
+    """Text without control characters, which could move the cursor, ring, or reverse a line."""
+    text = text.replace("\u00ad", "")  # soft hyphens are invisible
     return "".join(
         c if c.isprintable() or c in "\n\t\u200c\u200d" or category(c) == "Zs" else "\ufffd" for c in text
     )
 
 
 def put(text, style=""):
-    """Text on stdout as it is, without a line end; styled where stdout is a terminal."""
+    """Prints text on stdout without a line end; styled where stdout is a terminal."""
     if stdout.is_terminal:
         stdout.print(Text(plain(text), style, tab_size=8), end="", soft_wrap=True)
     else:
@@ -101,9 +96,9 @@ def put(text, style=""):
 
 
 def lines(prompt, keep=False):
-    """Lines typed by a person or piped in, stripped, until an empty one or the end; with keep as they are, until the end.
+    """Yields lines of stdin, stripped, up to the first empty one; with `keep` unchanged, up to the end.
 
-    The prompt shows on terminals only.
+    The prompt is printed only where stdin is a terminal.
     """
     while True:
         try:
