@@ -1,23 +1,34 @@
-# Sourced by the other scripts: goes to the checkout, makes .venv or reuses it, installs from the pinned constraints.
-#   source runs/setup.sh [extra]         PYTHON=python3.11 names another interpreter
+# Sourced by the other scripts: enters the checkout, makes or reuses .venv, installs the versions in constraints.txt.
+#   source runs/setup.sh [extra]         PYTHON=/path/to/python3.11 names another interpreter
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-extra=${1:-}
-python=${PYTHON:-python3}
-if [ ! -x .venv/bin/pip ]; then
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-        { echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python" >&2; exit 2; }
-    echo "making .venv ..." >&2
-    "$python" -m venv --clear .venv
-fi
-PATH="$PWD/.venv/bin:$PATH"
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
 
-# what is installed is remembered by its recipe, so that a second run needs no network
-recipe=$(cat setup.py constraints.txt | cksum | tr ' ' '-')
-stamp=.venv/.installed-${extra:-core}-$recipe
+extra=${1:-}
+recipe=$(cat setup.py constraints.txt runs/setup.sh | cksum | tr ' ' '-')
+stamp=.venv/.installed-${extra:-core}-$recipe # what is installed needs no network and no pip the next time
 if [ ! -e "$stamp" ]; then
+    python=${PYTHON:-python3}
+    log=.venv/install.log
+    free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1024) }')
+    [ "$free" -ge 2500 ] || fail "only $free MB free on this disk, and installing takes about 2,500; free some or move the checkout"
+    if [ ! -x .venv/bin/python ] || ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+        # run it once: a shim on PATH may stand for no Python at all, or for an older one
+        version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2], int(sys.version_info < (3, 11)))' 2>/dev/null) ||
+            fail "$python does not run; name a Python 3.11 or newer with PYTHON=/path/to/python3"
+        [ "${version#* }" = 0 ] || fail "$python is Python ${version% *}, and 3.11 or newer is needed; name one with PYTHON=/path/to/python3"
+        echo "making .venv with Python ${version% *} ..." >&2
+        "$python" -m venv --clear .venv >/dev/null 2>&1 ||
+            fail "$python cannot make a virtual environment (on Debian: apt-get install python3-venv), or .venv is not writable"
+    fi
     echo "installing into .venv (PyTorch is large; this is the only slow part) ..." >&2
-    PIP_CONSTRAINT="$PWD/constraints.txt" .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
+    PIP_CONSTRAINT="$PWD/constraints.txt" .venv/bin/python -m pip install --disable-pip-version-check \
+        -e ".${extra:+[$extra]}" >"$log" 2>&1 ||
+        fail "pip could not install: $(grep -i '^ *error' "$log" | tail -1 | cut -c1-300) (all of it: $log; pip's indexes: pip config list)"
     touch "$stamp"
 fi
+PATH="$PWD/.venv/bin:$PATH"
