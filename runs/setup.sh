@@ -28,7 +28,7 @@ if [ ! -e "$stamp" ]; then
     echo "installing into .venv (PyTorch is large; this is the only slow part) ..." >&2
     PIP_CONSTRAINT="$PWD/constraints.txt" .venv/bin/python -m pip install --disable-pip-version-check \
         -e ".${extra:+[$extra]}" >"$log" 2>&1 ||
-        fail "pip could not install: $(grep -i '^ *error' "$log" | tail -1 | cut -c1-300) (all of it: $log; pip's indexes: pip config list)"
+        fail "pip could not install: $(grep -i '^ *error' "$log" | head -1 | cut -c1-300) (all of it: $log; pip's indexes: pip config list)"
     touch "$stamp"
 fi
 PATH="$PWD/.venv/bin:$PATH"
