@@ -435,7 +435,14 @@ def training_sides(books, tokenizer, directory, number, seq_len, peers):
     tokenizer = load_tokenizer(Path(tokenizer))
     config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS["stage"])
     options = dict(
-        micro_batch=1, clip=1.0, dtype="float32", recompute="none", compile=False, shard_ranks=None, lr=1e-6
+        micro_batch=1,
+        clip=1.0,
+        dtype="float32",
+        recompute="none",
+        compile=False,
+        shard_ranks=None,
+        lora=None,
+        lr=1e-6,
     )
     options = types.SimpleNamespace(**options, weight_decay=0.0)
     device = torch.device("cpu")

@@ -20,11 +20,23 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     py_modules=["generate", "judge", "model", "simulate", "tokenizer", "train"],
-    packages=["checkpoint", "common", "data", "engine", "evals", "kernels", "llm", "play", "training"],
+    packages=[
+        "checkpoint",
+        "common",
+        "data",
+        "engine",
+        "evals",
+        "kernels",
+        "llm",
+        "play",
+        "text",
+        "training",
+    ],
     cmdclass={"bdist_wheel": CheckoutOnly},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
+        "regex",  # how text splits into words
         "sentencepiece",
         "tiktoken",
         "safetensors",
@@ -35,5 +47,8 @@ setup(
         "nltk",  # BLEU
         "rich",  # the terminal
     ],
-    extras_require={"test": ["pytest", "hypothesis", "rouge==1.0.0", "ruff", "transformers"]},
+    extras_require={
+        "gguf": ["gguf"],  # llama.cpp's files as models
+        "test": ["gguf", "hypothesis", "pytest", "peft", "rouge==1.0.0", "ruff", "transformers"],
+    },
 )

@@ -11,15 +11,17 @@ text is always encoded apart from the markers around it, so nothing a user or a 
 """
 
 import base64
+import functools
 import io
 import json
 import re
-import shutil
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import regex
 import sentencepiece
 import tiktoken
 
@@ -32,6 +34,9 @@ STAGE_TOKENIZER = ROOT / "data" / "stage" / FILE
 # How text splits into words before byte-pair merging; Qwen 2 takes digits one by one, LLaMA 3 up to three.
 _PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN, QWEN2_PATTERN = _PATTERN % "{1,3}", _PATTERN % ""
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WHOLE_PATTERNS = LLAMA3_PATTERN, QWEN2_PATTERN, GPT2_PATTERN  # each splits any text and leaves out nothing
+REPLACEMENT = "\ufffd"  # for a character that a vocabulary without some bytes cannot spell
 LLAMA3_RANKS = 128_000
 LLAMA3_NAMED = {
     0: "<|begin_of_text|>",
@@ -215,11 +220,13 @@ class Tokenizer:
     """What all tokenizers share.
 
     vocab_size: ids are 0 .. vocab_size - 1. specials: name -> id. chat_format: a key of CHAT_FORMATS. stop_ids: the ids that
-    end a turn or a text. bos_id: begins a text, or None. file: what a checkpoint's directory keeps, as it is.
+    end a turn or a text. bos_id: begins a text, or None. file: where it was read from. content: a function that
+    gives the bytes a checkpoint's directory keeps of it; the file's own where it is None.
     """
 
-    def __init__(self, vocab_size, specials, chat_format, file):
+    def __init__(self, vocab_size, specials, chat_format, file, content=None):
         self.vocab_size, self.specials, self.file = vocab_size, specials, Path(file)
+        self.content = content or self.file.read_bytes
         self.chat_format = chat_format
         self.format = CHAT_FORMATS[chat_format]
         turns = [{"role": role, "content": ""} for role in ("system", "user", "assistant")]
@@ -291,34 +298,57 @@ def split_runs(text):
 
 
 class BytePairTokenizer(Tokenizer):
-    """Byte-level BPE through tiktoken. ranks: token bytes -> id; a lower id merges first."""
+    """Byte-level BPE through tiktoken. ranks: token bytes -> id; a lower id merges first. patterns: regular expressions
+    that split text, each the parts that the one before it made. A character that needs a byte without a token is encoded
+    as U+FFFD; a note says so once."""
 
-    def __init__(self, ranks, pattern, specials, chat_format, file, normalization=None):
+    def __init__(self, ranks, patterns, specials, chat_format, file, normalization=None, content=None):
         self.ranks, self.normalization = ranks, normalization
-        self.bpe = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        *first, last = patterns
+        self.first = [regex.compile(f"({pattern})") for pattern in first]
+        self.bpe = tiktoken.Encoding("bpe", pat_str=last, mergeable_ranks=ranks, special_tokens={})
         self.tokens = {i: token for token, i in ranks.items()}
-        super().__init__(max(*ranks.values(), *specials.values()) + 1, specials, chat_format, file)
+        self.missing, self.noted = missing_bytes(ranks), False
+        super().__init__(max(*ranks.values(), *specials.values()) + 1, specials, chat_format, file, content)
 
     def encode_text(self, text):
         text = unicodedata.normalize(self.normalization, text) if self.normalization else text
-        return [i for part in split_runs(text) for i in self.bpe.encode_ordinary(part)]
+        if self.missing and not self.missing.isdisjoint(text.encode()):
+            text = "".join(c if self.missing.isdisjoint(c.encode()) else REPLACEMENT for c in text)
+            if not self.noted:
+                lacks = f"no tokens for {len(self.missing)} of the 256 bytes"
+                terminal.note(f"{self.file}: {lacks}; characters that need them are read as U+FFFD")
+            self.noted = True
+        parts = split_runs(text)
+        for pattern in self.first:
+            parts = [piece for part in parts for piece in pattern.split(part) if piece]
+        return [i for part in parts for i in self.bpe.encode_ordinary(part)]
 
     def decode_text(self, ids):
         return b"".join(self.tokens.get(i, b"\xff") for i in ids).decode("utf-8", errors="replace")
 
 
+def missing_bytes(ranks):
+    """The set of bytes that are no token. ValueError where U+FFFD, which stands in for them, needs one of these."""
+    missing = {byte for byte in range(256) if bytes([byte]) not in ranks}
+    if not missing.isdisjoint(REPLACEMENT.encode()):
+        raise ValueError(f"no tokens for {len(missing)} bytes")
+    return missing
+
+
 class SentencePieceTokenizer(Tokenizer):
     """SentencePiece; control pieces are never matched in text."""
 
-    def __init__(self, path, chat_format=None, model_type=None):
+    def __init__(self, path, chat_format=None, model_type=None, content=None):
         self.pieces = sentencepiece.SentencePieceProcessor()
         try:
-            self.pieces.load(str(path))
+            self.pieces.load_from_serialized_proto(content() if content else Path(path).read_bytes())
             specials = {
                 self.pieces.id_to_piece(i): i for i in range(len(self.pieces)) if self.pieces.is_control(i)
             }
         except (RuntimeError, OSError, UnicodeDecodeError):
-            raise UsageError(f"{path}: neither tiktoken ranks nor a SentencePiece model") from None
+            found = "its tokens make no" if content else "neither tiktoken ranks nor a"
+            raise UsageError(f"{path}: {found} SentencePiece model") from None
         if chat_format is None:
             chat_format = (
                 "stage" if "<|end|>" in specials
@@ -333,7 +363,7 @@ class SentencePieceTokenizer(Tokenizer):
                 self.tokens[i] = bytes([int(piece[3:-1], 16)])
             elif not (self.pieces.is_control(i) or self.pieces.is_unknown(i)):
                 self.tokens[i] = piece.replace(SPACE, " ").encode()
-        super().__init__(len(self.pieces), specials, chat_format, path)
+        super().__init__(len(self.pieces), specials, chat_format, path, content)
 
     def encode_text(self, text):
         """A literal U+2581, which SentencePiece would take for a space, is spelt in bytes where no prefix is added to parts."""
@@ -346,23 +376,27 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path, chat_format=None):
-    """The tokenizer of a checkpoint directory, or of a `tokenizer.model` or `tokenizer.json`. UsageError where there is none.
+    """The tokenizer of a checkpoint directory or a `tokenizer.model`, `tokenizer.json` or GGUF; else UsageError.
 
     chat_format overrides what our own tokenizer_config.json, then the markers, then `model_type` in config.json say.
     """
+    from common.gguf import find_gguf
+
     path = Path(path)
     saved = path / HF_CONFIG
     if chat_format is None and saved.is_file() and read_json(saved).get("chat_format") in CHAT_FORMATS:
         chat_format = read_json(saved)["chat_format"]
     if chat_format is not None and chat_format not in CHAT_FORMATS:
         raise UsageError(f"chat format {chat_format!r} is not one of {', '.join(CHAT_FORMATS)}")
+    if gguf := find_gguf(path):
+        return _load_gguf(gguf, chat_format)
     file = next((path / name for name in (FILE, HF_FILE) if (path / name).is_file()), path)
     if not file.is_file():
         raise UsageError(
             f"{path}: no {FILE} or {HF_FILE} here; give --tokenizer a directory (or file) that has one"
         )
     if file.suffix == ".json":
-        return _load_hf(file, chat_format)
+        return _load_hf(file, read_json(file), chat_format)
     with open(file, "rb") as stream:
         first = stream.readline(200).split()
     if len(first) == 2 and first[1].isdigit():
@@ -386,40 +420,50 @@ def _load_llama3(path, chat_format):
         raise UsageError(f"{path}: {len(ranks)} ranks, but LLaMA 3 has {LLAMA3_RANKS}, counted from 0")
     names = [LLAMA3_NAMED.get(i, f"<|reserved_special_token_{i}|>") for i in range(256)]
     specials = {name: LLAMA3_RANKS + i for i, name in enumerate(names)}
-    return BytePairTokenizer(ranks, LLAMA3_PATTERN, specials, chat_format or "llama3", path)
+    return BytePairTokenizer(ranks, [LLAMA3_PATTERN], specials, chat_format or "llama3", path)
 
 
-def _load_hf(path, chat_format):
-    """tiktoken ranks out of a Hugging Face byte-level BPE; refused where tiktoken would not give the same ids."""
+def _load_gguf(path, chat_format):
+    from common.gguf import read_gguf
+    from text.gguf import hf_tokenizer, sentencepiece_model
+
+    file = read_gguf(path)
+    kind, template = (file.metadata.get(f"tokenizer.{key}") for key in ("ggml.model", "chat_template"))
     try:
-        hf = read_json(path)
-        model, split, byte_level = hf["model"], *_pre_tokenizers(hf)
-        pattern = split["pattern"]["Regex"]
-        normalization = hf["normalizer"] and hf["normalizer"]["type"]
-        known = {
-            "model": (model["type"], "BPE"),
-            "byte_fallback": (bool(model.get("byte_fallback")), False),
-            "normalizer": (normalization, None, "NFC"),
-            "split": (split["type"], "Split"),
-            "split behaviour": (split["behavior"], "Isolated"),
-            "split pattern": (pattern, LLAMA3_PATTERN, QWEN2_PATTERN),
-            "byte level": (byte_level["type"], "ByteLevel"),
-            "prefix space": (byte_level["add_prefix_space"], False),
-        }
-        for what, (found, *supported) in known.items():
-            if found not in supported:
-                raise UsageError(
-                    f"{path}: {what} {found!r} is not supported (only {', '.join(map(repr, supported))})"
-                )
+        if kind == "gpt2":
+            return _load_hf(path, hf_tokenizer(file), chat_format, kept=False)
+        if kind == "llama":
+            mistral = template and "[INST]" in template and "<<SYS>>" not in template  # those are Llama 2's
+            content = functools.partial(sentencepiece_model, file)
+            return SentencePieceTokenizer(path, chat_format, "mistral" if mistral else None, content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path}: no tokenizer that is known ({type(error).__name__}: {error})") from None
+    raise UsageError(f"{path}: tokenizer.ggml.model {kind!r} is not supported (only 'gpt2' and 'llama')")
+
+
+def _load_hf(path, hf, chat_format, kept=True):
+    """The tokenizer of hf, the JSON of a Hugging Face byte-level BPE; refused where tiktoken would give other ids.
+
+    kept: whether the file at path holds this very JSON.
+    """
+    try:
+        model, patterns = hf["model"], _patterns(hf["pre_tokenizer"])
+        byte_fallback = bool(model.get("byte_fallback"))
+        _supported({"model": (model["type"], "BPE"), "byte_fallback": (byte_fallback, False)})
         to_byte = _unicode_to_byte()
-        ids = {bytes(to_byte[c] for c in token): i for token, i in model["vocab"].items()}
+        specials = {token["content"]: token["id"] for token in hf["added_tokens"]}
+        vocab = {token: i for token, i in model["vocab"].items() if token not in specials}
+        ids = {bytes(to_byte[c] for c in token): i for token, i in vocab.items()}
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         merged = [ids[bytes(to_byte[c] for c in left + right)] for left, right in pairs]
-        specials = {token["content"]: token["id"] for token in hf["added_tokens"]}
+        missing = missing_bytes(ids)
+        normalization, replaces = _normalizers(hf["normalizer"], missing)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             f"{path}: not a byte-level BPE that is known ({type(error).__name__}: {error})"
         ) from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     if merged != sorted(merged):
         raise UsageError(
             f"{path}: its merges are not in the order of its ids, so tiktoken would split words otherwise"
@@ -429,14 +473,70 @@ def _load_hf(path, chat_format):
         ids = {token: i for token, i in ids.items() if len(token) == 1 or i in reached}
     if chat_format is None:
         chat_format = "llama3" if "<|start_header_id|>" in specials else "chatml"
-    return BytePairTokenizer(ids, pattern, specials, chat_format, path, normalization)
+    missing = set() if replaces else missing
+    content = None if kept and not missing else functools.partial(_hf_content, hf, missing)
+    return BytePairTokenizer(ids, patterns, specials, chat_format, path, normalization, content)
 
 
-def _pre_tokenizers(hf):
-    pre = hf["pre_tokenizer"]
-    if pre["type"] != "Sequence" or len(pre["pretokenizers"]) != 2:
-        raise ValueError(f"pre-tokenizer {pre['type']}")
-    return pre["pretokenizers"]
+def _hf_content(hf, missing):
+    """The bytes of a tokenizer.json. Where bytes are missing it says what `encode_text` does with them: transformers
+    would leave such characters out."""
+    if missing:
+        steps = [*_steps(hf["normalizer"], "normalizers"), _replacement(missing)]
+        hf = {**hf, "normalizer": {"type": "Sequence", "normalizers": steps}}
+    return json.dumps(hf, ensure_ascii=False).encode()
+
+
+def _supported(known):
+    """UsageError for the first of {what: (found, *supported)} that is not supported."""
+    for what, (found, *supported) in known.items():
+        if found not in supported:
+            raise UsageError(f"{what} {found!r} is not supported (only {', '.join(map(repr, supported))})")
+
+
+def _steps(step, key):
+    """The steps of a normalizer or pre-tokenizer, which is one step, a Sequence of steps, or None."""
+    return [] if step is None else step[key] if step["type"] == "Sequence" else [step]
+
+
+def _patterns(pre):
+    """The patterns of a pre_tokenizer in turn, each for the parts of the one before, the last one a whole pattern."""
+    *splits, byte_level = _steps(pre, "pretokenizers")
+    _supported({"last pre-tokenizer": (byte_level["type"], "ByteLevel")})
+    _supported({"prefix space": (byte_level.get("add_prefix_space", True), False)})
+    patterns = []
+    for split in splits:
+        if split["type"] == "Digits":
+            patterns.append(r"\p{N}" if split["individual_digits"] else r"\p{N}+")
+            continue
+        _supported({"split": (split["type"], "Split", "Digits")})
+        _supported({"split behaviour": (split["behavior"], "Isolated"), "invert": (split["invert"], False)})
+        patterns.append(split["pattern"].get("Regex"))
+        _supported({"split pattern": (patterns[-1], *WHOLE_PATTERNS)})
+    patterns += [GPT2_PATTERN] * byte_level.get("use_regex", True)
+    _supported({"last split pattern": (patterns[-1] if patterns else None, *WHOLE_PATTERNS)})
+    return patterns
+
+
+def _normalizers(normalizer, missing):
+    """(the form of Unicode normalization or None, whether it replaces characters with a missing byte as we do)."""
+    steps = _steps(normalizer, "normalizers")
+    replaces = bool(steps) and steps[-1].get("content") == REPLACEMENT and steps[-1] == _replacement(missing)
+    steps = steps[:-1] if replaces else steps
+    _supported({"normalizer": (steps, [], [{"type": "NFC"}])})
+    return "NFC" if steps else None, replaces
+
+
+def _replacement(missing):
+    """The normalizer of a tokenizer.json that replaces every character with one of these bytes by U+FFFD."""
+    text = "".join(chr(point) for point in range(0x110000) if not 0xD800 <= point < 0xE000)
+    data = np.frombuffer(text.encode(), np.uint8)
+    characters = np.cumsum((data & 0xC0) != 0x80) - 1
+    points = [ord(text[i]) for i in np.unique(characters[np.isin(data, list(missing))])]
+    starts = [point for point, before in zip(points, [-2, *points], strict=False) if point != before + 1]
+    ends = [point for point, after in zip(points, [*points[1:], -1], strict=True) if point != after - 1]
+    ranges = "".join(f"\\x{{{start:X}}}-\\x{{{end:X}}}" for start, end in zip(starts, ends, strict=True))
+    return {"type": "Replace", "pattern": {"Regex": f"[{ranges}]"}, "content": REPLACEMENT}
 
 
 def _unicode_to_byte():
@@ -452,8 +552,9 @@ def _unicode_to_byte():
 def save_tokenizer(tokenizer, directory):
     """Writes the tokenizer's own file, and those that transformers' AutoTokenizer reads."""
     directory = Path(directory)
-    name = HF_FILE if tokenizer.file.suffix == ".json" else FILE
-    shutil.copyfile(tokenizer.file, directory / name)
+    json_suffixes = (".json", ".gguf") if isinstance(tokenizer, BytePairTokenizer) else ()
+    name = HF_FILE if tokenizer.file.suffix in json_suffixes else FILE
+    (directory / name).write_bytes(tokenizer.content())
     if name == FILE:
         (directory / HF_FILE).write_text(
             json.dumps(_hf_tokenizer(tokenizer), ensure_ascii=False), encoding="utf-8"

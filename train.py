@@ -30,15 +30,17 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 import checkpoint
 import kernels
+from checkpoint.adapters import is_adapter, tokenizer_directory
 from common import files, terminal
 from common.files import UsageError, make_dir, read_json, write_whole
 from data.packing import CHANNELS, IGNORE, make_row
 from data.scenes import STAGE
 from data.stream import add_data_flags, open_stream
 from engine.cpu import fast_bf16
+from llm.local import fingerprint
 from model import PRESETS, ModelConfig, Transformer
 from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
-from training import costs
+from training import costs, lora
 from training.log import Log
 from training.resume import agreed, find_checkpoints, last_good, load_state, save_state
 
@@ -48,6 +50,8 @@ RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))  # of torchrun -
 # What a flag is when it is not given: for the stage actor (one row a rank), and as published for CoSER (paper, section 5).
 STAGE_RECIPE = dict(seq_len=2048, epochs=7.0, lr=2e-3, weight_decay=0.1)
 PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_decay=0.0)
+LORA_RECIPE = PAPER_RECIPE | dict(lr=1e-4, epochs=2.0)
+WHOLE = 8 * 2**30  # bytes of activations up to which a LoRA run recomputes none
 MAY_BE_0 = ("warmup", "weight_decay", "held_out_books")
 # what may change from one resume to the next, since it changes nothing of what is learnt
 FREE = (
@@ -71,6 +75,17 @@ def parse_args():
         "--model",
         default="stage",
         help=f"checkpoint directory, Hub id, or a preset: {', '.join(PRESETS)} (default: stage)",
+    )
+    add(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="train adapters of this rank, the model itself frozen; final/ is as PEFT's",
+    )
+    add(
+        "--lora-alpha",
+        type=int,
+        help="an adapter's product is scaled by this over its rank (default: 2 RANK)",
     )
     add("--tokenizer", help="directory or file (default: the checkpoint's, else the stage's)")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the tokenizer says")
@@ -109,7 +124,7 @@ def parse_args():
         help="ranks a model is spread over; groups of them hold copies (default: all)",
     )
     add("--recompute", choices=["none", "selective", "full"], help="in the backward pass: all but products, or whole blocks "
-        "(default: full; none for the stage actor)")  # fmt: skip
+        "(default: full; none for the stage actor, and with --lora up to 8 GiB of activations)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile each block; what it brings is on a GPU")
     add(
         "--skip-nonfinite",
@@ -133,9 +148,14 @@ def parse_args():
     )
     add_data_flags(parser)
     args = parser.parse_args()
+    if args.lora_alpha is not None and args.lora is None:
+        raise UsageError("--lora-alpha needs --lora RANK")
+    if args.lora and args.lora_alpha is None:
+        args.lora_alpha = 2 * args.lora
     if args.model == "stage" and args.batch_size is None:
         args.batch_size = args.dry_run or WORLD_SIZE
-    for name, value in (STAGE_RECIPE if args.model == "stage" else PAPER_RECIPE).items():
+    recipe = LORA_RECIPE if args.lora else STAGE_RECIPE if args.model == "stage" else PAPER_RECIPE
+    for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     for name, value in vars(args).items():
@@ -153,8 +173,16 @@ def parse_args():
             "--seq-len must be above 1, --warmup a share from 0 to 1, --seed a number of 63 bits"
         )
     args.dtype = args.dtype or ("bfloat16" if native_bfloat16() else "float32")
-    args.recompute = args.recompute or ("none" if args.model == "stage" else "full")
     return args
+
+
+def choose_recompute(config, args):
+    """What is recomputed where --recompute does not say."""
+    if not args.lora:
+        return "none" if args.model == "stage" else "full"
+    itemsize = checkpoint.DTYPES[args.dtype].itemsize
+    plan = costs.memory_plan(config, args.micro_batch * args.seq_len, itemsize, "none", 1, args.lora)
+    return "none" if plan["activations"] <= WHOLE else "full"
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------------
@@ -222,10 +250,14 @@ def keep_products(_, operation, *args, **kwargs):
 def shard_model(config, device, args):
     """A Transformer without values yet, whose every block, then the rest, is sharded: fp32 master weights and reduction.
 
-    One rank that computes in fp32 has nothing to shard or cast, and gets it plain.
+    One rank that computes in fp32 has nothing to shard or cast, and gets it plain. With --lora the frozen base is in the
+    dtype of compute and the adapters cast themselves, so that one rank never needs more.
     """
+    dtype, shards = checkpoint.DTYPES[args.dtype], args.shard_ranks or WORLD_SIZE
     with torch.device("meta"):
         model = Transformer(config)
+        if args.lora:
+            model = lora.add_adapters(model.to(dtype), args.lora, args.lora_alpha)
     blocks = model.model["layers"]
     if args.recompute != "none":
         contexts = functools.partial(create_selective_checkpoint_contexts, keep_products)
@@ -237,8 +269,7 @@ def shard_model(config, device, args):
         kernels.attention_torch = torch.compiler.disable(kernels.attention_torch)
         for block in blocks:
             block.forward = torch.compile(block.forward)
-    dtype, shards = checkpoint.DTYPES[args.dtype], args.shard_ranks or WORLD_SIZE
-    if WORLD_SIZE > 1 or dtype != torch.float32:
+    if WORLD_SIZE > 1 or (dtype != torch.float32 and not args.lora):
         # ranks of a copy of the model, or copies and the ranks of each
         shape = (WORLD_SIZE,) if shards == WORLD_SIZE else (WORLD_SIZE // shards, shards)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
@@ -253,12 +284,9 @@ def shard_model(config, device, args):
 
 
 def make_optimizer(model, args):
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": args.weight_decay}]
+    groups += [{"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0}] * (not args.lora)
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -328,7 +356,7 @@ def train_step(model, optimizer, rows, args, device):
     shares = zip(CHANNELS, sums, counts, strict=True)
     if line["loss"] is not None:
         line |= {f"loss_{name}": each / number for name, each, number in shares if number}
-    flops = costs.model_flops(model.config, tokens, supervised, pairs, supervised_pairs)
+    flops = costs.model_flops(model.config, tokens, supervised, pairs, supervised_pairs, args.lora)
     return {**line, "tokens": int(tokens), "supervised": int(supervised), "flops": flops}
 
 
@@ -376,9 +404,12 @@ def describe(config, args, stream, steps, world):
     parameters, shards = config.num_parameters(), args.shard_ranks or world
     dtype = checkpoint.DTYPES[args.dtype]
     memory = costs.memory_plan(
-        config, args.micro_batch * args.seq_len, dtype.itemsize, args.recompute, shards
+        config, args.micro_batch * args.seq_len, dtype.itemsize, args.recompute, shards, args.lora
     )
     parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in memory.items())
+    card = costs.smallest_card(sum(memory.values()))
+    fits = f"fits a card of {card} GB" if card else "more than any one card has"
+    adapters = f", {costs.adapter_parameters(config, args.lora):,} of adapters" if args.lora else ""
     cut = (
         f"; {stream.cut} chats longer than a row are cut, {stream.without} pieces teach nothing"
         if stream.cut
@@ -386,8 +417,9 @@ def describe(config, args, stream, steps, world):
     )
     learnt = sum(stream.supervised.values())
     return (
-        f"{parameters:,} parameters, sharded over {shards} of {world} rank(s); {args.dtype}, recomputing {args.recompute}\n"
-        f"memory of a rank: {sum(memory.values()) / 2**30:.2f} GiB ({parts})\n"
+        f"{parameters:,} parameters{adapters}, sharded over {shards} of {world} rank(s); {args.dtype}, "
+        f"recomputing {args.recompute}\n"
+        f"memory of a rank: {sum(memory.values()) / 2**30:.2f} GiB ({parts}); {fits}\n"
         f"an epoch: {stream.documents:,} chats, {stream.tokens:,} tokens, {learnt / stream.tokens:.1%} under loss, "
         f"in {len(stream.rows):,} rows of {args.seq_len:,}{cut}\n"
         f"{steps:,} steps of {args.batch_size} rows, {args.batch_size * args.seq_len:,} places: "
@@ -398,10 +430,18 @@ def describe(config, args, stream, steps, world):
 def open_model(args):
     """(config, tokenizer, directory of the checkpoint or None for a preset)."""
     directory = None if args.model in PRESETS else checkpoint.find_model(args.model, weights=not args.dry_run)
+    if args.lora and directory is None and not args.dry_run:
+        raise UsageError(
+            f"--lora {args.lora}: {args.model} is a shape without weights; --model has to be a trained model"
+        )
+    if args.lora and directory and is_adapter(directory):
+        raise UsageError(
+            f"--lora {args.lora}: {args.model} is an adapter itself, and adapters cannot be stacked"
+        )
     config = directory and checkpoint.load_config(directory)
     if config is None and args.model != "stage" and not args.tokenizer:
         raise UsageError(f"--model {args.model} needs --tokenizer: a directory with LLaMA 3's")
-    path = args.tokenizer or directory or STAGE_TOKENIZER
+    path = args.tokenizer or (directory and tokenizer_directory(directory)) or STAGE_TOKENIZER
     tokenizer = load_tokenizer(path, args.chat_format)
     if config is None:
         config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[args.model])
@@ -413,6 +453,7 @@ def open_model(args):
 def main():
     args = parse_args()
     config, tokenizer, directory = open_model(args)
+    args.recompute = args.recompute or choose_recompute(config, args)
     stream = open_stream(args, args.data, tokenizer)
     rows = len(stream.rows)
     if not rows:
@@ -479,7 +520,7 @@ def go_on(out, model, optimizer, stream, settings):
         return None
     progress = read_json(found / "progress.json")
     saved = progress["settings"]
-    changed = [name for name, value in settings.items() if saved.get(name) != value]
+    changed = [name for name, value in settings.items() if saved.get(name, "None") != value]
     if changed:
         what = "; ".join(
             f"--{name.replace('_', '-')} was {saved.get(name)}, is {settings[name]}" for name in changed
@@ -490,6 +531,17 @@ def go_on(out, model, optimizer, stream, settings):
     if RANK == 0:
         terminal.note(f"going on from {found}")
     return progress
+
+
+def fill_first(model, config, args, directory):
+    """Gives a model the weights that a run begins with. A collective."""
+    with agreed():
+        weights = checkpoint.RandomWeights(model, args.seed)
+        if directory:
+            weights = checkpoint.open_weights(directory, config, RANK, WORLD_SIZE)
+        if args.lora:
+            weights = lora.FreshAdapters(weights, model, args.seed)
+    checkpoint.fill(model, weights)
 
 
 def train(args, config, tokenizer, directory, stream, steps, device):
@@ -504,15 +556,14 @@ def train(args, config, tokenizer, directory, stream, steps, device):
         "model_shape": str(config),
         "data": f"{len(stream.files)} files, hash {stream.identity[:12]}",
     }
+    if args.lora:  # whose states hold no base
+        settings |= {"base": fingerprint(directory)}
+        fill_first(model, config, args, directory)
     progress = go_on(out, model, optimizer, stream, settings)
     if progress is None:
         progress = {"step": 0, "skipped": 0, "settings": settings}
-        with agreed():
-            weights = checkpoint.RandomWeights(model, args.seed)
-            if directory:
-                weights = checkpoint.Weights(directory, RANK, WORLD_SIZE)
-                weights.check(model)
-        checkpoint.fill(model, weights)
+        if not args.lora:
+            fill_first(model, config, args, directory)
 
     # torchrun passes Ctrl-C on to every rank; all of them must agree on the step they stop after
     asked = []
@@ -583,7 +634,11 @@ def train(args, config, tokenizer, directory, stream, steps, device):
         raise KeyboardInterrupt(
             f"step {progress['step']} of {steps} is saved in {out}; the same command with --resume goes on"
         )
-    checkpoint.save_model(model, out / "final", tokenizer, dtype=torch.bfloat16)
+    if args.lora:
+        own = tokenizer if args.tokenizer or args.chat_format else None
+        lora.save_adapter(model, out / "final", args.model, args.lora, args.lora_alpha, own)
+    else:
+        checkpoint.save_model(model, out / "final", tokenizer, dtype=torch.bfloat16)
     dist.barrier()
     if log:
         log.draw()

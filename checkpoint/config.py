@@ -11,18 +11,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_config(directory):
-    """ModelConfig of a Hugging Face directory, as transformers 4 or 5 wrote it; UsageError for what is not supported."""
-    path = Path(directory) / "config.json"
-    if not Path(directory).is_dir():
+    """ModelConfig of a Hugging Face directory, as transformers 4 or 5 wrote it; UsageError for what is not supported.
+
+    An adapter's directory has the config of its base.
+    """
+    from checkpoint.adapters import base_directory
+    from checkpoint.gguf import config_dict
+    from common.gguf import find_gguf
+
+    directory = base_directory(directory, weights=False)
+    gguf, path = find_gguf(directory), Path(directory) / "config.json"
+    if not gguf and not Path(directory).is_dir():
         raise UsageError(f"{directory}: no such checkpoint directory")
-    if not path.is_file():
+    if not gguf and not path.is_file():
         raise UsageError(f"{directory}: no config.json here, so this is not a checkpoint directory")
     try:
-        return _config_from(read_json(path), path)
+        return _config_from(config_dict(gguf), gguf) if gguf else _config_from(read_json(path), path)
     except KeyError as error:
-        raise UsageError(f"{path}: {error} is missing") from None
+        raise UsageError(f"{gguf or path}: {error} is missing") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path}: a value of another type than it should have ({error})") from None
+        raise UsageError(f"{gguf or path}: a value of another type than it should have ({error})") from None
 
 
 # model_type in config.json -> the class that transformers names in `architectures`

@@ -25,11 +25,7 @@ def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 *
 
         def flush():
             shards.append(list(shard))
-            file = temporary / f"{len(shards) - 1}.safetensors"
-            file.touch()
-            mode = file.stat().st_mode  # that of every new file; safetensors would let nobody else read it
-            save_file(shard, file, metadata={"format": "pt"})
-            file.chmod(mode)
+            save_tensors(shard, temporary / f"{len(shards) - 1}.safetensors")
 
         total = 0
         for name, parameter in model.named_parameters():
@@ -60,3 +56,11 @@ def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 *
             stops = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_ids}
             write_json(temporary / "generation_config.json", stops)
             save_tokenizer(tokenizer, temporary)
+
+
+def save_tensors(tensors, file):
+    """Writes {name: tensor} as a safetensors file."""
+    file.touch()
+    mode = file.stat().st_mode  # that of every new file; safetensors would let nobody else read it
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)

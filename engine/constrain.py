@@ -13,8 +13,8 @@ stack is a plain tuple, the top frame last, so that states can be compared, kept
 
 The subset: objects (every property, in the schema's order), arrays (minItems, maxItems), strings, integers (minimum, maximum),
 booleans, null, enum and const. Layout is that of `json.dumps`. A state's cost is the number of bytes of the shortest text that
-closes it, and since any byte is a token, never less than the tokens needed: whoever keeps to tokens whose cost fits into what
-is left of the budget always ends on a whole document.
+closes it, and since each byte of it is a token, never less than the tokens needed: tokens whose cost fits into what is left of
+the budget always lead to a whole document.
 """
 
 import functools
@@ -40,10 +40,12 @@ class Vocabulary:
     def __init__(self, tokenizer):
         words = sorted((word, i) for i in range(tokenizer.vocab_size) if (word := tokenizer.token_bytes(i)))
         self.words, self.ids = [word for word, _ in words], np.array([i for _, i in words])
-        if len(missing := {*range(256)} - {word[0] for word in self.words if len(word) == 1}):
-            raise UsageError(
-                f"this tokenizer has no token for {len(missing)} of the 256 bytes, so JSON cannot be promised"
-            )
+        self.bytes = {
+            word[0] for word in self.words if len(word) == 1
+        }  # any text of these has a token for each byte
+        if missing := {*range(32, 127)} - self.bytes:
+            signs = ", ".join(repr(chr(byte)) for byte in sorted(missing)[:3])
+            raise UsageError(f"this tokenizer has no token for {signs}, so JSON cannot be promised")
 
     def walk(self, state):
         """(index, state after it) for the words that may come in a state, byte by byte, so each beginning once."""
@@ -91,6 +93,9 @@ class Grammar:
     def __init__(self, schema, vocabulary):
         self.vocabulary = vocabulary
         frames = compile_schema(schema)
+        for option in literals(frames):
+            if not vocabulary.bytes.issuperset(option):
+                raise UsageError(f"json_schema: this tokenizer has no tokens to write {option.decode()}")
         self.start = (
             *frames[::-1],
             ("text", (b"", b" ")),
@@ -113,6 +118,13 @@ class Grammar:
             costs = np.concatenate((ends + cost((*state[:-1], STRING)), np.array([c for _, c in out], int)))
             self.known[state] = words.ids[indices], costs
         return self.known[state]
+
+
+def literals(frames):
+    """Every byte string that a stack of frames may have to write as it is."""
+    for kind, *fields in frames:
+        if kind in ("text", "items"):
+            yield from fields[0] if kind == "text" else literals(fields[0])
 
 
 def advance(state, text):

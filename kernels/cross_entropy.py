@@ -25,7 +25,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, training):
         losses = torch.empty(len(x), device=x.device, dtype=torch.float32)
         grad_x = torch.empty_like(x) if training else None
-        grad_weight = torch.zeros_like(weight) if training else None
+        grad_weight = (
+            torch.zeros_like(weight) if training and ctx.needs_input_grad[1] else None
+        )  # None where frozen
         size = max(1, CHUNK // len(weight))
         for at in range(0, len(x), size):
             part, target = x[at : at + size], targets[at : at + size, None]  # [n, C], [n, 1]
@@ -36,7 +38,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad = logits.sub_(total).exp_()  # softmax
                 grad = grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0)).to(x.dtype)
                 grad_x[at : at + size] = grad @ weight
-                grad_weight.addmm_(grad.T, part)
+                if grad_weight is not None:
+                    grad_weight.addmm_(grad.T, part)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.mark_non_differentiable(losses)
         return losses.sum(), losses
@@ -44,4 +47,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad, grad_weight.mul_(grad), None, None  # the larger one in place: it is used once
+        if grad_weight is not None:
+            grad_weight.mul_(grad)  # the larger one in place: it is used once
+        return grad_x * grad, grad_weight, None, None

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from checkpoint import DTYPES, find_model, load_config, load_model
+from checkpoint.adapters import base_directory, is_adapter, tokenizer_directory
 from common import files, terminal
 from common.files import MANIFEST, ROOT, UsageError
+from common.gguf import parts_of
 from engine.engine import Engine
 from llm.reply import Reply
 from tokenizer import load_tokenizer
@@ -21,7 +23,7 @@ def load_engine(spec, dtype=None, chat_format=None):
     directory, cuda = find_model(spec), torch.cuda.is_available()
     dtype = DTYPES[dtype] if dtype else torch.bfloat16 if cuda else torch.float32
     load_config(directory)  # a directory that is no checkpoint should be told so first
-    tokenizer = load_tokenizer(directory, chat_format)
+    tokenizer = load_tokenizer(tokenizer_directory(directory), chat_format)
     model = load_model(directory, "cuda" if cuda else "cpu", dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UsageError(
@@ -143,12 +145,16 @@ def as_sampled(decode, encode, content, opening, sampled):
 
 
 def fingerprint(directory):
-    """sha256 of a checkpoint: of its manifest, which has the hash of each file, or else of the files themselves; of a file of
-    more than 64 MiB its size, its first MiB and 64 KiB at 255 places, since hashing 140 GB takes minutes."""
+    """sha256 of a checkpoint, a directory or a GGUF file: of its manifest, which has the hash of each file, or else of the
+    files themselves; of a file of more than 64 MiB its size, its first MiB and 64 KiB at 255 places, since hashing 140 GB
+    takes minutes. An adapter's also covers its base."""
     directory, digest = Path(directory), hashlib.sha256()
+    if is_adapter(directory):
+        digest.update(fingerprint(base_directory(directory)).encode())
     files = [directory / MANIFEST]
     if not files[0].is_file():
-        files = sorted(f for f in directory.iterdir() if f.suffix in (".json", ".safetensors", ".model"))
+        found = directory.iterdir() if directory.is_dir() else filter(Path.is_file, parts_of(directory))
+        files = sorted(f for f in found if f.suffix in (".json", ".safetensors", ".model", ".gguf"))
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())

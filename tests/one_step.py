@@ -30,7 +30,7 @@ device = train.start_ranks()
 rank, world = dist.get_rank(), dist.get_world_size()
 for split in splits:
     options = dict(
-        dtype="float32", recompute="none", compile=False, shard_ranks=None, clip=1e9, micro_batch=1
+        dtype="float32", recompute="none", compile=False, shard_ranks=None, lora=None, clip=1e9, micro_batch=1
     )
     args = types.SimpleNamespace(**options | split)
     model = train.shard_model(checkpoint.load_config(out / "start"), device, args)

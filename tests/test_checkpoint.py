@@ -239,7 +239,9 @@ def test_a_failed_save_leaves_the_old_directory(tmp_path):
     """A save that fails at its last file leaves the old model as it was, and no rest of the new one."""
     old = random_model(random_config(0))
     checkpoint.save_model(old, tmp_path / "model")
-    tokenizer = types.SimpleNamespace(bos_id=1, stop_ids=[2], file=tmp_path / "gone")
+    tokenizer = types.SimpleNamespace(
+        bos_id=1, stop_ids=[2], file=tmp_path / "gone", content=(tmp_path / "gone").read_bytes
+    )
     with pytest.raises(FileNotFoundError):
         checkpoint.save_model(random_model(random_config(1)), tmp_path / "model", tokenizer)
     assert os.listdir(tmp_path) == ["model"]

@@ -18,6 +18,7 @@ from kernels import cross_entropy
 from kernels.cross_entropy import linear_cross_entropy
 from model import PRESETS, ModelConfig
 from training import costs
+from training.lora import FreshAdapters, add_adapters
 
 
 @pytest.mark.parametrize("chunk", [1, 300, 10**6])
@@ -94,11 +95,18 @@ def packed(config, seq_len):
     return train.stack(pack(documents, seq_len), "cpu")
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_model_flops_are_those_of_the_products(family):
+@pytest.mark.parametrize(
+    ("family", "rank"), [("llama", None), ("mixtral", None), ("llama", 3), ("mixtral", 3)]
+)
+def test_model_flops_are_those_of_the_products(family, rank):
     """PyTorch's counter finds as many in the matrix products of forward and backward; attention is counted by hand."""
     config = random_config(4, family, num_hidden_layers=3, sliding_window=None)
     model, batch = random_model(config).train(), packed(config, 64)
+    if rank:
+        add_adapters(model, rank, rank)
+        assert costs.adapter_parameters(config, rank) == sum(
+            p.numel() for p in model.parameters() if p.requires_grad
+        )
     in_place = {
         torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]
     }  # the one it does not know
@@ -107,25 +115,37 @@ def test_model_flops_are_those_of_the_products(family):
     counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     products = sum(count for operation, count in counts.items() if "attention" not in operation)
     learnt = (batch["targets"] != train.IGNORE).sum().item()
-    assert costs.model_flops(config, 64, learnt, 0, 0) == products
+    if rank:  # the first block's input needs no gradient; what that spares is in the plan
+        C, D = config.hidden_size, config.head_dim
+        sizes = (
+            config.num_attention_heads * D,
+            config.num_key_value_heads * D,
+            config.num_key_value_heads * D,
+        )
+        products += 2 * 64 * sum(C * size + rank * C for size in sizes)
+    assert costs.model_flops(config, 64, learnt, 0, 0, rank) == products
     pairs = sum(
         n * (n + 1) // 2 for n in (32, 16, 16)
     )  # query and key: H heads, D multiply-adds for q k' and as many for p v
     each = 3 * 2 * 2 * config.num_attention_heads * config.head_dim
-    with_attention = costs.model_flops(config, 64, learnt, pairs, 10)
+    with_attention = costs.model_flops(config, 64, learnt, pairs, 10, rank)
     assert with_attention - products == each * (
         2 * pairs + 10
     )  # the last layer needs those of supervised queries alone
     assert train.tally([batch], None).tolist()[:2] == [64, pairs]
 
 
+@pytest.mark.parametrize("rank", [None, 16])
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
-def test_activations_take_what_the_plan_says(how):
+def test_activations_take_what_the_plan_says(how, rank):
     """Bytes that autograd keeps for the backward pass are within a quarter of the plan's."""
     config = ModelConfig(vocab_size=4096, **{**PRESETS["stage"], "num_hidden_layers": 6})
-    args = types.SimpleNamespace(recompute=how, compile=False, dtype="float32", shard_ranks=None)
+    args = types.SimpleNamespace(
+        recompute=how, compile=False, dtype="float32", shard_ranks=None, lora=rank, lora_alpha=rank
+    )
     model = train.shard_model(config, torch.device("cpu"), args)
-    fill(model, RandomWeights(model, 0))
+    weights = RandomWeights(model, 0)
+    fill(model, FreshAdapters(weights, model, 0) if rank else weights)
     batch, made = packed(config, 512), []
 
     class Made(TorchDispatchMode):
@@ -141,9 +161,10 @@ def test_activations_take_what_the_plan_says(how):
     alive = {storage.data_ptr(): storage.nbytes() for ref in made if (storage := ref()) is not None}
     for parameter in model.parameters():
         alive.pop(parameter.data_ptr(), None)
-    heads = alive.pop(max(alive, key=alive.get))  # the head's gradient, a gradient
-    assert heads == 4 * config.vocab_size * config.hidden_size
-    plans = {name: costs.memory_plan(config, 512, 4, name, 1)["activations"] for name in (how, "none")}
+    if not rank:
+        heads = alive.pop(max(alive, key=alive.get))  # the head's gradient, a gradient
+        assert heads == 4 * config.vocab_size * config.hidden_size
+    plans = {name: costs.memory_plan(config, 512, 4, name, 1, rank)["activations"] for name in (how, "none")}
     plans = {name: plan - 4 * config.vocab_size * 512 for name, plan in plans.items()}  # no logits are left
     block = (
         0 if how == "none" else (plans["none"] - 4 * 512 * 3 * 256) / 5

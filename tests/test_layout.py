@@ -9,13 +9,13 @@ LEVELS = [
     {"common"},
     {"kernels"},
     {"data.scenes", "data.brackets", "data.prompts", "data.chats", "data.packing"},
-    {"model", "tokenizer"},
+    {"model", "tokenizer", "text"},
     {"data.channels", "data.general", "data.stream", "checkpoint"},
     {"engine", "training"},
     {"llm"},
     {"play"},
     {"evals"},
-    {"generate", "simulate", "judge", "train", "data.show", "bench"},
+    {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench"},
 ]
 SCRIPTS = LEVELS[-1]
 

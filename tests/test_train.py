@@ -582,7 +582,7 @@ def resident(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 
 device = train.start_ranks()
-args = types.SimpleNamespace(dtype="bfloat16", recompute="none", compile=False, shard_ranks=None)
+args = types.SimpleNamespace(dtype="bfloat16", recompute="none", compile=False, shard_ranks=None, lora=None)
 before = resident("VmRSS:")
 model = train.shard_model(checkpoint.load_config(sys.argv[2]), device, args)
 weights = checkpoint.Weights(sys.argv[2])
@@ -658,7 +658,9 @@ def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
     ]
     found = []
     for compiled in (False, True):
-        args = types.SimpleNamespace(dtype="float32", recompute=recompute, compile=compiled, shard_ranks=None)
+        args = types.SimpleNamespace(
+            dtype="float32", recompute=recompute, compile=compiled, shard_ranks=None, lora=None
+        )
         model = train.shard_model(config, torch.device("cpu"), args)
         fill(model, RandomWeights(model, 0))
         found.append(steps_of(model, batches[:3]))

@@ -62,8 +62,7 @@ def save_state(directory, model, optimizer, progress, keep=2):
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
         with agreed():
-            state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-            dcp.save(state, checkpoint_id=temporary)
+            dcp.save(_state(model, optimizer), checkpoint_id=temporary)
             mine = sorted(temporary.glob(f"__{dist.get_rank()}_*"))  # each rank reads back what it wrote
             checksums = {file.name: checksum(file) for file in mine}
         everyone = [None] * dist.get_world_size()
@@ -93,6 +92,14 @@ def save_state(directory, model, optimizer, progress, keep=2):
             else "there is none before it"
         )
         raise UsageError(f"{directory}: the checkpoint could not be saved ({error}); {kept}") from None
+
+
+def _state(model, optimizer):
+    """What is saved and loaded in place: the parameters that are trained, and their optimiser state."""
+    parameters = {
+        name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    return {"model": parameters, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def remove(directory):
@@ -136,6 +143,6 @@ def last_good(out):
 def load_state(directory, model, optimizer):
     """Puts a verified state into a model and optimiser of the same shapes, on any number of ranks. A collective."""
     with agreed():
-        state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        state = _state(model, optimizer)
         dcp.load(state, checkpoint_id=directory)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
