@@ -32,7 +32,8 @@ import checkpoint
 import kernels
 from common import files, terminal
 from common.files import UsageError, make_dir, read_json, write_whole
-from data.packing import CHANNELS, IGNORE, make_row
+from data.brackets import CHANNELS
+from data.packing import IGNORE, make_row
 from data.scenes import STAGE
 from data.stream import add_data_flags, open_stream
 from engine.cpu import fast_bf16

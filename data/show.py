@@ -17,9 +17,10 @@ from rich.table import Table
 
 from common import terminal
 from common.files import UsageError, write_whole
+from data.brackets import CHANNELS
 from data.chats import scene_to_chats
-from data.packing import CHANNELS
-from data.scenes import STAGE, Report, read_scenes, to_test_scene
+from data.records import Report
+from data.scenes import STAGE, read_scenes, to_test_scene
 from data.stream import add_data_flags, open_stream, row_lengths
 from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
 

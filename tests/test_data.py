@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from common.files import UsageError
 from data import prompts
+from data.brackets import as_thought, remove_thoughts
 from data.chats import (
     END_CHAT,
     START,
@@ -24,10 +25,10 @@ from data.chats import (
     next_speaker_chat,
     next_speaker_perspective,
     perspective,
-    remove_thoughts,
     scene_to_chats,
 )
-from data.scenes import LONGEST, Report, Scene, as_thought, load_book, load_scenes, read_scenes, to_test_scene
+from data.records import LONGEST, Report
+from data.scenes import Scene, load_book, load_scenes, read_scenes, to_test_scene
 
 BOOKS = ("King Lear", "Othello")
 HI, HO = {"character": "A", "message": "hi"}, {"character": "B", "message": "ho"}
@@ -242,7 +243,8 @@ def test_titles_that_differ_in_quotes_alone_are_one_book(read, form):
 def test_half_a_character_does_not_reach_the_tokenizer(read, stage_tokenizer):
     """JSON may escape half of a surrogate pair: it is mended or refused, and what is read can be encoded."""
     try:
-        (scene,), _ = read(book({"character": "A", "message": "hi \ud83d there"}, HO))
+        odd = book({"character": "A", "message": "hi \ud83d there"}, HO)
+        (scene,), _ = read({"title": "\ud83d", "character_datasets": {"A": {"profile": "\ud83d"}}, **odd})
     except UsageError:
         return
     for chat in scene_to_chats(scene):
@@ -388,10 +390,10 @@ MESSAGE = "plot 0, conversation 0, message 1"
 BAD = [  # what stands in a book, the kind it is counted as, where the report says it is
     (book(HI, "A: m", HO), "dropped: message that is not an object", MESSAGE),
     (book(HI, {"message": "m"}, HO), "dropped: message without a name", MESSAGE),
-    (book(HI, {"character": ["A"], "message": "m"}, HO), "dropped: message without a name", MESSAGE),
+    (book(HI, {"character": ["A"], "message": "m"}, HO), "dropped: `character` that is not text", MESSAGE),
     (book(HI, {"character": "A", "message": " \n"}, HO), "dropped: message without a text", MESSAGE),
-    (book(HI, {"character": "A", "message": ["m"]}, HO), "dropped: message that is not text", MESSAGE),
-    (book(HI, {"character": "A", "message": 5}, HO), "dropped: message that is not text", MESSAGE),
+    (book(HI, {"character": "A", "message": ["m"]}, HO), "dropped: `message` that is not text", MESSAGE),
+    (book(HI, {"character": "A", "message": 5}, HO), "dropped: `message` that is not text", MESSAGE),
     (
         book(HI, {"character": "A", "message": LONG}, HO),
         "dropped: message of more than 1,000,000 characters",
@@ -410,7 +412,7 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     (book(HI, {"character": " A\n", "message": "m"}, HO), "repaired: white space in a name", MESSAGE),
     (book(scenario=5), "dropped: `scenario` that is not text", "plot 0, conversation 0"),
     (book(topic=["t"]), "dropped: `topic` that is not text", "plot 0, conversation 0"),
-    (book(key_characters="A"), "dropped: key characters that are not a list", "plot 0, conversation 0"),
+    (book(key_characters="A"), "dropped: `key_characters` that is not a list", "plot 0, conversation 0"),
     (
         book(key_characters=["A"]),
         "dropped: key character that is not an object",
@@ -438,7 +440,7 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
         "repaired: `split_plot_index` that is no number, the last tenth of plots held out",
         "",
     ),
-    ({"character_datasets": [], **book()}, "dropped: characters that are not an object", ""),
+    ({"character_datasets": [], **book()}, "dropped: `character_datasets` that is not an object", ""),
     (
         {"character_datasets": {"A": {"profile": 5}}, **book()},
         "dropped: profile that is not text",
@@ -448,13 +450,13 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     ({"plots": [{}, *book()["plots"]]}, "dropped: plot without a conversation", "plot 0"),
     (
         {"plots": [{"conversation": "x"}, *book()["plots"]]},
-        "dropped: plot whose conversations are not a list",
+        "dropped: `conversation` that is not a list",
         "plot 0",
     ),
     (
         {"plots": [{"summary": 5, **book()["plots"][0]}]},
         "dropped: `summary` that is not text",
-        "plot 0, conversation 0",
+        "plot 0",
     ),
     (
         {"plots": [{"conversation": [[], *book()["plots"][0]["conversation"]]}]},
@@ -463,7 +465,7 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     ),
     (
         {"plots": [{"conversation": [{"dialogues": "A: m"}, *book()["plots"][0]["conversation"]]}]},
-        "dropped: conversation whose messages are not a list",
+        "dropped: `dialogues` that is not a list",
         "plot 0, conversation 0",
     ),
     (
@@ -471,7 +473,7 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
         "dropped: conversation without messages",
         "plot 0, conversation 0",
     ),
-    ([{**PLAIN, "plot": "p"}], "dropped: plot that is not an object", "scene 0"),
+    ([{**PLAIN, "plot": "p"}], "dropped: `plot` that is not an object", "scene 0"),
     (["odd", PLAIN], "dropped: scene that is not an object", "scene 0"),
     ([PLAIN, PLAIN], "dropped: scene whose book and numbers were read before", "b-1-2"),
     ([{**PLAIN, "tag": 5}], "dropped: `tag` that is not text", "scene 0"),
@@ -491,6 +493,24 @@ def test_what_is_bad_is_counted_and_located_and_strict_stops_there(data, kind, p
     with pytest.raises(UsageError) as error:
         load_scenes(tmp_path / "book.json", Report(strict=True))
     assert str(error.value).startswith(f"{where}: {kind}")
+
+
+def test_the_content_says_whether_a_file_is_one_list_or_lines(tmp_path):
+    """A test file, and books, as JSON lines or as one list, under either name: the same scenes, numbered the same."""
+    scenes = [{**TEST_SCENE, "i_c": None, "i_p": None}] * 3
+    books = [{**BOOK, "title": f"b{i}", "plots": BOOK["plots"] * 2} for i in range(2)]
+    for rows, number in ((scenes, 3), (books, 4)):
+        forms = [json.dumps(rows), json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))]
+        found = []
+        for i, (form, suffix) in enumerate((form, suffix) for form in forms for suffix in ("json", "jsonl")):
+            file = tmp_path / f"{i}.{suffix}"
+            file.write_text(form)
+            found.append(load_scenes(file))
+        assert len(found[0]) == number and all(other == found[0] for other in found)
+    file.write_text("\n".join([json.dumps(books[0]), '{"a', json.dumps(books[1])[:-3]]))
+    load_scenes(file, report := Report())
+    expected = {"line that is not JSON": 2, "last line, incomplete": 3}
+    assert report.examples == {f"dropped: {what}": f"{file}: line {n}" for what, n in expected.items()}
 
 
 def test_a_bad_file_among_books_is_counted(tmp_path):

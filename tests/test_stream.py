@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -13,24 +14,27 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import rich.console
 import torch
-from conftest import ROOT, usage_error
+from conftest import ROOT, pack_rows, usage_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data.store
 import data.stream
 import tokenizer
 from common.files import UsageError
-from data.brackets import BracketParser
+from data.brackets import BracketParser, remove_thoughts
 from data.channels import byte_channels, label
-from data.chats import remove_thoughts, scene_to_chats
-from data.general import LONGEST_LINE, read_general
-from data.packing import IGNORE, best_fit, pack, split_long
-from data.scenes import LONGEST, STAGE, Report, load_scenes
+from data.chats import scene_to_chats
+from data.general import read_general
+from data.packing import IGNORE, best_fit, split_long
+from data.records import LONGEST, LONGEST_LINE, Report
+from data.scenes import STAGE, Scene, load_scenes
 from data.stream import Stream, row_lengths
 
 
@@ -83,7 +87,7 @@ def test_channels_of_characters(text, lead):
         for c, channel in zip(lead + text, characters(lead + text, lead), strict=True)
         for _ in c.encode()
     ]
-    found = byte_channels((lead + text).encode(), len(lead.encode()))
+    found = byte_channels((lead + text).encode(), (len(lead.encode()),))
     assert found.tolist() == expected
     visible = "".join(c for c, channel in zip(text, characters(text, ""), strict=True) if channel != 3)
     assert "\n".join(line.strip() for line in visible.split("\n") if line.strip()) == remove_thoughts(text)
@@ -168,6 +172,36 @@ def test_a_token_that_straddles_takes_the_highest(tokenizers):
     ]
 
 
+@pytest.mark.parametrize("name", ["llama3", "llama2", "hf", "stage"])
+def test_an_unclosed_bracket_ends_with_its_message(tokenizers, name):
+    """Also where the next message is one's own and stands in the same turn: what the others perceive is no thought, and what
+    they do not is one, however the tokenizer normalises or prefixes text."""
+    tok = tokenizers[name]
+    messages = [
+        ("B", "x"),
+        ("A", "[caf\u0065\u0301"),
+        ("A", "a (nods"),
+        ("A", "b [c"),
+        ("A", "d"),
+        ("B", "y"),
+        ("A", "e"),
+    ]
+    scene = Scene("b", 0, 0, "train", "", "", "", [{"character": n, "message": m} for n, m in messages])
+    chats = scene_to_chats(scene, next_speaker_share=0, variants="all")
+    (chat, *_) = [c for c in chats if c.character == "A" and c.options["thoughts"]]
+    ids, channels = label(tok, chat.messages, "A", chat.parts)
+    words = [
+        (tok.token_bytes(i).decode(errors="replace").strip(), int(c))
+        for i, c in zip(ids.tolist(), channels, strict=True)
+    ]
+    found = {letter: channel for word, channel in words for letter in word if channel}
+    assert {c: found[c] for c in "[fabcde"} == {"[": 3, "f": 3, "a": 1, "b": 1, "c": 3, "d": 1, "e": 1}
+    assert found["("] == 2
+    closed = "\n".join(text for n, m in messages if n == "A" and (text := remove_thoughts(m)))
+    spoken = "".join(word for word, channel in words if channel in (1, 2)).replace("<|end|>", "")
+    assert re.sub(r"\W|A", "", spoken) == re.sub(r"\W", "", closed)
+
+
 def test_next_speaker_and_general_data_have_their_channels(tokenizers, stage):
     """All that a next-speaker model says is speech; general data is `general`, brackets and all."""
     scene = stage["ward-c/1"]
@@ -227,7 +261,10 @@ def test_a_torn_last_line_is_counted(tmp_path):
     whole = json.dumps(
         {"messages": [USER, {"role": "assistant", "content": "né"}]}, ensure_ascii=False
     ).encode()
-    for cut, kind in ((-1, "last line, torn"), (whole.index("é".encode()) + 1, "line that is not UTF-8")):
+    for cut, kind in (
+        (-1, "last line, incomplete"),
+        (whole.index("é".encode()) + 1, "line that is not UTF-8"),
+    ):
         file.write_bytes(whole + b"\n" + whole[:cut])
         report = Report()
         assert len(list(read_general(file, report))) == 1
@@ -251,11 +288,14 @@ def test_shapes_of_general_data(tmp_path):
     rows += [{"messages": [system, USER, ANSWER, USER]}]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, place in (("x.json", "row 3"), ("x.jsonl", "line 4")):
+    (tmp_path / "list.jsonl").write_text((tmp_path / "x.json").read_text())
+    (tmp_path / "lines.json").write_text((tmp_path / "x.jsonl").read_text())
+    places = {"x.json": "row 3", "x.jsonl": "line 4", "list.jsonl": "row 3", "lines.json": "line 4"}
+    for name, place in places.items():
         report = Report()
         assert [found for found, *_ in read_general(tmp_path / name, report)] == [[system, USER, ANSWER]] * 4
         assert report.examples == {
-            "repaired: what follows the last answer left out": f"{tmp_path / name}: {place}"
+            "repaired: messages after the last answer left out": f"{tmp_path / name}: {place}"
         }
     (tmp_path / "y.jsonl").write_text(
         json.dumps({"messages": [USER, {"role": "assistant", "content": "\ud83d!"}]})
@@ -298,7 +338,7 @@ def labelled(draw, longest, number=30):
 @given(labelled(12), st.integers(12, 40), st.integers(0, 3))
 def test_every_document_is_packed_once_and_by_itself(documents, seq_len, seed):
     """Each document stands whole in one row; its positions run from 0; its targets are its own next tokens, as labelled."""
-    rows = pack(documents, seq_len, seed)
+    rows = pack_rows(documents, seq_len, seed)
     for row in rows:
         for name in ("tokens", "targets", "positions", "channels"):
             assert row[name].shape == (seq_len,) and row[name].dtype == (
@@ -347,9 +387,9 @@ def test_a_long_chat_is_cut_between_turns():
 
 
 def test_a_document_longer_than_a_row_is_refused():
-    """`pack` splits nothing: it says so."""
+    """Packing splits nothing: it says so."""
     with pytest.raises(ValueError, match="9 tokens in rows of 8"):
-        pack([([1] * 9, [True] * 9)], 8)
+        pack_rows([([1] * 9, [True] * 9)], 8)
 
 
 def test_packing_follows_its_seed():
@@ -516,8 +556,8 @@ def test_the_cache_is_used_and_never_stale(stream, tmp_path, stage_tokenizer, mo
     book.write_text((STAGE / "ward_c.json").read_text())
     stream([book], mix=[(general, 0.5)])
     built = []
-    build = data.stream.build_store
-    monkeypatch.setattr(data.stream, "build_store", lambda *args: built.append(args[3]) or build(*args))
+    build = data.store.build_store
+    monkeypatch.setattr(data.store, "build_store", lambda *args: built.append(args[1].name) or build(*args))
 
     def builds(*args, **options):
         built.clear()
@@ -553,11 +593,18 @@ def test_all_variants_are_the_same_in_every_epoch(stream, tmp_path):
     assert made.start["epoch"] == 1 and len(made.chosen[1]) == made.documents > 0
 
 
+def many_processes(monkeypatch, number=3):
+    """Has even small data tokenised by that many processes."""
+    monkeypatch.setattr(data.store, "BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(data.store, "PROCESSES", number)
+    monkeypatch.setattr(os, "cpu_count", lambda: number)
+
+
 def test_workers_make_what_one_process_makes(stream, tmp_path, monkeypatch):
     """Tokens in the same order, byte by byte, with and without workers; a cache that was cut short is a usage error."""
-    stream()
-    monkeypatch.setattr(sys, "platform", "darwin")
     stream(cache=tmp_path / "alone")
+    many_processes(monkeypatch)
+    stream()
     made, alone = (sorted(path for path in (tmp_path / name).glob("*/*")) for name in ("cache", "alone"))
     assert len(made) == 3 and [path.read_bytes() for path in made] == [path.read_bytes() for path in alone]
     for path, size in ((made[-1], 4000), (made[0], 4000), (made[0], 39)):
@@ -596,13 +643,14 @@ def test_what_is_shown_is_what_is_learnt(text, size):
 
 
 CHILD = """
-import signal, sys, time, pathlib, data.stream, tokenizer
-build, started = data.stream.build_store, time.monotonic()
+import signal, sys, time, pathlib, data.store, data.stream, tokenizer
+build = data.store.build_store
 def slow(*args):
     print("built")
     time.sleep(1)
     build(*args)
-data.stream.build_store = slow
+data.store.build_store = slow
+data.store.BYTES_PER_PROCESS = 20_000
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background has it ignored
 tok = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
 signal.signal(signal.SIGTERM, lambda *_: None)  # as train.py, which stops when the step is done
@@ -613,8 +661,8 @@ print(stream.documents, stream.tokens, len(stream.rows))
 """
 
 
-def child(books, cache):
-    command = [sys.executable, "-c", CHILD, str(books), str(cache)]
+def child(books, cache, code=CHILD):
+    command = [sys.executable, "-c", code, str(books), str(cache)]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
@@ -629,14 +677,14 @@ def go(process):
 
 
 def test_of_several_processes_one_builds(tmp_path):
-    """Of three that start at once one builds, all get the same, and there is one directory and nothing else but the lock."""
+    """Of three that start at once one builds, all get the same, and there is one directory and nothing else."""
     together = [child(STAGE, tmp_path / "cache") for _ in range(3)]
     for process in together:
         go(process)
     said = [process.communicate(timeout=120)[0].splitlines() for process in together]
     assert sorted(map(len, said)) == [1, 1, 2] and len({lines[-1] for lines in said}) == 1
-    lock, made = sorted((tmp_path / "cache").iterdir())
-    assert lock.name == ".lock" and made.is_dir() and not made.suffix
+    (made,) = (tmp_path / "cache").iterdir()
+    assert made.is_dir() and not made.suffix
 
 
 def test_a_signal_to_the_whole_group_stops_no_worker(tmp_path):
@@ -654,8 +702,8 @@ def test_a_signal_to_the_whole_group_stops_no_worker(tmp_path):
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stage_tokenizer):
-    """Killed in the middle: within seconds no process holds the lock any more, and the next one builds what an undisturbed one
-    has. After Ctrl-C there is nothing left even of what was half built."""
+    """Killed in the middle: within seconds no process holds the lock any more or is alive, and the next one builds what an
+    undisturbed one has. After Ctrl-C there is nothing left even of what was half built."""
     books, cache = tmp_path / "books", tmp_path / "cache"
     books.mkdir()
     for i in range(40):
@@ -669,14 +717,15 @@ def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stag
             time.sleep(0.005)
         process.send_signal(sign)
         assert process.wait(timeout=30)
-        with open(cache / ".lock", "w") as lock:
-            for _ in range(100):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                time.sleep(0.1)
-            else:
-                pytest.fail("ten seconds later, a worker still holds the lock")
+        for file in cache.glob("*.tmp/tokens"):
+            with open(file) as lock:
+                for _ in range(100):
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    time.sleep(0.1)
+                else:
+                    pytest.fail("ten seconds later, a worker still holds the lock")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -686,6 +735,115 @@ def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stag
     other = Stream([books], stage_tokenizer, 2048, cache=tmp_path / "other")
     assert same(one.take(5), other.take(5)) and one.tokens == other.tokens
     assert {path.name for path in cache.iterdir()} == {path.name for path in (tmp_path / "other").iterdir()}
+
+
+PREPARING = """
+import pathlib, sys, time, data.store, data.stream, tokenizer
+data.store.BYTES_PER_PROCESS = data.stream.BYTES_PER_PROCESS = 1
+data.store.PROCESSES = 1
+tok = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
+stream = data.stream.Stream([sys.argv[1]], tok, 2048, cache=sys.argv[2])
+stream.take(1)
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+def descendants(pid):
+    """Processes that this one started, and those that they started."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            number, parent = int(file.parent.name), int(file.read_text().rpartition(")")[2].split()[1])
+            found += [number, *descendants(number)] if parent == pid else []
+    return found
+
+
+@pytest.mark.parametrize("sign", [None, signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_the_one_that_it_prepares_for(sign, tmp_path):
+    """The next epoch is being tokenised when its parent ends, is killed or gets a signal: nobody is left, nothing that counts
+    is there and, where the parent could still say so, nothing of what was half built."""
+    books, cache = tmp_path / "books", tmp_path / "cache"
+    books.mkdir()
+    for i in range(100):
+        book = json.loads((STAGE / "ward_c.json").read_text())
+        (books / f"{i}.json").write_text(json.dumps({**book, "title": f"book {i}"}))
+    process = child(books, cache, PREPARING)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 60
+        while not list(cache.glob("*.tmp/tokens")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        started = descendants(process.pid)
+        assert started
+        if sign:
+            os.killpg(process.pid, sign) if sign == signal.SIGTERM else process.kill()
+        else:
+            process.stdin.close()
+        process.wait(timeout=30)
+        while alive := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < deadline, alive
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert [path.suffix for path in cache.iterdir()] == [""]
+
+
+def test_the_next_epoch_is_prepared_while_this_one_is_read(stream, tmp_path, monkeypatch, stage_tokenizer):
+    """A spawned process builds it once a row was taken; at the boundary nothing is left to build, and rows are those of a
+    stream that builds them itself. Small data, other ranks of the machine and `variants=all` prepare nothing."""
+    alone = stream(cache=tmp_path / "alone")
+    expected = alone.take(len(alone.rows) + 3)
+    assert not multiprocessing.active_children()
+    monkeypatch.setattr(data.stream, "BYTES_PER_PROCESS", 1)
+    stream(variants="all").take(1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    stream().take(1)
+    assert not multiprocessing.active_children()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    made = stream()
+    rows = list(made.take(2))
+    (process,) = multiprocessing.active_children()
+    process.join(60)
+    assert process.exitcode == 0
+    monkeypatch.delattr(data.store, "build_store")
+    rows += list(made.take(len(expected) - 2))
+    assert made.start["epoch"] == 1 and same(rows, list(expected))
+    made_there, made_here = (
+        {p.parent.name: p.read_bytes() for p in (tmp_path / name).glob("*/tokens")}
+        for name in ("cache", "alone")
+    )
+    assert made_here.items() <= made_there.items() and len(made_here) == 2
+
+
+def test_a_process_that_is_killed_is_a_usage_error(stream, monkeypatch):
+    """As the system kills when memory is full: one line, and no store."""
+    many_processes(monkeypatch, 2)
+    start = data.store._start
+
+    def killed(*args):
+        process = start(*args)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(data.store, "_start", killed)
+    with pytest.raises(UsageError, match="was killed"):
+        stream()
+
+
+def test_workers_report_what_they_find(tmp_path, stream, monkeypatch):
+    """Repairs and drops, and the first of them with --strict, are those of one process."""
+    book = json.loads((STAGE / "ward_c.json").read_text())
+    book["plots"].insert(1, "odd")
+    (tmp_path / "book.json").write_text(json.dumps(book))
+    alone = stream([tmp_path / "book.json"], cache=tmp_path / "alone").report
+    many_processes(monkeypatch)
+    report = stream([tmp_path / "book.json"]).report
+    assert report == alone and report.examples == alone.examples and len(report) == 1
+    with pytest.raises(UsageError, match="plot 1: dropped: plot that is not an object"):
+        stream([tmp_path / "book.json"], strict=True, seed=3)
 
 
 # ---- what data.show shows ---------------------------------------------------------------------------------------------
@@ -751,7 +909,7 @@ def test_progress_is_shown_as_a_share(stream, monkeypatch):
     """On a terminal, tokenising counts up to 100%."""
     screen = io.StringIO()
     monkeypatch.setattr(
-        data.stream.terminal, "stderr", rich.console.Console(file=screen, force_terminal=True, width=100)
+        data.store.terminal, "stderr", rich.console.Console(file=screen, force_terminal=True, width=100)
     )
     stream()
     assert "tokenising the scenes of epoch 0" in screen.getvalue() and "100%" in screen.getvalue()
@@ -788,7 +946,7 @@ def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
         assert (code, out) == (
             0,
             "",
-        ) and f"1 dropped: characters that are not an object, the first at {odd}" in err
+        ) and f"1 dropped: `character_datasets` that is not an object, the first at {odd}" in err
     line = usage_error(inspect("--sharegpt", tmp_path / "none.json", "--held-out-books", 1))
     assert "all are held out" in line and not (tmp_path / "none.json").exists()
     assert inspect("--test-scenes", tmp_path / "held.json")[0] == 0
