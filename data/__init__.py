@@ -1,1 +1,2 @@
-"""From a book to training batches: scenes, chats of each character, tokens with their channels, packed rows."""
+"""From a book to training batches: scenes, chats of each character, tokens with their channels, packed
+rows."""

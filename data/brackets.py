@@ -1,8 +1,9 @@
 """The bracket rule: what in a message is thought, action or speech.
 
-`[thoughts]` are hidden from the other characters, `(actions)` are seen by everyone, everything else is speech. A thought runs
-from `[` to the `]` that closes it, brackets included; brackets nest. An action runs from a `(` outside of any thought to the
-`)` that closes it. An unclosed bracket ends with the message. A closing bracket without an opening one is plain text.
+`[thoughts]` are hidden from the other characters, `(actions)` are seen by everyone, everything else is
+speech. A thought runs from `[` to the `]` that closes it, brackets included; brackets nest. An action runs
+from a `(` outside of any thought to the `)` that closes it. An unclosed bracket ends with the message. A
+closing bracket without an opening one is plain text.
 """
 
 import re
@@ -41,7 +42,8 @@ def remove_thoughts(message):
 
 
 def as_thought(text):
-    """The text within enough square brackets to make all of it one closed thought, whatever brackets it holds itself."""
+    """The text within enough square brackets to make all of it one closed thought, whatever brackets it holds
+    itself."""
     depth = lowest = 0
     for c in text:
         depth += (c == "[") - (c == "]")

@@ -1,7 +1,8 @@
 """Tokenises a chat and gives every token under loss its channel: speech, action, thought, or general data.
 
-The bracket rule (data/brackets.py) is applied to the bytes of each message. A token that covers bytes of several channels gets
-the highest one: thought before action before speech. The name in front of a turn and the end-of-turn token are speech.
+The bracket rule (data/brackets.py) is applied to the bytes of each message. A token that covers bytes of
+several channels gets the highest one: thought before action before speech. The name in front of a turn and
+the end-of-turn token are speech.
 """
 
 import numpy as np
@@ -12,9 +13,10 @@ from data.brackets import GENERAL, SPEECH, BracketParser
 def label(tokenizer, messages, character=None, parts=None):
     """A conversation as (ids uint32 [N], channels int8 [N]); channel 0 means no loss.
 
-    character: who speaks the assistant turns that open with `Name: `; turns without the name (the next-speaker model's) are all
-    speech. None: general data. parts: the messages that each assistant turn is made of, in order (`Chat.parts`); an unclosed
-    bracket ends with its message. None: every turn is one message.
+    character: who speaks the assistant turns that open with `Name: `; turns without the name (the
+    next-speaker model's) are all speech. None: general data. parts: the messages that each assistant turn is
+    made of, in order (`Chat.parts`); an unclosed bracket ends with its message. None: every turn is one
+    message.
     """
     ids, mask = tokenizer.render(messages)
     ids, channels = np.array(ids, np.uint32), np.array(mask, np.int8)
@@ -36,7 +38,8 @@ def label(tokenizer, messages, character=None, parts=None):
 
 
 def token_channels(tokens, channels):
-    """The highest channel of each token's bytes, int8 [tokens]; speech for a token without bytes (end of turn)."""
+    """The highest channel of each token's bytes, int8 [tokens]; speech for a token without bytes (end of
+    turn)."""
     lengths = np.array([len(token) for token in tokens])
     starts = np.cumsum(lengths) - lengths
     result = np.full(len(tokens), SPEECH, np.int8)
@@ -46,9 +49,11 @@ def token_channels(tokens, channels):
 
 
 def byte_channels(text, starts=(0,)):
-    """The channel of each byte of a turn, int8 [len(text)]. starts: where its messages begin; before the first is the name.
+    """The channel of each byte of a turn, int8 [len(text)]. starts: where its messages begin; before the
+    first is the name.
 
-    Brackets are ASCII, so no byte of a longer UTF-8 character looks like one, and bytes can be read as Latin-1.
+    Brackets are ASCII, so no byte of a longer UTF-8 character looks like one, and bytes can be read as
+    Latin-1.
     """
     channels = np.full(len(text), SPEECH, np.int8)
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):

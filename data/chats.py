@@ -1,8 +1,10 @@
-"""Turns a scene into training chats, one for each character (given-circumstance acting; CoSER paper, section 4).
+"""Turns a scene into training chats, one for each character (given-circumstance acting; CoSER paper, section
+4).
 
-`perspective` is the conversation as one character experiences it: own messages are assistant turns and keep their thoughts,
-everybody else's messages are user turns without thoughts. Training chats and the agents of simulate.py are built by this same
-function, so an actor sees in a simulation what it saw in training. The loss is on assistant turns only.
+`perspective` is the conversation as one character experiences it: own messages are assistant turns and keep
+their thoughts, everybody else's messages are user turns without thoughts. Training chats and the agents of
+simulate.py are built by this same function, so an actor sees in a simulation what it saw in training. The
+loss is on assistant turns only.
 """
 
 import random
@@ -19,9 +21,11 @@ NEXT_SPEAKER = "NSP"
 
 @dataclass
 class Chat:
-    """One training sample: `kind` is `character`, `environment` or `next_speaker`; `options` are the prompt's, as drawn.
+    """One training sample: `kind` is `character`, `environment` or `next_speaker`; `options` are the
+    prompt's, as drawn.
 
-    parts: for each assistant turn the messages it joins, since brackets close at the end of a message. None: one each.
+    parts: for each assistant turn the messages it joins, since brackets close at the end of a message. None:
+    one each.
     """
 
     messages: list
@@ -47,20 +51,23 @@ def perceived_turns(dialogue, character, thoughts=True):
 
 
 def perspective(dialogue, character, thoughts=True):
-    """The conversation as `character` experiences it: alternating user and assistant turns, the first a user turn.
+    """The conversation as `character` experiences it: alternating user and assistant turns, the first a user
+    turn.
 
-    dialogue: list of `{character, message}`. thoughts=False removes the character's own thoughts too (the paper's ablation
-    without inner thoughts). Consecutive messages of others share a user turn, each with its speaker's name; consecutive own
-    messages share an assistant turn with the name in front only once.
+    dialogue: list of `{character, message}`. thoughts=False removes the character's own thoughts too (the
+    paper's ablation without inner thoughts). Consecutive messages of others share a user turn, each with its
+    speaker's name; consecutive own messages share an assistant turn with the name in front only once.
     """
     turns = perceived_turns(dialogue, character, thoughts)
     return [{"role": role, "content": "".join(parts)} for role, parts in turns]
 
 
 def next_speaker_perspective(dialogue, names=None):
-    """The conversation as the next-speaker model sees it: it answers with a name, then reads what that character said.
+    """The conversation as the next-speaker model sees it: it answers with a name, then reads what that
+    character said.
 
-    names: what the assistant answers before each message, where that differs from its speaker (`random` in training).
+    names: what the assistant answers before each message, where that differs from its speaker (`random` in
+    training).
     """
     messages = [{"role": "user", "content": START}]
     for i, turn in enumerate(dialogue):
@@ -71,7 +78,8 @@ def next_speaker_perspective(dialogue, names=None):
 
 
 def draw_options(rng, thoughts=True):
-    """Draws what varies between prompts, with the release's shares (CoSER paper, appendix; data/prompts.py)."""
+    """Draws what varies between prompts, with the release's shares (CoSER paper, appendix;
+    data/prompts.py)."""
     return {
         "opener": rng.randrange(len(prompts.OPENERS)),
         "style": rng.choices(list(prompts.STYLES), [share for share, _ in prompts.STYLES.values()])[0],
@@ -90,12 +98,13 @@ def system_prompt(scene, character, options, concise=False):
 
 
 def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1, variants="draw"):
-    """The training chats of a scene: one for each speaker, and for a share of scenes one for the next-speaker model.
+    """The training chats of a scene: one for each speaker, and for a share of scenes one for the next-speaker
+    model.
 
-    Options are drawn from (seed, scene, character, epoch) alone, so adding a book changes no other chat. thoughts=False is the
-    ablation without inner thoughts; a character who then says nothing gives no chat. variants: `draw` is one chat for each
-    speaker, as in the paper; `all` the release's four, with and without thoughts and the others' profiles (two in the
-    ablation), with the remaining options drawn for each.
+    Options are drawn from (seed, scene, character, epoch) alone, so adding a book changes no other chat.
+    thoughts=False is the ablation without inner thoughts; a character who then says nothing gives no chat.
+    variants: `draw` is one chat for each speaker, as in the paper; `all` the release's four, with and without
+    thoughts and the others' profiles (two in the ablation), with the remaining options drawn for each.
     """
     chats, fixed = [], [{}]
     if variants == "all":
@@ -122,7 +131,8 @@ def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1
 
 
 def next_speaker_chat(scene, rng):
-    """The chat of the next-speaker model. A speaker who is neither major nor the Environment is `random` 25% of the time."""
+    """The chat of the next-speaker model. A speaker who is neither major nor the Environment is `random` 25%
+    of the time."""
     known = {*scene.major_characters, ENVIRONMENT}
     speakers = [turn["character"] for turn in scene.dialogues]
     names = [name if name in known or rng.random() >= 0.25 else "random" for name in speakers]

@@ -1,4 +1,5 @@
-"""Reads general SFT data: ShareGPT rows (`conversations` of `from` and `value`) and `messages` rows (of `role` and `content`).
+"""Reads general SFT data: ShareGPT rows (`conversations` of `from` and `value`) and `messages` rows (of
+`role` and `content`).
 
 A file is a JSON list or JSON lines. Rows that cannot be used are dropped, counted and located in the report.
 """
@@ -12,7 +13,8 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 
 def read_general(path, report):
-    """Yields (messages, place, share of the file read) for each usable row. UsageError if there is none, or no file."""
+    """Yields (messages, place, share of the file read) for each usable row. UsageError if there is none, or
+    no file."""
     path, found = Path(path), False
     for _, row, where, done in read_rows(path, report):
         problem, messages = row_messages(row, report)

@@ -1,12 +1,14 @@
-"""Packs tokenised documents into rows of equal length. Packing looks at lengths only; a row is made when it is needed.
+"""Packs tokenised documents into rows of equal length. Packing looks at lengths only; a row is made when it
+is needed.
 
-A row holds documents one after the other: `tokens`, `targets`, `positions`, int64 [seq_len] each, `channels`, int8 [seq_len],
-and `used`, the number of tokens that belong to documents. Positions count from 0 in each document; `targets[i]` is the token to
-predict at i, or IGNORE; `channels[i]` is the channel of that target (data/brackets.py), 0 where there is none. The remaining
-places form a last document of padding without targets.
+A row holds documents one after the other: `tokens`, `targets`, `positions`, int64 [seq_len] each, `channels`,
+int8 [seq_len], and `used`, the number of tokens that belong to documents. Positions count from 0 in each
+document; `targets[i]` is the token to predict at i, or IGNORE; `channels[i]` is the channel of that target
+(data/brackets.py), 0 where there is none. The remaining places form a last document of padding without
+targets.
 
-A document longer than a row is split into pieces (document, context start, context end, start, end): the context is only read,
-the tokens from start to end are under loss where they were.
+A document longer than a row is split into pieces (document, context start, context end, start, end): the
+context is only read, the tokens from start to end are under loss where they were.
 """
 
 import random
@@ -19,13 +21,14 @@ IGNORE = -100
 
 
 def split_long(channels, seq_len):
-    """Splits a document: pieces (context start, context end, start, end), and how many pieces without loss were left out.
+    """Splits a document: pieces (context start, context end, start, end), and how many pieces without loss
+    were left out.
 
-    channels: int8 [length], 0 where a token is not under loss. A piece ends after the last supervised turn that fits, and the
-    next one starts with the turn behind it. Its context is the beginning of the document up to and including the first
-    supervised turn (prompt, opening, one answer) if that takes at most half a row. If it takes more, or if a turn is too long
-    for a row and is cut inside, the context is the half row just before. Every supervised token but the document's very
-    first one is the target of exactly one piece.
+    channels: int8 [length], 0 where a token is not under loss. A piece ends after the last supervised turn
+    that fits, and the next one starts with the turn behind it. Its context is the beginning of the document
+    up to and including the first supervised turn (prompt, opening, one answer) if that takes at most half a
+    row. If it takes more, or if a turn is too long for a row and is cut inside, the context is the half row
+    just before. Every supervised token but the document's very first one is the target of exactly one piece.
     """
     supervised = channels != 0
     ends = np.flatnonzero(supervised & ~np.append(supervised[1:], False)) + 1  # of the supervised turns
@@ -49,7 +52,8 @@ def split_long(channels, seq_len):
 
 
 def best_fit(lengths, seq_len, seed=0):
-    """Best-fit decreasing: rows as lists of document numbers, the longest document first, each into the fullest row it fits.
+    """Best-fit decreasing: rows as lists of document numbers, the longest document first, each into the
+    fullest row it fits.
 
     The seed shuffles the rows and the documents within each row. Documents are not split here.
     """

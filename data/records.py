@@ -1,4 +1,5 @@
-"""Reads messy JSON: rows by a file's content, fields under their older names, and a report of all that was repaired or dropped."""
+"""Reads messy JSON: lists and lines, fields under older names, and a report of what was repaired or
+dropped."""
 
 import json
 from collections import Counter
@@ -6,12 +7,13 @@ from dataclasses import dataclass
 
 from common.files import UsageError, read_json
 
-LONGEST = 1_000_000  # characters of a message; longer ones are accidents that would keep a tokenizer busy for minutes
+LONGEST = 1_000_000  # characters of a message; a longer one is an accident and would take minutes to tokenise
 LONGEST_LINE = 2**25  # bytes
 
 
 class Report(Counter):
-    """Counts what reading repaired and dropped: description -> count. `examples`: description -> place of the first one.
+    """Counts what reading repaired and dropped, by description. `examples`: description -> place of the
+    first.
 
     strict: the first repair or drop is a UsageError instead.
     """
@@ -37,14 +39,15 @@ class Report(Counter):
         return [f"{count} {what}, the first at {self.examples[what]}" for what, count in self.most_common()]
 
 
-# ---- files --------------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def read_rows(path, report, what="row"):
     """Yields (number, value, place, share of the file read) for each value of a JSON list or of JSON lines.
 
-    The content decides which it is, not the name; a file with one JSON object yields that object. JSON lines are read one at a
-    time, so such a file may exceed memory; lines that cannot be read are dropped. UsageError for a file that is not JSON.
+    The content decides which it is, not the name; a file with one JSON object yields that object. JSON lines
+    are read one at a time, so such a file may exceed memory; lines that cannot be read are dropped.
+    UsageError for a file that is not JSON.
     """
     if _holds_lines(path):
         yield from _read_lines(path, report)
@@ -58,8 +61,8 @@ def read_rows(path, report, what="row"):
 
 
 def _holds_lines(path):
-    """Whether a file is JSON lines: several lines of which the first is an object. If it is neither that nor the beginning of
-    a list, the name decides."""
+    """Whether a file is JSON lines: several lines of which the first is an object. If it is neither that nor
+    the beginning of a list, the name decides."""
     try:
         with open(path, "rb") as file:
             first = b""
@@ -95,7 +98,8 @@ def _read_lines(path, report):
 
 
 def mend_surrogates(value, where, report):
-    """Replaces escaped halves of surrogate pairs, which are no characters and which no tokenizer takes, by question marks."""
+    """Replaces escaped halves of surrogate pairs, which are no characters and which no tokenizer takes, by
+    question marks."""
     text = json.dumps(value, ensure_ascii=False)
     if text.isascii():
         return value
@@ -106,13 +110,13 @@ def mend_surrogates(value, where, report):
     return json.loads(mended)
 
 
-# ---- fields -------------------------------------------------------------------------------------------------------------
+# ---- fields ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Field:
-    """kind: the type it must have. older: names it has in other versions of the format. missing: the report when there is no
-    value, None where that is fine. item: what an item of a list is called in the report."""
+    """kind: the type it must have. older: names it has in other versions of the format. missing: the report
+    when there is no value, None where that is fine. item: what an item of a list is called in the report."""
 
     kind: type = str
     older: tuple = ()

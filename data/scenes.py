@@ -1,7 +1,9 @@
-"""Reads scenes (books in the CoSER format, test files, the bundled stories under data/stage) and chooses among them.
+"""Reads scenes (books in the CoSER format, test files, the bundled stories under data/stage) and chooses
+among them.
 
-A book holds plots, each with conversations; a test file is a list of scenes. Both become a list of `Scene`. Real files are
-messy: reading repairs what it can (an older key such as `thought` for `motivation`), drops what it cannot use, and counts both.
+A book holds plots, each with conversations; a test file is a list of scenes. Both become a list of `Scene`.
+Real files are messy: reading repairs what it can (an older key such as `thought` for `motivation`), drops
+what it cannot use, and counts both.
 
     report = Report()
     scenes = load_scenes("books/Othello.json", report)
@@ -27,10 +29,11 @@ STAGE = Path(__file__).resolve().parent / "stage"
 class Scene:
     """One conversation with its given circumstances.
 
-    book, i_p, i_c identify it: title, number of the plot, number of the conversation in the plot. `tag` is `train`, `id` (a
-    held-out plot of a book seen in training) or `ood` (an unseen book). `dialogues` are `{character, message}`, messages with
-    `[thoughts]` and `(actions)`. `speaking_characters` are all speakers, the Environment included, most messages first;
-    `major_characters` those with a profile. `profiles` and `motivations` map names to text.
+    book, i_p, i_c identify it: title, number of the plot, number of the conversation in the plot. `tag` is
+    `train`, `id` (a held-out plot of a book seen in training) or `ood` (an unseen book). `dialogues` are
+    `{character, message}`, messages with `[thoughts]` and `(actions)`. `speaking_characters` are all
+    speakers, the Environment included, most messages first; `major_characters` those with a profile.
+    `profiles` and `motivations` map names to text.
     """
 
     book: str
@@ -61,11 +64,12 @@ class Scene:
         return asdict(self)
 
 
-# ---- choosing -----------------------------------------------------------------------------------------------------------
+# ---- choosing ----------------------------------------------------------------------------------------------
 
 
 def data_files(paths):
-    """The given files, and the `*.json` files of given directories, in order. UsageError where there are none."""
+    """The given files, and the `*.json` files of given directories, in order. UsageError where there are
+    none."""
     files = []
     for path in map(Path, paths):
         found = sorted(path.glob("*.json")) if path.is_dir() else [path]
@@ -80,8 +84,9 @@ def data_files(paths):
 def read_scenes(paths, report, held_out_books=0.0):
     """Yields (scene, share of the files done), with one file in memory at a time.
 
-    Of several files, those that cannot be read are dropped and counted; a single one, or no scene at all, is a UsageError.
-    held_out_books: the share of books, chosen by a hash of their titles, all of whose scenes become `ood`.
+    Of several files, those that cannot be read are dropped and counted; a single one, or no scene at all, is
+    a UsageError. held_out_books: the share of books, chosen by a hash of their titles, all of whose scenes
+    become `ood`.
     """
     files, found = data_files(paths), False
     for number, file in enumerate(files, 1):
@@ -106,12 +111,14 @@ def read_scenes(paths, report, held_out_books=0.0):
 
 
 def load_scenes(path, report=None):
-    """The scenes of a book, a test file, or every `*.json` of a directory, in order. UsageError if there are none."""
+    """The scenes of a book, a test file, or every `*.json` of a directory, in order. UsageError if there are
+    none."""
     return [scene for scene, _ in read_scenes([path], Report() if report is None else report)]
 
 
 def load_book(path, report=None):
-    """The scenes of one book: `train` before its `split_plot_index` (default: the first 90% of plots), then `id`."""
+    """The scenes of one book: `train` before its `split_plot_index` (default: the first 90% of plots), then
+    `id`."""
     return load_scenes(path, report)
 
 
@@ -125,8 +132,9 @@ def load_stage():
 
 
 def find_scenes(spec, limit=None, which="0"):
-    """The scenes that --scene means, at most `limit`: a bundled scene's name, FILE, FILE:INDEX, FILE:FIRST-LAST (inclusive) or
-    FILE:all. which: the part of a plain FILE that is meant without a limit; with one it is all of it."""
+    """The scenes that --scene means, at most `limit`: a bundled scene's name, FILE, FILE:INDEX,
+    FILE:FIRST-LAST (inclusive) or FILE:all. which: the part of a plain FILE that is meant without a limit;
+    with one it is all of it."""
     stage = load_stage()
     if spec in stage:
         return [stage[spec]]
@@ -134,9 +142,8 @@ def find_scenes(spec, limit=None, which="0"):
     if re.search(r":(all|-?\d{1,18}|\d{1,18}-\d{1,18})$", spec):
         file, _, which = spec.rpartition(":")
     if not Path(file).exists():
-        raise UsageError(
-            f"--scene {spec}: neither a file nor a bundled scene; bundled are {', '.join(stage)}"
-        )
+        names = ", ".join(stage)
+        raise UsageError(f"--scene {spec}: neither a file nor a bundled scene; bundled are {names}")
     scenes = load_scenes(file, report := Report())
     for line in report.lines():
         terminal.note(f"{file}: {line}")
@@ -148,9 +155,8 @@ def find_scenes(spec, limit=None, which="0"):
             raise UsageError(f"--scene {spec}: {file} has scenes 0 to {len(scenes) - 1}")
         scenes = scenes[int(first) : int(last) + 1]
     if len({scene.key for scene in scenes}) < len(scenes):
-        raise UsageError(
-            f"--scene {spec}: two scenes with the same book, plot and conversation number; play them one by one"
-        )
+        problem = "two scenes with the same book, plot and conversation number; play them one by one"
+        raise UsageError(f"--scene {spec}: {problem}")
     return scenes[:limit]
 
 
@@ -159,7 +165,7 @@ def _book_hash(title):
     return int.from_bytes(hashlib.sha256(title.encode()).digest()[:8]) / 2**64
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def _file_scenes(path, report):
@@ -169,10 +175,9 @@ def _file_scenes(path, report):
         elif isinstance(value.get("plots"), list):
             separator = ": " if where == str(path) else ", "
             yield from _book_scenes(value, path.stem, where, report, separator)
-        elif where == str(path):  # one object that is not in a list
-            raise UsageError(
-                f"{path}: neither a book (an object with `plots`) nor a test file (a list of scenes)"
-            )
+        elif where == str(path) and "dialogues" not in value:  # the file's only object
+            problem = "neither a book (an object with `plots`) nor a test file (a list of scenes)"
+            raise UsageError(f"{path}: {problem}")
         elif scene := _test_scene(Record(mend_surrogates(value, where, report), where, report), number):
             yield scene
 
@@ -195,7 +200,8 @@ def _book_scenes(value, stem, where, report, separator):
 
 
 def _test_scene(item, index):
-    """The Scene of an item of a test file, or of a scene in the form of `Scene.to_dict`; None where it has no messages."""
+    """The Scene of an item of a test file, or of a scene in the form of `Scene.to_dict`; None where it has no
+    messages."""
     if "plot_summary" in item.value:
         motivations = item.get("motivations").items()
         item.value = item.value | {
@@ -253,14 +259,14 @@ def _scene(conversation, identity, plot, profiles):
 
 
 def _turn(message):
-    """One `{character, message}`, or None. What stands under `thought` becomes a thought, so that nobody else sees it; some
-    files have the beginning of a message, a thought, for its key."""
+    """One `{character, message}`, or None. What stands under `thought` becomes a thought, so that nobody else
+    sees it; some files have the beginning of a message, a thought, for its key."""
     name = _name(message, "character")
     if not name:
         return None
-    bracketed = next((k for k, v in message.value.items() if k.startswith("[") and isinstance(v, str)), None)
+    bracketed = [f"{k} {v}" for k, v in message.value.items() if k.startswith("[") and isinstance(v, str)]
     if bracketed and not isinstance(message.value.get("message"), str):
-        text, key = f"{bracketed} {message.value[bracketed]}", "[...]"
+        text, key = bracketed[0], "[...]"
         message.note("repaired: `[...]` read as `message`")
     else:
         text, key = message.find("message")

@@ -1,12 +1,13 @@
 """The cache of tokenised documents: builds a store in one process or several, and reads it memory-mapped.
 
-The documents of a source lie in `cache/KEY/`. KEY is a hash of the files' bytes, the tokenizer, the settings and the code that
-makes chats, so a store is never stale. It is built in `KEY.tmp/`, which is renamed when it is complete: a build that is stopped
-leaves nothing that counts. Of several processes that want a store one builds it and the others wait for it. Any part of the
-cache may be deleted at any time.
+The documents of a source lie in `cache/KEY/`. KEY is a hash of the files' bytes, the tokenizer, the settings
+and the code that makes chats, so a store is never stale. It is built in `KEY.tmp/`, which is renamed when it
+is complete: a build that is stopped leaves nothing that counts. Of several processes that want a store one
+builds it and the others wait for it. Any part of the cache may be deleted at any time.
 
-Large sources are tokenised by several spawned processes, and `prepare` builds a store ahead of time in a spawned process. None
-of them outlives the process that started it. Spawned, since a process that runs CUDA and NCCL threads must not fork.
+Large sources are tokenised by several spawned processes, and `prepare` builds a store ahead of time in a
+spawned process. None of them outlives the process that started it. Spawned, since a process that runs CUDA
+and NCCL threads must not fork.
 """
 
 import contextlib
@@ -41,13 +42,13 @@ from tokenizer import load_tokenizer
 SHIFT = 28  # a stored token is its id, with its channel above these bits
 INDEXED = 1 + len(
     CHANNELS
-)  # numbers in the index for a document: where it ends, its supervised tokens of each channel
+)  # numbers in the index: where a document ends, its supervised tokens of each channel
 PROCESSES = 16  # at most
-BYTES_PER_PROCESS = 2**24  # of source files: 2 to 6 s of work, about the time that another process takes to start
+BYTES_PER_PROCESS = 2**24  # of source files: 2 to 6 s of work, about what starting a process costs
 CODE = ("brackets", "channels", "chats", "general", "prompts", "records", "scenes", "store", "../tokenizer")
 
 
-# ---- what is tokenised --------------------------------------------------------------------------------------------------
+# ---- what is tokenised -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -119,12 +120,13 @@ def code_digest():
     return digest(*(Path(__file__).parent / f"{name}.py" for name in CODE))
 
 
-# ---- a store ------------------------------------------------------------------------------------------------------------
+# ---- a store -----------------------------------------------------------------------------------------------
 
 
 class Store:
-    """Tokenised documents. offsets: int64 [documents + 1]; counts: int64 [documents, channels], supervised tokens; tokens:
-    uint32 [offsets[-1]], read when they are used; report: `counts` and `examples` of the Report."""
+    """Tokenised documents. offsets: int64 [documents + 1]; counts: int64 [documents, channels], supervised
+    tokens; tokens: uint32 [offsets[-1]], read when they are used; report: `counts` and `examples` of the
+    Report."""
 
     def __init__(self, path):
         self.report = read_json(path / "report.json")
@@ -146,7 +148,7 @@ class Store:
 
 
 def open_store(cache, key, source, tokenizer, strict=False, background=False):
-    """The Store of a source, built if it is not there. background: in this process alone, and without a word."""
+    """The Store of a source, built if it is not there. background: by this process alone, showing nothing."""
     path, partial = make_dir(cache) / key, Path(cache) / f"{key}.tmp"
     while not path.is_dir():
         with _lock(partial) as locked:
@@ -202,14 +204,14 @@ def build_store(path, source, tokenizer, report, background=False):
 
 
 def _tokenise(source, tokenizer, report, first=0, step=1):
-    """Yields (share done, stored documents) for each item of a source, or for every `step`-th one from `first` on."""
+    """Yields (share done, stored documents) for every `step`-th item of a source, from `first` on."""
     for done, item in itertools.islice(source.items(tokenizer, report), first, None, step):
         documents = source.documents(tokenizer, item)
         yield done, [ids | channels.astype(np.uint32) << SHIFT for ids, channels in documents]
 
 
 def _with_progress(results, name):
-    """Passes results on and shows the share that is done: as a bar on a terminal, else in a line now and then."""
+    """Passes results on and shows the share that is done: a bar on a terminal, else a line now and then."""
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
     started = last = time.monotonic()
     with contextlib.closing(results), terminal.progress(*columns) as bar:
@@ -222,12 +224,12 @@ def _with_progress(results, name):
                 terminal.note(f"tokenising {name}: {done:.0%} in {last - started:,.0f} s")
 
 
-# ---- other processes ----------------------------------------------------------------------------------------------------
+# ---- other processes ---------------------------------------------------------------------------------------
 
 
 def _start(target, *args):
-    """Starts a spawned process with SIGINT and SIGTERM blocked: torchrun and terminals send them to our whole process group, but
-    what to do about them is decided in this process."""
+    """Starts a spawned process with SIGINT and SIGTERM blocked: torchrun and terminals send them to our whole
+    process group, but what to do about them is decided in this process."""
     process = multiprocessing.get_context("spawn").Process(target=target, args=args, daemon=True)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
@@ -262,9 +264,8 @@ def _tokenise_in_processes(number, source, tokenizer, report):
             try:
                 done, documents = receiver.recv()
             except EOFError:
-                raise UsageError(
-                    f"a process that tokenised {source.name} was killed (memory?); try again"
-                ) from None
+                problem = f"tokenising {source.name}: a process was killed, perhaps for memory; try again"
+                raise UsageError(problem) from None
             if isinstance(done, UsageError):
                 raise done
             if done is None:
@@ -292,9 +293,13 @@ def _worker(sender, source, reopen, strict, first, step):
 
 
 def prepare(cache, key, source, tokenizer, strict):
-    """Starts building a store in a background process. Whoever opens the store before it is complete waits for it; if the
-    process fails or is stopped, the store is built where it is opened."""
-    _start(_prepare, cache, key, source, (tokenizer.file, tokenizer.chat_format), strict)
+    """Starts building a store in a background process, unless it is there or its source is small.
+
+    Whoever opens the store before it is complete waits for it. If the process fails or is stopped, the store
+    is built where it is opened.
+    """
+    if size(source) >= BYTES_PER_PROCESS and not (Path(cache) / key).is_dir():
+        _start(_prepare, cache, key, source, (tokenizer.file, tokenizer.chat_format), strict)
 
 
 def _prepare(cache, key, source, reopen, strict):

@@ -4,8 +4,8 @@
     rows = stream.take(48)[rank::world]        # the rows of this rank, made only now
     stream.load(json.loads(saved))             # saved: json.dumps(stream.state())
 
-Documents come from the cache of tokenised data (data/store.py). While an epoch is read, the next one is tokenised in the
-background.
+Documents come from the cache of tokenised data (data/store.py). While an epoch is read, the next one is
+tokenised in the background.
 """
 
 import json
@@ -21,16 +21,7 @@ from data.brackets import CHANNELS
 from data.packing import best_fit, make_row, split_long
 from data.records import Report
 from data.scenes import data_files
-from data.store import (
-    BYTES_PER_PROCESS,
-    GeneralSource,
-    SceneSource,
-    code_digest,
-    digest,
-    open_store,
-    prepare,
-    size,
-)
+from data.store import GeneralSource, SceneSource, code_digest, digest, open_store, prepare
 
 HELD_OUT = 2**31  # the number of the held-out scenes as a source
 LONGEST_ROW = 2**24  # tokens
@@ -51,9 +42,7 @@ def add_data_flags(parser):
     """Adds the flags that `open_stream` reads, except --seq-len."""
     add = parser.add_argument
     add("--without-thoughts", action="store_true", help="train without inner thoughts (the paper's ablation)")
-    text = (
-        "chats of a character in a scene: one, drawn anew in each epoch (the paper's), or the release's four"
-    )
+    text = "chats of each character in a scene: one, drawn in each epoch (the paper's), or the release's four"
     add("--variants", choices=["draw", "all"], default="draw", help=f"{text} (default: draw)")
     text = "general SFT data (ShareGPT or `messages`) and its share of all tokens; half in the paper"
     add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help=text)
@@ -96,19 +85,22 @@ def row_lengths(pieces):
 class Stream:
     """The rows of epoch 0, then of epoch 1, and so on, each with its own draw of prompts and its own order.
 
-    paths: books, test files, directories; their training scenes are read here, their held-out ones by `held_out`. variants:
-    `draw` (one chat of a character and scene in each epoch) or `all` (the release's four, the same in every epoch). mix: (file,
-    share of all tokens) pairs of general data; an epoch reads as much of a file as it needs, in a shuffled order, and the next
-    epoch goes on from there. thoughts=False: without inner thoughts. held_out_books: share of the books held out as a whole.
-    strict: UsageError at the first thing that reading would repair or drop.
+    paths: books, test files, directories; their training scenes are read here, their held-out ones by
+    `held_out`. variants: `draw` (one chat of a character and scene in each epoch) or `all` (the release's
+    four, the same in every epoch). mix: (file, share of all tokens) pairs of general data; an epoch reads as
+    much of a file as it needs, in a shuffled order, and the next epoch goes on from there. thoughts=False:
+    without inner thoughts. held_out_books: share of the books held out as a whole. strict: UsageError at the
+    first thing that reading would repair or drop.
 
-    If less than 98% of an epoch's rows is filled, its emptiest row is not used, and the documents in it are packed with those of
-    the next epoch. An epoch of a single row is used as it is.
+    If less than 98% of an epoch's rows is filled, its emptiest row is not used, and the documents in it are
+    packed with those of the next epoch. An epoch of a single row is used as it is.
 
-    Of the present epoch: `documents`, `tokens`, `supervised` ({channel: tokens}), `rows`, `cut` (documents longer than a row),
-    `without` (pieces of them left out, since no token in them is under loss). `report`: what reading repaired and dropped.
+    Of the present epoch: `documents`, `tokens`, `supervised` ({channel: tokens}), `rows`, `cut` (documents
+    longer than a row), `without` (pieces of them left out, since no token in them is under loss). `report`:
+    what reading repaired and dropped.
 
-    Documents have a source and a number. Sources: an epoch of the scenes, HELD_OUT, or -1, -2, ... for files of general data.
+    Documents have a source and a number. Sources: an epoch of the scenes, HELD_OUT, or -1, -2, ... for files
+    of general data.
     """
 
     def __init__(
@@ -126,28 +118,21 @@ class Stream:
         if missing := next((path for path in self.mix if not path.is_file()), None):
             raise UsageError(f"{missing}: no such file")
         self.files, self.held_out_books = data_files(paths), held_out_books
-        self.tokenizer, self.seq_len, self.seed, self.cache, self.strict = (
-            tokenizer,
-            seq_len,
-            seed,
-            cache,
-            strict,
-        )
+        self.tokenizer, self.seq_len, self.seed = tokenizer, seq_len, seed
+        self.cache, self.strict = cache, strict
         self.options = {"seed": seed, "thoughts": thoughts, "variants": variants}
         self.maker = digest(code_digest(), tokenizer.file, tokenizer.chat_format)
         self.content = digest(*self.files)
-        self.identity = digest(
-            self.content, *self.mix, tokenizer.file, tokenizer.chat_format
-        )  # of all that is read
+        # of all that is read, whatever the code
+        self.identity = digest(self.content, *self.mix, tokenizer.file, tokenizer.chat_format)
         self.stores, self.report, self.prepared = {}, Report(), None
         for source in (0, *(-1 - i for i in range(len(self.mix)))):
             self.report.update(self.store(source).report["counts"])
             self.report.examples |= self.store(source).report["examples"]
             if not len(self.store(source).lengths) and source < 0:
                 file = self.mix[-1 - source]
-                raise UsageError(
-                    f"{file}: the chat format {tokenizer.chat_format} cannot express any of its rows"
-                )
+                problem = f"the chat format {tokenizer.chat_format} cannot express any of its rows"
+                raise UsageError(f"{file}: {problem}")
         if strict and self.report:
             what, where = next(iter(self.report.examples.items()))
             raise UsageError(f"{where}: {what} (--strict stops here)")
@@ -175,13 +160,12 @@ class Stream:
         return self.stores[source]
 
     def prepare_next(self):
-        """Has the scenes of the next epoch tokenised in the background, if they are many. Of the ranks on a machine the first
-        one does it."""
+        """Has the scenes of the next epoch tokenised in the background, if they are many. Of the ranks on a
+        machine the first one does it."""
         epoch = self.start["epoch"] + 1
         if self.prepared != epoch and os.environ.get("LOCAL_RANK", "0") == "0":
-            self.prepared, (key, source) = epoch, self.source(epoch)
-            if size(source) >= BYTES_PER_PROCESS and not (Path(self.cache) / key).is_dir():
-                prepare(self.cache, key, source, self.tokenizer, self.strict)
+            self.prepared = epoch
+            prepare(self.cache, *self.source(epoch), self.tokenizer, self.strict)
 
     def held_out(self):
         """The rows of the held-out scenes, with the draw of epoch 0: what to evaluate on."""
@@ -189,7 +173,8 @@ class Stream:
         return Batch(self, [pieces[row] for row in best_fit(row_lengths(pieces), self.seq_len)])
 
     def pieces(self, source, documents):
-        """(documents of a source as pieces, int64 [N, 6]; how many were cut; how many pieces were left out)."""
+        """(documents of a source as pieces, int64 [N, 6]; how many were cut; how many pieces were left
+        out)."""
         store, long, without = self.store(source), [], 0
         lengths = store.lengths[documents]
         whole = documents[lengths <= self.seq_len]
@@ -219,8 +204,8 @@ class Stream:
     def begin(self, start):
         """Chooses and packs the documents of an epoch.
 
-        start: its number, the pieces carried into it, and what came before it: tokens of scenes, and (documents, tokens) of each
-        general file.
+        start: its number, the pieces carried into it, and what came before it: tokens of scenes, and
+        (documents, tokens) of each general file.
         """
         self.start, self.at, epoch = start, 0, start["epoch"]
         self.chosen = {epoch: np.arange(len(self.store(epoch).lengths))}
@@ -254,7 +239,8 @@ class Stream:
         return self.rows.pop(emptiest).tolist()
 
     def next_general(self, source, taken, wanted):
-        """Numbers of the next documents of a general file, of which `taken` were read, with at least `wanted` tokens."""
+        """Numbers of the next documents of a general file, of which `taken` were read, with at least `wanted`
+        tokens."""
         lengths, chosen = self.store(source).lengths, []
         if wanted > MOST_READINGS * lengths.sum():
             file, share = self.mix[-1 - source], self.shares[-1 - source]
@@ -271,7 +257,8 @@ class Stream:
         return np.concatenate([np.zeros(0, np.int64), *chosen])
 
     def take(self, number):
-        """The next rows, a Batch. Every rank takes all of them and makes its share, so the order does not depend on ranks."""
+        """The next rows, a Batch. Every rank takes all of them and makes its share, so the order does not
+        depend on ranks."""
         taken = []
         while len(taken) < number:
             if self.at == len(self.rows):

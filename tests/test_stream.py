@@ -739,7 +739,7 @@ def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stag
 
 PREPARING = """
 import pathlib, sys, time, data.store, data.stream, tokenizer
-data.store.BYTES_PER_PROCESS = data.stream.BYTES_PER_PROCESS = 1
+data.store.BYTES_PER_PROCESS = 1
 data.store.PROCESSES = 1
 tok = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
 stream = data.stream.Stream([sys.argv[1]], tok, 2048, cache=sys.argv[2])
@@ -797,7 +797,7 @@ def test_the_next_epoch_is_prepared_while_this_one_is_read(stream, tmp_path, mon
     alone = stream(cache=tmp_path / "alone")
     expected = alone.take(len(alone.rows) + 3)
     assert not multiprocessing.active_children()
-    monkeypatch.setattr(data.stream, "BYTES_PER_PROCESS", 1)
+    many_processes(monkeypatch, 1)
     stream(variants="all").take(1)
     monkeypatch.setenv("LOCAL_RANK", "1")
     stream().take(1)
