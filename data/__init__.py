@@ -1,2 +1,1 @@
-"""From a book to training batches: scenes, chats of each character, tokens with their channels, packed
-rows."""
+"""From books to training batches: scenes, chats of each character, tokens, packed rows."""

@@ -8,12 +8,8 @@ closing bracket without an opening one is plain text.
 
 import re
 
-CHANNELS = (
-    "speech",
-    "action",
-    "thought",
-    "general",
-)  # the kinds of tokens under loss, numbered from 1; 0 is no loss
+# the channels of tokens under loss, numbered from 1; channel 0 is no loss
+CHANNELS = ("speech", "action", "thought", "general")
 SPEECH, ACTION, THOUGHT, GENERAL = range(1, 5)
 
 
@@ -42,8 +38,7 @@ def remove_thoughts(message):
 
 
 def as_thought(text):
-    """The text within enough square brackets to make all of it one closed thought, whatever brackets it holds
-    itself."""
+    """The text in square brackets that make all of it one closed thought, whatever brackets it holds."""
     depth = lowest = 0
     for c in text:
         depth += (c == "[") - (c == "]")

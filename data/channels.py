@@ -13,10 +13,9 @@ from data.brackets import GENERAL, SPEECH, BracketParser
 def label(tokenizer, messages, character=None, parts=None):
     """A conversation as (ids uint32 [N], channels int8 [N]); channel 0 means no loss.
 
-    character: who speaks the assistant turns that open with `Name: `; turns without the name (the
-    next-speaker model's) are all speech. None: general data. parts: the messages that each assistant turn is
-    made of, in order (`Chat.parts`); an unclosed bracket ends with its message. None: every turn is one
-    message.
+    character: speaker of the assistant turns that open with `Name: `; turns without the name (those of the
+    next-speaker model) are all speech. None: general data. parts: the messages in each assistant turn
+    (`Chat.parts`), since an unclosed bracket ends with its message. None: every turn is one message.
     """
     ids, mask = tokenizer.render(messages)
     ids, channels = np.array(ids, np.uint32), np.array(mask, np.int8)
@@ -24,9 +23,8 @@ def label(tokenizer, messages, character=None, parts=None):
         return ids, channels * np.int8(GENERAL)
     lead = f"{character}: "
     parts = parts or [[turn["content"]] for turn in messages if turn["role"] == "assistant"]
-    spans = np.flatnonzero(np.diff(channels, prepend=0, append=0)).reshape(
-        -1, 2
-    )  # one for each assistant turn
+    # where runs of supervised tokens start and end: one run for each assistant turn
+    spans = np.flatnonzero(np.diff(channels, prepend=0, append=0)).reshape(-1, 2)
     for (start, end), turn in zip(spans.tolist(), parts, strict=True):
         if turn[0].startswith(lead):
             # lengths are those of tokens, since a tokenizer may normalise text or put a space in front of it
@@ -38,8 +36,7 @@ def label(tokenizer, messages, character=None, parts=None):
 
 
 def token_channels(tokens, channels):
-    """The highest channel of each token's bytes, int8 [tokens]; speech for a token without bytes (end of
-    turn)."""
+    """The highest channel of each token's bytes, int8 [tokens]; speech for a token that has none."""
     lengths = np.array([len(token) for token in tokens])
     starts = np.cumsum(lengths) - lengths
     result = np.full(len(tokens), SPEECH, np.int8)

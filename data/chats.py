@@ -21,11 +21,9 @@ NEXT_SPEAKER = "NSP"
 
 @dataclass
 class Chat:
-    """One training sample: `kind` is `character`, `environment` or `next_speaker`; `options` are the
-    prompt's, as drawn.
+    """One training sample. kind: `character`, `environment` or `next_speaker`. options: of its prompt.
 
-    parts: for each assistant turn the messages it joins, since brackets close at the end of a message. None:
-    one each.
+    parts: the messages that each assistant turn joins; None where each turn is one message.
     """
 
     messages: list
@@ -78,8 +76,7 @@ def next_speaker_perspective(dialogue, names=None):
 
 
 def draw_options(rng, thoughts=True):
-    """Draws what varies between prompts, with the release's shares (CoSER paper, appendix;
-    data/prompts.py)."""
+    """Draws what varies between prompts, with the shares of the release (CoSER paper, appendix)."""
     return {
         "opener": rng.randrange(len(prompts.OPENERS)),
         "style": rng.choices(list(prompts.STYLES), [share for share, _ in prompts.STYLES.values()])[0],
@@ -131,8 +128,7 @@ def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1
 
 
 def next_speaker_chat(scene, rng):
-    """The chat of the next-speaker model. A speaker who is neither major nor the Environment is `random` 25%
-    of the time."""
+    """The chat of the next-speaker model. Speakers who are minor characters are `random` 25% of the time."""
     known = {*scene.major_characters, ENVIRONMENT}
     speakers = [turn["character"] for turn in scene.dialogues]
     names = [name if name in known or rng.random() >= 0.25 else "random" for name in speakers]

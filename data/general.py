@@ -13,8 +13,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 
 def read_general(path, report):
-    """Yields (messages, place, share of the file read) for each usable row. UsageError if there is none, or
-    no file."""
+    """Yields (messages, place, share of the file read) for each usable row. UsageError if there is none."""
     path, found = Path(path), False
     for _, row, where, done in read_rows(path, report):
         problem, messages = row_messages(row, report)

@@ -75,8 +75,7 @@ NEXT_SPEAKER = (
 
 
 def actor(scene, character, options, concise=False):
-    """The system prompt of an actor. options: from `data.chats.draw_options`; concise: ask for short
-    turns."""
+    """The system prompt of an actor. options: from `draw_options`; concise: ask for short turns."""
     others = [(name, text) for name, text in scene.profiles.items() if name != character]
     sections = {"profile": scene.profiles.get(character, "")}
     if options["plot_summary"]:
@@ -147,8 +146,8 @@ DIMENSIONS = {
     },
 }
 
-# The default of `judge.py --rubric FILE`. Names in braces are filled in (see `fill`). The dimension comes last, so
-# that the four prompts of a scene share a prefix, which a prefix cache reads once.
+# The default of `judge.py --rubric FILE`. Names in braces are filled in (see `fill`). The dimension comes
+# last, so that the four prompts of a scene share a prefix, which a prefix cache reads once.
 RUBRIC = {
     "system": (
         "You are a strict reader of acted scenes. You are given a scene from a book as it was written, and "
@@ -176,6 +175,5 @@ CONTINUED = "- The first {k} messages are the original's own; they hold no flaws
 
 
 def fill(template, fields):
-    """The template with every `{name}` of `fields` replaced in one pass, so braces in the values are left "
-    "alone."""
+    """The template with every `{name}` of `fields` replaced in one pass: braces in values are left alone."""
     return re.sub(r"\{(" + "|".join(fields) + r")\}", lambda field: fields[field[1]], template)

@@ -1,5 +1,4 @@
-"""Reads messy JSON: lists and lines, fields under older names, and a report of what was repaired or
-dropped."""
+"""Reads messy JSON: lists and lines, fields under older names, a report of all repairs and drops."""
 
 import json
 from collections import Counter
@@ -61,8 +60,7 @@ def read_rows(path, report, what="row"):
 
 
 def _holds_lines(path):
-    """Whether a file is JSON lines: several lines of which the first is an object. If it is neither that nor
-    the beginning of a list, the name decides."""
+    """Whether a file has several lines, the first a JSON object. If the first is broken, the name decides."""
     try:
         with open(path, "rb") as file:
             first = b""
@@ -98,11 +96,8 @@ def _read_lines(path, report):
 
 
 def mend_surrogates(value, where, report):
-    """Replaces escaped halves of surrogate pairs, which are no characters and which no tokenizer takes, by
-    question marks."""
+    """Replaces escaped halves of surrogate pairs, which no tokenizer takes, by question marks."""
     text = json.dumps(value, ensure_ascii=False)
-    if text.isascii():
-        return value
     mended = text.encode("utf-8", errors="replace").decode()
     if mended == text:
         return value

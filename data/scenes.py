@@ -68,8 +68,7 @@ class Scene:
 
 
 def data_files(paths):
-    """The given files, and the `*.json` files of given directories, in order. UsageError where there are
-    none."""
+    """The given files, and the `*.json` of given directories, in order. UsageError for one without any."""
     files = []
     for path in map(Path, paths):
         found = sorted(path.glob("*.json")) if path.is_dir() else [path]
@@ -111,14 +110,12 @@ def read_scenes(paths, report, held_out_books=0.0):
 
 
 def load_scenes(path, report=None):
-    """The scenes of a book, a test file, or every `*.json` of a directory, in order. UsageError if there are
-    none."""
+    """The scenes of a book, a test file, or a directory of them, in order. UsageError if there are none."""
     return [scene for scene, _ in read_scenes([path], Report() if report is None else report)]
 
 
 def load_book(path, report=None):
-    """The scenes of one book: `train` before its `split_plot_index` (default: the first 90% of plots), then
-    `id`."""
+    """The scenes of a book: `train` before its `split_plot_index` (default: 90% of plots), then `id`."""
     return load_scenes(path, report)
 
 
@@ -200,8 +197,7 @@ def _book_scenes(value, stem, where, report, separator):
 
 
 def _test_scene(item, index):
-    """The Scene of an item of a test file, or of a scene in the form of `Scene.to_dict`; None where it has no
-    messages."""
+    """The Scene of an item of a test file, or of `Scene.to_dict`; None where it has no messages."""
     if "plot_summary" in item.value:
         motivations = item.get("motivations").items()
         item.value = item.value | {

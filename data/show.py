@@ -62,8 +62,7 @@ def chats_of(scene, args):
 
 
 def statistics(args, stream, lengths, counts):
-    """The rows of the table. lengths: tokens of each document; counts: its supervised tokens of each
-    channel."""
+    """Rows of the table. lengths: tokens of each document; counts: its supervised ones of each channel."""
     tags, kinds, turns = Counter(), Counter(), []
     for scene in all_scenes(args, Report()):
         tags[scene.tag] += 1
@@ -99,8 +98,7 @@ def histogram(lengths):
 
 
 def show(tokenizer, ids, channels):
-    """A document as the model reads it, coloured by channel; where stdout is no terminal, in «channel|text»
-    marks."""
+    """A document as the model reads it, in the channels' colours or, without a terminal, «channel|text»."""
     edges = [0, *(np.flatnonzero(np.diff(channels)) + 1).tolist(), len(ids)]
     for start, end in zip(edges, edges[1:], strict=False):
         part = ids[start:end].tolist()

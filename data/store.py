@@ -40,9 +40,8 @@ from data.scenes import read_scenes
 from tokenizer import load_tokenizer
 
 SHIFT = 28  # a stored token is its id, with its channel above these bits
-INDEXED = 1 + len(
-    CHANNELS
-)  # numbers in the index: where a document ends, its supervised tokens of each channel
+# numbers in the index of a store: where a document ends, its supervised tokens of each channel
+INDEXED = 1 + len(CHANNELS)
 PROCESSES = 16  # at most
 BYTES_PER_PROCESS = 2**24  # of source files: 2 to 6 s of work, about what starting a process costs
 CODE = ("brackets", "channels", "chats", "general", "prompts", "records", "scenes", "store", "../tokenizer")
@@ -264,7 +263,7 @@ def _tokenise_in_processes(number, source, tokenizer, report):
             try:
                 done, documents = receiver.recv()
             except EOFError:
-                problem = f"tokenising {source.name}: a process was killed, perhaps for memory; try again"
+                problem = f"tokenising {source.name}: a process ended early (out of memory?); try again"
                 raise UsageError(problem) from None
             if isinstance(done, UsageError):
                 raise done
@@ -289,7 +288,6 @@ def _worker(sender, source, reopen, strict, first, step):
         sender.send((None, (dict(report), report.examples)))
     except UsageError as error:
         sender.send((error, None))
-    threading.Event().wait()  # the parent ends this process when it has read everything
 
 
 def prepare(cache, key, source, tokenizer, strict):

@@ -104,8 +104,8 @@ class Stream:
     """
 
     def __init__(
-        self, paths, tokenizer, seq_len, seed=0, thoughts=True, variants="draw", mix=(), cache=files.OUT / "cache",
-        held_out_books=0.0, strict=False,
+        self, paths, tokenizer, seq_len, seed=0, thoughts=True, variants="draw", mix=(),
+        cache=files.OUT / "cache", held_out_books=0.0, strict=False,
     ):  # fmt: skip
         if not 0 <= held_out_books <= 1:
             raise UsageError(f"--held-out-books is a share from 0 to 1, not {held_out_books}")
@@ -160,8 +160,7 @@ class Stream:
         return self.stores[source]
 
     def prepare_next(self):
-        """Has the scenes of the next epoch tokenised in the background, if they are many. Of the ranks on a
-        machine the first one does it."""
+        """Has the next epoch tokenised in the background; of the ranks on a machine the first one does it."""
         epoch = self.start["epoch"] + 1
         if self.prepared != epoch and os.environ.get("LOCAL_RANK", "0") == "0":
             self.prepared = epoch
@@ -173,8 +172,7 @@ class Stream:
         return Batch(self, [pieces[row] for row in best_fit(row_lengths(pieces), self.seq_len)])
 
     def pieces(self, source, documents):
-        """(documents of a source as pieces, int64 [N, 6]; how many were cut; how many pieces were left
-        out)."""
+        """(documents as pieces, int64 [N, 6]; how many were cut; how many pieces were left out)."""
         store, long, without = self.store(source), [], 0
         lengths = store.lengths[documents]
         whole = documents[lengths <= self.seq_len]
@@ -218,9 +216,8 @@ class Stream:
             mixed.append([documents_before + len(chosen), tokens_before + taken])
         found = [self.pieces(source, documents) for source, documents in self.chosen.items()]
         carried = np.array(start["carried"], np.int64).reshape(-1, 6)
-        carried = self.pack(
-            np.concatenate([carried, *(pieces for pieces, *_ in found)]), f"{self.seed}|{epoch}"
-        )
+        pieces = np.concatenate([carried, *(pieces for pieces, *_ in found)])
+        carried = self.pack(pieces, f"{self.seed}|{epoch}")
         self.cut, self.without = (sum(counts) for counts in list(zip(*found, strict=True))[1:])
         self.documents = sum(map(len, self.chosen.values()))
         stores = [(self.store(source), documents) for source, documents in self.chosen.items()]
@@ -239,8 +236,7 @@ class Stream:
         return self.rows.pop(emptiest).tolist()
 
     def next_general(self, source, taken, wanted):
-        """Numbers of the next documents of a general file, of which `taken` were read, with at least `wanted`
-        tokens."""
+        """The next documents of a general file, after `taken` ones, with at least `wanted` tokens."""
         lengths, chosen = self.store(source).lengths, []
         if wanted > MOST_READINGS * lengths.sum():
             file, share = self.mix[-1 - source], self.shares[-1 - source]
@@ -257,8 +253,7 @@ class Stream:
         return np.concatenate([np.zeros(0, np.int64), *chosen])
 
     def take(self, number):
-        """The next rows, a Batch. Every rank takes all of them and makes its share, so the order does not
-        depend on ranks."""
+        """The next rows, a Batch. Every rank takes all and makes its share, so their order is the same."""
         taken = []
         while len(taken) < number:
             if self.at == len(self.rows):

@@ -1,4 +1,5 @@
-"""Books to chats to packed rows: what is read, what each character perceives, what is drawn, and what a row holds."""
+"""Books to chats to packed rows: what is read, what each character perceives, what is drawn, and what a row
+holds."""
 
 import copy
 import json
@@ -57,7 +58,7 @@ def book(*dialogues, **conversation):
     return {"plots": [{"conversation": [{"dialogues": list(dialogues) or [HI, HO], **conversation}]}]}
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,8 @@ def book(*dialogues, **conversation):
     [("King Lear", 17, 2, 193, 2), ("Othello", 13, 1, 137, 0)],
 )
 def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, without):
-    """Every conversation of the file, word for word and in order, split where the file says, and nothing repaired."""
+    """Every conversation of the file, word for word and in order, split where the file says, and nothing
+    repaired."""
     file, report = shared / "coser" / "books" / f"{name}.json", Report()
     raw, scenes = json.loads(file.read_text("utf-8")), load_book(file, report)
     assert +report == Counter({"dropped: plot without a conversation": without} if without else {})
@@ -93,7 +95,8 @@ def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, with
 
 
 def test_the_test_file_is_read_whole(shared):
-    """All 100 scenes: same messages, same order of speakers, same profiles; 238 motivations found under `thought`."""
+    """All 100 scenes: same messages, same order of speakers, same profiles; 238 motivations found under
+    `thought`."""
     file, report = shared / "coser" / "test" / "id.json", Report()
     raw, scenes = json.loads(file.read_text("utf-8")), load_scenes(file, report)
     assert len(scenes) == 100 and report["repaired: `thought` read as `motivation`"] == 238
@@ -153,7 +156,8 @@ def test_our_own_form_comes_back_as_it_was(stage, read):
     ],
 )
 def test_a_messy_message_is_repaired_or_dropped_and_counted(read, turn, expected):
-    """One odd message among good ones: what it says is kept or it goes, and the report has exactly one line on it."""
+    """One odd message among good ones: what it says is kept or it goes, and the report has exactly one line
+    on it."""
     (scene,), report = read(book(HI, turn, HO))
     assert scene.dialogues == [HI, *([{"character": "A", "message": expected}] if expected else []), HO]
     assert sum(report.values()) == 1 and next(iter(report)).startswith(
@@ -177,7 +181,8 @@ def test_both_repairs_of_one_message_are_counted(read):
     ],
 )
 def test_a_messy_motivation_is_repaired_and_counted(read, key_character, repairs):
-    """`thought` for `motivation` and `character` for `name`: the motivation reaches its owner, each repair is counted."""
+    """`thought` for `motivation` and `character` for `name`: the motivation reaches its owner, each repair is
+    counted."""
     (scene,), report = read(book(key_characters=[key_character, "B", None]))
     assert scene.motivations == {"A": "m"}
     assert sum(count for what, count in report.items() if what.startswith("repaired: ")) == repairs
@@ -231,8 +236,8 @@ def test_without_a_split_the_last_tenth_is_held_out(read, number):
 
 @pytest.mark.parametrize("form", ["book", "test file"])
 def test_titles_that_differ_in_quotes_alone_are_one_book(read, form):
-    """Curly and straight quotes make two titles look alike: in a book or a test file, they are read as the same book, and
-    that is counted."""
+    """Curly and straight quotes make two titles look alike: in a book or a test file, they are read as the
+    same book, and that is counted."""
     (expected,), _ = read({"title": 'Howl\'s "Castle"', **book()})
     for title, repairs in (('Howl\'s "Castle"', 0), ("Howl’s “Castle”", 1)):
         item = {"book": title, "i_p": 0, "i_c": 0, "dialogues": [HI, HO]}
@@ -259,8 +264,8 @@ TEXT = st.text(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(TEXT, min_size=8, max_size=8), st.booleans())
 def test_any_text_survives_reading(tmp_path_factory, texts, escaped):
-    """Whatever stands in title, scenario, topic, summary, names, profile, motivation and messages is read as it is, apart from
-    what the report counts: white space in names, curly quotes in titles."""
+    """Whatever stands in title, scenario, topic, summary, names, profile, motivation and messages is read as
+    it is, apart from what the report counts: white space in names, curly quotes in titles."""
     title, scenario, topic, summary, name, profile, motivation, message = texts
     turns = [
         {"character": name, "message": message},
@@ -323,7 +328,8 @@ def nodes(value, path=()):
 
 @pytest.mark.parametrize("form", [BOOK, [TEST_SCENE], [OWN]], ids=["book", "test file", "own form"])
 def test_any_value_anywhere_is_read_or_refused(form, tmp_path):
-    """Each node of a good file replaced by each kind of JSON value: chats can be made of what is read, or UsageError."""
+    """Each node of a good file replaced by each kind of JSON value: chats can be made of what is read, or
+    UsageError."""
     file, broken = tmp_path / "odd.json", []
     for path in nodes(form):
         for odd in (None, True, 5, -1.5, "", "x", [], ["x"], [None], [["x"]], {}, {"x": 1}):
@@ -368,7 +374,8 @@ def test_any_value_anywhere_is_read_or_refused(form, tmp_path):
     ids=lambda content: repr(content)[:40],
 )
 def test_a_file_that_cannot_be_read_is_a_usage_error(script, tmp_path, content):
-    """Missing, empty, not JSON, not UTF-8, of the wrong kind, nothing usable: one line that names the file, exit code 2."""
+    """Missing, empty, not JSON, not UTF-8, of the wrong kind, nothing usable: one line that names the file,
+    exit code 2."""
     file, out = tmp_path / "book.json", tmp_path / "tokenizer.model"
     if content is not None:
         file.write_bytes(content)
@@ -484,7 +491,8 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     ("data", "kind", "place"), BAD, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_what_is_bad_is_counted_and_located_and_strict_stops_there(data, kind, place, read, tmp_path):
-    """One bad thing among good ones: read all the same, one line of the report with its kind and place; --strict says both."""
+    """One bad thing among good ones: read all the same, one line of the report with its kind and place;
+    --strict says both."""
     scenes, report = read(data)
     where = report.examples.get(kind, "")
     assert scenes and report == {kind: 1}
@@ -496,7 +504,8 @@ def test_what_is_bad_is_counted_and_located_and_strict_stops_there(data, kind, p
 
 
 def test_the_content_says_whether_a_file_is_one_list_or_lines(tmp_path):
-    """A test file, and books, as JSON lines or as one list, under either name: the same scenes, numbered the same."""
+    """A test file, and books, as JSON lines or as one list, under either name: the same scenes, numbered the
+    same."""
     scenes = [{**TEST_SCENE, "i_c": None, "i_p": None}] * 3
     books = [{**BOOK, "title": f"b{i}", "plots": BOOK["plots"] * 2} for i in range(2)]
     for rows, number in ((scenes, 3), (books, 4)):
@@ -514,8 +523,8 @@ def test_the_content_says_whether_a_file_is_one_list_or_lines(tmp_path):
 
 
 def test_a_bad_file_among_books_is_counted(tmp_path):
-    """In a directory, a file that is not UTF-8, not JSON, torn or of another kind is dropped, counted and named; the books
-    beside it are read. Alone it is a UsageError."""
+    """In a directory, a file that is not UTF-8, not JSON, torn or of another kind is dropped, counted and
+    named; the books beside it are read. Alone it is a UsageError."""
     good = json.dumps(book()).encode()
     bad = {
         "a": b"\xff",
@@ -540,14 +549,16 @@ def test_a_bad_file_among_books_is_counted(tmp_path):
 
 @given(st.text("[]() ab\n", min_size=1).filter(str.strip))
 def test_what_stands_under_thought_is_hidden_whole(text):
-    """A message read from `thought` is a thought of its owner, word for word, whatever brackets it has; others see nothing."""
+    """A message read from `thought` is a thought of its owner, word for word, whatever brackets it has;
+    others see nothing."""
     made = as_thought(text)
     assert text in made and not set(made.replace(text, "", 1)) - set("[]")
     assert remove_thoughts(made) == "" and remove_thoughts(made + "x") == "x"
 
 
 def test_held_out_books_stay_held_out(tmp_path):
-    """By a hash of the title alone: the share is met, another book moves none, those written down here are still held out."""
+    """By a hash of the title alone: the share is met, another book moves none, those written down here are
+    still held out."""
     for i in range(300):
         (tmp_path / f"{i:03}.json").write_text(json.dumps(book()))
     held = {scene.book for scene, _ in read_scenes([tmp_path], Report(), 0.1) if scene.tag == "ood"}
@@ -567,7 +578,7 @@ def test_scenes_written_as_a_test_file_are_read_back_equal(plays, stage, read):
     assert found == scenes and not report
 
 
-# ---- what each character perceives --------------------------------------------------------------------------------------
+# ---- what each character perceives -------------------------------------------------------------------------
 
 
 def release_rows(shared):
@@ -581,7 +592,8 @@ def release_rows(shared):
 
 
 def test_perspective_equals_the_release(shared, plays):
-    """All 420 rows of characters and Environment, up to their last assistant turn, are ours, with and without thoughts."""
+    """All 420 rows of characters and Environment, up to their last assistant turn, are ours, with and without
+    thoughts."""
 
     def up_to_last_own(turns):
         return tuple(turns[: max(i for i, (role, _) in enumerate(turns) if role == "assistant") + 1])
@@ -598,7 +610,8 @@ def test_perspective_equals_the_release(shared, plays):
 
 
 def test_next_speaker_perspective_equals_the_release(shared, plays):
-    """All 14 next-speaker rows are ours, once their shown thoughts are gone; `random` stands only for a minor speaker."""
+    """All 14 next-speaker rows are ours, once their shown thoughts are gone; `random` stands only for a minor
+    speaker."""
     rows = [row for row in release_rows(shared) if row[-1] == ("assistant", END_CHAT)]
     assert len(rows) == 14
     for row in rows:
@@ -638,13 +651,15 @@ def test_next_speaker_perspective_equals_the_release(shared, plays):
     ],
 )
 def test_thoughts_are_removed(message, visible):
-    """Nested and over several lines, whole; an unclosed one hides all that follows; lines stripped, blank ones gone."""
+    """Nested and over several lines, whole; an unclosed one hides all that follows; lines stripped, blank
+    ones gone."""
     assert remove_thoughts(message) == visible
 
 
 @given(st.text("[[]] \nab(", max_size=30))
 def test_thought_removal_equals_innermost_first(message):
-    """The same as taking out innermost pairs until none is left, then all from the first `[` on, then tidying lines."""
+    """The same as taking out innermost pairs until none is left, then all from the first `[` on, then tidying
+    lines."""
     plain, before = message, None
     while plain != before:
         plain, before = re.sub(r"\[[^\[\]]*\]", "", plain), plain
@@ -662,7 +677,8 @@ THINKS = {
 
 @st.composite
 def dialogues(draw):
-    """Messages of digits, brackets and lines to be seen, and of thoughts, nested and unclosed too, to be hidden."""
+    """Messages of digits, brackets and lines to be seen, and of thoughts, nested and unclosed too, to be
+    hidden."""
     turns = []
     for name in draw(st.lists(st.sampled_from(list(THINKS)), min_size=1, max_size=8)):
         letters = st.text(THINKS[name] + " \n", max_size=4)
@@ -679,7 +695,8 @@ def dialogues(draw):
 @settings(max_examples=150, deadline=None)
 @given(dialogues(), st.integers(0, 5), st.booleans())
 def test_no_thought_of_another_reaches_any_chat(turns, epoch, thoughts):
-    """Not one letter of another's thoughts is in any chat; one's own are in one's own turns alone, and only if drawn."""
+    """Not one letter of another's thoughts is in any chat; one's own are in one's own turns alone, and only
+    if drawn."""
     profiles = {"P": "one", "Q": "two"}
     scene = Scene(
         "book", 0, 0, "train", "where", "what", "how", turns, profiles=profiles, motivations={"Q": "why"}
@@ -695,7 +712,8 @@ def test_no_thought_of_another_reaches_any_chat(turns, epoch, thoughts):
 @settings(max_examples=100, deadline=None)
 @given(dialogues(), st.sampled_from(list(THINKS)))
 def test_nothing_else_is_lost(turns, character):
-    """All that is visible is in the perspective of each, in order, and of the own messages every letter of thought."""
+    """All that is visible is in the perspective of each, in order, and of the own messages every letter of
+    thought."""
     seen = "".join(turn["content"] for turn in perspective(turns, character))
     letters = THINKS[character]
     kept = [
@@ -711,7 +729,8 @@ OTHERS = {ord(letter): None for letters in THINKS.values() for letter in letters
 
 
 def test_own_and_others_messages_are_merged_into_turns():
-    """Others' messages share a user turn, each with its name; a second own message joins the first without the name."""
+    """Others' messages share a user turn, each with its name; a second own message joins the first without
+    the name."""
     dialogue = [(n, m) for n, m in zip("BCAAB", ("[x] one", "two", "[y] three", "four", "five"), strict=True)]
     turns = perspective([{"character": n, "message": m} for n, m in dialogue], "A")
     assert turns == [
@@ -721,11 +740,12 @@ def test_own_and_others_messages_are_merged_into_turns():
     ]
 
 
-# ---- training chats -----------------------------------------------------------------------------------------------------
+# ---- training chats ----------------------------------------------------------------------------------------
 
 
 def test_a_chat_ends_with_what_is_learnt(plays, stage):
-    """System first, then user and assistant by turns from the start of the conversation on, an assistant turn at the end."""
+    """System first, then user and assistant by turns from the start of the conversation on, an assistant turn
+    at the end."""
     for scene in [*plays, *stage.values()]:
         for epoch in range(3):
             for chat in scene_to_chats(scene, epoch, next_speaker_share=1):
@@ -783,7 +803,8 @@ def test_the_same_seed_is_the_same_draw(stage):
 
 
 def test_adding_a_scene_changes_no_other_chat(stage, read):
-    """A book with one more plot, and more books before it, give the same chats for the scenes that were there."""
+    """A book with one more plot, and more books before it, give the same chats for the scenes that were
+    there."""
     plot = book(scenario="s")["plots"][0]
     short, _ = read({"title": "b", "plots": [plot] * 10, "split_plot_index": 9})
     other = list(stage.values())[:3]
@@ -794,7 +815,8 @@ def test_adding_a_scene_changes_no_other_chat(stage, read):
 
 
 def test_options_are_drawn_in_the_published_shares(stage):
-    """Over many epochs: styles 40/30/20/10, each of 20 openers 5%, plot summary, motivation, others and thoughts 50%."""
+    """Over many epochs: styles 40/30/20/10, each of 20 openers 5%, plot summary, motivation, others and
+    thoughts 50%."""
     drawn = [
         chat.options
         for e in range(500)
@@ -814,8 +836,8 @@ def test_options_are_drawn_in_the_published_shares(stage):
 
 
 def test_variants_all_are_the_four_of_the_release(stage):
-    """With and without thoughts and the others' profiles, each pair once for each who speaks; in the ablation two. What else
-    varies is drawn for each of them, in the published shares."""
+    """With and without thoughts and the others' profiles, each pair once for each who speaks; in the ablation
+    two. What else varies is drawn for each of them, in the published shares."""
     for thoughts, number in ((True, 4), (False, 2)):
         drawn, pairs = [], Counter()
         for scene in stage.values():
@@ -836,7 +858,8 @@ def test_variants_all_are_the_four_of_the_release(stage):
 
 
 def test_next_speaker_chats_are_kept_and_random_in_the_published_shares():
-    """One in ten is kept; the minor speaker is `random` a quarter of the time, others never; thoughts are not shown."""
+    """One in ten is kept; the minor speaker is `random` a quarter of the time, others never; thoughts are not
+    shown."""
     turns = [
         {"character": name, "message": f"[hush] {name} speaks"} for name in ("P", "Environment", "minor", "Q")
     ]
@@ -855,8 +878,8 @@ def test_next_speaker_chats_are_kept_and_random_in_the_published_shares():
 
 
 def test_a_prompt_holds_what_was_drawn_and_nothing_more(plays, stage):
-    """Own profile and scenario always; plot summary, own motivation and others' profiles as drawn; another's motivation
-    never, that of the first key character included."""
+    """Own profile and scenario always; plot summary, own motivation and others' profiles as drawn; another's
+    motivation never, that of the first key character included."""
     for scene in [*plays, *stage.values()]:
         for epoch in range(4):
             for chat in scene_to_chats(scene, epoch, next_speaker_share=0):
@@ -893,7 +916,8 @@ def test_experience_stays_out_of_every_prompt(shared):
     "odd", ["{character}", "{0} {}", "{{x}}", "{", "%s %(x)d 100%", "$name \\1 {book!r:>{x}}"]
 )
 def test_braces_and_percent_signs_survive_templates(odd):
-    """Whatever stands in names, title, scenario, profiles and the rest stands in the prompts, in every style."""
+    """Whatever stands in names, title, scenario, profiles and the rest stands in the prompts, in every
+    style."""
     name, book_, where, how, own, other, why = (f"{odd} {i}" for i in range(7))
     turns = [{"character": n, "message": f"{odd} said"} for n in (name, "B", "Environment")]
     profiles, motivations = {name: own, "B": other}, {name: why}

@@ -1,4 +1,5 @@
-"""From chats to rows: channels, general data, the cache, cutting, packing, the stream, and what data.show shows."""
+"""From chats to rows: channels, general data, the cache, cutting, packing, the stream, and what data.show
+shows."""
 
 import contextlib
 import fcntl
@@ -39,7 +40,8 @@ from data.stream import Stream, row_lengths
 
 
 def documents_of(row):
-    """(ids, targets, channels) of each document of a row, cut where positions restart at 0; padding is a document of zeros."""
+    """(ids, targets, channels) of each document of a row, cut where positions restart at 0; padding is a
+    document of zeros."""
     starts = [*(row["positions"] == 0).nonzero()[:, 0].tolist(), len(row["positions"])]
     documents = []
     for start, end in zip(starts, starts[1:], strict=False):
@@ -54,17 +56,19 @@ def documents_of(row):
 
 
 def learnt(ids, channels):
-    """A document with what it should be in a row: at each place the next token of the same document, if that is under loss."""
+    """A document with what it should be in a row: at each place the next token of the same document, if that
+    is under loss."""
     following = [(ids[i + 1], channels[i + 1]) if i + 1 < len(ids) else (0, 0) for i in range(len(ids))]
     targets = tuple(token if own else IGNORE for token, own in following)
     return tuple(ids), targets, tuple(int(own) for _, own in following)
 
 
-# ---- channels -----------------------------------------------------------------------------------------------------------
+# ---- channels ----------------------------------------------------------------------------------------------
 
 
 def characters(text, lead):
-    """The channel of each character, by taking out innermost brackets: 3 in square ones, 2 in round ones, else 1."""
+    """The channel of each character, by taking out innermost brackets: 3 in square ones, 2 in round ones,
+    else 1."""
     left, before = text[len(lead) :], None
     for brackets, sign in ((r"\[[^\[\]]*\]", "\0"), (r"\([^()]*\)", "\1")):
         while left != before:
@@ -81,7 +85,8 @@ def characters(text, lead):
 
 @given(st.text("[]() ab\né😀", max_size=40), st.sampled_from(["A: ", "B (old) [x: ", ""]))
 def test_channels_of_characters(text, lead):
-    """Each byte has the channel of its character, found by innermost brackets; what is no thought is what others perceive."""
+    """Each byte has the channel of its character, found by innermost brackets; what is no thought is what
+    others perceive."""
     expected = [
         channel
         for c, channel in zip(lead + text, characters(lead + text, lead), strict=True)
@@ -112,7 +117,8 @@ def tokenizers(shared, tmp_path_factory):
 
 
 def by_decoding(tok, ids, mask, text, lead):
-    """Channels of a turn's tokens by decoding ever longer beginnings: a token is of the highest channel it touches."""
+    """Channels of a turn's tokens by decoding ever longer beginnings: a token is of the highest channel it
+    touches."""
     kinds, made, at = characters(text, lead), [], 0
     own = [i for i, learnt in zip(ids, mask, strict=True) if learnt]
     for end in range(1, len(own) + 1):
@@ -132,7 +138,8 @@ TURNS = st.text("[]()ab. \né😀ж▁'1", max_size=30)
 
 @pytest.mark.parametrize("name", ["llama3", "llama2", "hf", "stage"])
 def test_channels_of_tokens_equal_those_found_by_decoding(tokenizers, name):
-    """For every kind of tokenizer, also where a token straddles a bracket and where a character takes several tokens."""
+    """For every kind of tokenizer, also where a token straddles a bracket and where a character takes several
+    tokens."""
     tok = tokenizers[name]
 
     @settings(max_examples=150, deadline=None)
@@ -154,7 +161,8 @@ def test_channels_of_tokens_equal_those_found_by_decoding(tokenizers, name):
 
 
 def test_a_token_that_straddles_takes_the_highest(tokenizers):
-    """LLaMA 3's ` [` is a space and a bracket: thought. `)\\n\\n` is action. The name and the end of the turn are speech."""
+    """LLaMA 3's ` [` is a space and a bracket: thought. `)\\n\\n` is action. The name and the end of the turn
+    are speech."""
     tok = tokenizers["llama3"]
     messages = [
         {"role": "user", "content": "x"},
@@ -174,8 +182,8 @@ def test_a_token_that_straddles_takes_the_highest(tokenizers):
 
 @pytest.mark.parametrize("name", ["llama3", "llama2", "hf", "stage"])
 def test_an_unclosed_bracket_ends_with_its_message(tokenizers, name):
-    """Also where the next message is one's own and stands in the same turn: what the others perceive is no thought, and what
-    they do not is one, however the tokenizer normalises or prefixes text."""
+    """Also where the next message is one's own and stands in the same turn: what the others perceive is no
+    thought, and what they do not is one, however the tokenizer normalises or prefixes text."""
     tok = tokenizers[name]
     messages = [
         ("B", "x"),
@@ -211,7 +219,7 @@ def test_next_speaker_and_general_data_have_their_channels(tokenizers, stage):
     assert set(label(tokenizers["stage"], messages)[1].tolist()) == {0, 4}
 
 
-# ---- general data -------------------------------------------------------------------------------------------------------
+# ---- general data ------------------------------------------------------------------------------------------
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 GOOD = {"messages": [USER, ANSWER]}
@@ -232,10 +240,13 @@ DROPPED = [
     ({"messages": [USER, {"role": "tool", "content": "x"}]}, ROLE),
     ({"messages": [USER, {"role": ["x"], "content": "x"}]}, ROLE),
     ({"messages": [USER, {"role": "assistant"}]}, "row with a message that is not text"),
-    ({"messages": [USER, {"role": "assistant", "content": [{"text": "x"}]}]}, "row with a message that is not text"),
+    ({"messages": [USER, {"role": "assistant", "content": [{"text": "x"}]}]},
+        "row with a message that is not text"),
     ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "row with an empty message"),
-    ({"messages": [USER, {"role": "assistant", "content": HUGE}]}, "row with a message of more than 1,000,000 characters"),
-    ({"messages": [USER, {"role": "system", "content": "x"}, ANSWER]}, "row with a system text that is not the first message"),
+    ({"messages": [USER, {"role": "assistant", "content": HUGE}]},
+        "row with a message of more than 1,000,000 characters"),
+    ({"messages": [USER, {"role": "system", "content": "x"}, ANSWER]},
+        "row with a system text that is not the first message"),
     ({"messages": [USER]}, "row without an answer"),
     ({"id": 7, **GOOD}, "row whose `id` was read before"),
 ]  # fmt: skip
@@ -243,7 +254,8 @@ DROPPED = [
 
 @pytest.mark.parametrize(("row", "kind"), DROPPED)
 def test_a_bad_row_is_dropped_counted_and_located(row, kind, tmp_path):
-    """One bad line among good ones: they are read, it is in the report with its line; --strict stops there."""
+    """One bad line among good ones: they are read, it is in the report with its line; --strict stops
+    there."""
     file = tmp_path / "general.jsonl"
     line = row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n"
     good = json.dumps({"id": 7, **GOOD}).encode() + b"\n"
@@ -272,8 +284,9 @@ def test_a_torn_last_line_is_counted(tmp_path):
 
 
 def test_shapes_of_general_data(tmp_path):
-    """ShareGPT and `messages`, a system text in front or beside, JSON lists and JSONL: the same conversations. What follows the
-    last answer is left out; half a surrogate pair is mended; both are counted."""
+    """ShareGPT and `messages`, a system text in front or beside, JSON lists and JSONL: the same
+    conversations. What follows the last answer is left out; half a surrogate pair is mended; both are
+    counted."""
     system = {"role": "system", "content": "s"}
     theirs = [
         {"from": "system", "value": "s"},
@@ -317,7 +330,7 @@ def test_general_data_is_read_line_by_line(tmp_path):
     tracemalloc.stop()
 
 
-# ---- cutting and packing ------------------------------------------------------------------------------------------------
+# ---- cutting and packing -----------------------------------------------------------------------------------
 
 
 @st.composite
@@ -337,7 +350,8 @@ def labelled(draw, longest, number=30):
 @settings(deadline=None)
 @given(labelled(12), st.integers(12, 40), st.integers(0, 3))
 def test_every_document_is_packed_once_and_by_itself(documents, seq_len, seed):
-    """Each document stands whole in one row; its positions run from 0; its targets are its own next tokens, as labelled."""
+    """Each document stands whole in one row; its positions run from 0; its targets are its own next tokens,
+    as labelled."""
     rows = pack_rows(documents, seq_len, seed)
     for row in rows:
         for name in ("tokens", "targets", "positions", "channels"):
@@ -353,8 +367,9 @@ def test_every_document_is_packed_once_and_by_itself(documents, seq_len, seed):
 @settings(max_examples=300, deadline=None)
 @given(labelled(120, 1), st.integers(2, 40))
 def test_long_documents_are_cut_by_the_rule(documents, seq_len):
-    """No piece is longer than a row; every supervised token but the first of all is the target of one piece; a piece begins
-    behind a supervised turn, after the document's beginning up to and with its first one, wherever that fits."""
+    """No piece is longer than a row; every supervised token but the first of all is the target of one piece;
+    a piece begins behind a supervised turn, after the document's beginning up to and with its first one,
+    wherever that fits."""
     ((ids, channels),) = documents
     channels = np.array(channels, np.int8)
     pieces, without = split_long(channels, seq_len)
@@ -379,8 +394,9 @@ def test_long_documents_are_cut_by_the_rule(documents, seq_len):
 
 
 def test_a_long_chat_is_cut_between_turns():
-    """By hand: prompt 3, turns of user 2 and own 3; rows of 14 tokens. The second piece opens with prompt and first turn... of
-    eight tokens, more than half a row, so with the seven before it; in rows of 16 with those eight."""
+    """By hand: prompt 3, turns of user 2 and own 3; rows of 14 tokens. The second piece opens with prompt and
+    first turn... of eight tokens, more than half a row, so with the seven before it; in rows of 16 with those
+    eight."""
     channels = np.array([0] * 3 + ([0] * 2 + [1] * 3) * 4, np.int8)
     assert split_long(channels, 14) == ([(0, 0, 0, 13), (6, 13, 13, 18), (11, 18, 18, 23)], 0)
     assert split_long(channels, 16) == ([(0, 0, 0, 13), (0, 8, 13, 18), (0, 8, 18, 23)], 0)
@@ -393,7 +409,8 @@ def test_a_document_longer_than_a_row_is_refused():
 
 
 def test_packing_follows_its_seed():
-    """The same seed gives the same rows; another one the same documents in another order, between rows and within."""
+    """The same seed gives the same rows; another one the same documents in another order, between rows and
+    within."""
     rng = random.Random(5)
     lengths = [rng.randrange(1, 30) for _ in range(60)]
     one, same, other = (best_fit(lengths, 64, seed) for seed in ("1|0", "1|0", "1|1"))
@@ -403,7 +420,7 @@ def test_packing_follows_its_seed():
     assert list(map(sorted, one)) != list(map(sorted, other))  # and between them
 
 
-# ---- the stream ---------------------------------------------------------------------------------------------------------
+# ---- the stream --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -437,8 +454,9 @@ def same(rows, others):
 
 
 def test_an_epoch_is_its_chats(stream, stage, stage_tokenizer):
-    """Over three epochs with what is carried from one to the next, each chat that scene_to_chats draws stands in one row, once,
-    with its ids and channels; counts say how many; held-out scenes are in none, and `held_out` has all of them."""
+    """Over three epochs with what is carried from one to the next, each chat that scene_to_chats draws stands
+    in one row, once, with its ids and channels; counts say how many; held-out scenes are in none, and
+    `held_out` has all of them."""
     made, found, expected = stream(seq_len=4096), Counter(), Counter()
     for epoch in range(3):
         assert not made.cut
@@ -467,8 +485,8 @@ def test_an_epoch_is_its_chats(stream, stage, stage_tokenizer):
 
 @pytest.mark.parametrize("options", [{}, {"variants": "all"}, {"mix": True}, {"seq_len": 700}])
 def test_the_order_is_the_same_after_a_stop_and_on_any_number_of_ranks(options, stream, general):
-    """A stream that goes on from a state (JSON, in the middle of any epoch, general data and carried rows included) gives the
-    rows of one that never stopped; the shares of ranks are these rows, each once."""
+    """A stream that goes on from a state (JSON, in the middle of any epoch, general data and carried rows
+    included) gives the rows of one that never stopped; the shares of ranks are these rows, each once."""
     options = {**options, "mix": [(general, 0.3)] if options.get("mix") else (), "seed": -1}
     one, states, rows = stream(**options), [], []
     size = len(one.rows) // 3 + 1
@@ -501,8 +519,8 @@ def test_rows_are_made_only_when_they_are_taken_out(stream, monkeypatch):
 
 
 def test_rows_of_the_plays_are_full(shared, tmp_path):
-    """LLaMA-3 tokens of King Lear and Othello, rows of 8,192 and of the paper's 16,384: at least 98% useful in every epoch, and
-    every chat is there, or among those carried on."""
+    """LLaMA-3 tokens of King Lear and Othello, rows of 8,192 and of the paper's 16,384: at least 98% useful
+    in every epoch, and every chat is there, or among those carried on."""
     llama = tokenizer.load_tokenizer(shared / "tokenizers" / "llama3")
     for seq_len in (8192, 16_384):
         made = Stream([shared / "coser" / "books"], llama, seq_len, cache=tmp_path)
@@ -519,7 +537,8 @@ def test_rows_of_the_plays_are_full(shared, tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
 def test_general_data_is_mixed_by_tokens(share, stream, general):
-    """The share of all tokens, within a document of each file; every row of the file is read once before any is read again."""
+    """The share of all tokens, within a document of each file; every row of the file is read once before any
+    is read again."""
     made, read, total = stream(mix=[(general, share / 2), (general, share / 2)]), [], Counter()
     longest = int(made.store(-1).lengths.max())
     for _ in range(3):
@@ -546,12 +565,12 @@ def test_shares_that_leave_nothing_are_refused(stream, general):
     assert data.stream.parse_mix("a:b.jsonl:0.25") == ("a:b.jsonl", 0.25)
 
 
-# ---- the cache ----------------------------------------------------------------------------------------------------------
+# ---- the cache ---------------------------------------------------------------------------------------------
 
 
 def test_the_cache_is_used_and_never_stale(stream, tmp_path, stage_tokenizer, monkeypatch, general):
-    """The same again tokenises nothing and has the same report. A changed byte, a setting, another tokenizer or file of general
-    data is tokenised anew."""
+    """The same again tokenises nothing and has the same report. A changed byte, a setting, another tokenizer
+    or file of general data is tokenised anew."""
     book = tmp_path / "book.json"
     book.write_text((STAGE / "ward_c.json").read_text())
     stream([book], mix=[(general, 0.5)])
@@ -601,7 +620,8 @@ def many_processes(monkeypatch, number=3):
 
 
 def test_workers_make_what_one_process_makes(stream, tmp_path, monkeypatch):
-    """Tokens in the same order, byte by byte, with and without workers; a cache that was cut short is a usage error."""
+    """Tokens in the same order, byte by byte, with and without workers; a cache that was cut short is a usage
+    error."""
     stream(cache=tmp_path / "alone")
     many_processes(monkeypatch)
     stream()
@@ -651,7 +671,8 @@ def slow(*args):
     build(*args)
 data.store.build_store = slow
 data.store.BYTES_PER_PROCESS = 20_000
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background has it ignored
+# a shell that starts tests in the background has SIGINT ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 tok = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
 signal.signal(signal.SIGTERM, lambda *_: None)  # as train.py, which stops when the step is done
 print("ready", flush=True)
@@ -677,7 +698,8 @@ def go(process):
 
 
 def test_of_several_processes_one_builds(tmp_path):
-    """Of three that start at once one builds, all get the same, and there is one directory and nothing else."""
+    """Of three that start at once one builds, all get the same, and there is one directory and nothing
+    else."""
     together = [child(STAGE, tmp_path / "cache") for _ in range(3)]
     for process in together:
         go(process)
@@ -702,8 +724,8 @@ def test_a_signal_to_the_whole_group_stops_no_worker(tmp_path):
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stage_tokenizer):
-    """Killed in the middle: within seconds no process holds the lock any more or is alive, and the next one builds what an
-    undisturbed one has. After Ctrl-C there is nothing left even of what was half built."""
+    """Killed in the middle: within seconds no process holds the lock any more or is alive, and the next one
+    builds what an undisturbed one has. After Ctrl-C there is nothing left even of what was half built."""
     books, cache = tmp_path / "books", tmp_path / "cache"
     books.mkdir()
     for i in range(40):
@@ -761,8 +783,8 @@ def descendants(pid):
 
 @pytest.mark.parametrize("sign", [None, signal.SIGKILL, signal.SIGTERM])
 def test_no_process_outlives_the_one_that_it_prepares_for(sign, tmp_path):
-    """The next epoch is being tokenised when its parent ends, is killed or gets a signal: nobody is left, nothing that counts
-    is there and, where the parent could still say so, nothing of what was half built."""
+    """The next epoch is being tokenised when its parent ends, is killed or gets a signal: nobody is left,
+    nothing that counts is there and, where the parent could still say so, nothing of what was half built."""
     books, cache = tmp_path / "books", tmp_path / "cache"
     books.mkdir()
     for i in range(100):
@@ -792,8 +814,9 @@ def test_no_process_outlives_the_one_that_it_prepares_for(sign, tmp_path):
 
 
 def test_the_next_epoch_is_prepared_while_this_one_is_read(stream, tmp_path, monkeypatch, stage_tokenizer):
-    """A spawned process builds it once a row was taken; at the boundary nothing is left to build, and rows are those of a
-    stream that builds them itself. Small data, other ranks of the machine and `variants=all` prepare nothing."""
+    """A spawned process builds it once a row was taken; at the boundary nothing is left to build, and rows
+    are those of a stream that builds them itself. Small data, other ranks of the machine and `variants=all`
+    prepare nothing."""
     alone = stream(cache=tmp_path / "alone")
     expected = alone.take(len(alone.rows) + 3)
     assert not multiprocessing.active_children()
@@ -829,7 +852,7 @@ def test_a_process_that_is_killed_is_a_usage_error(stream, monkeypatch):
         return process
 
     monkeypatch.setattr(data.store, "_start", killed)
-    with pytest.raises(UsageError, match="was killed"):
+    with pytest.raises(UsageError, match="ended early"):
         stream()
 
 
@@ -846,7 +869,7 @@ def test_workers_report_what_they_find(tmp_path, stream, monkeypatch):
         stream([tmp_path / "book.json"], strict=True, seed=3)
 
 
-# ---- what data.show shows ---------------------------------------------------------------------------------------------
+# ---- what data.show shows ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -858,7 +881,8 @@ def inspect(script, tmp_path):
 
 
 def test_statistics_are_those_of_the_chats(inspect, stage, stage_tokenizer):
-    """Conversations, chats, turns, tokens and the shares of channels, counted here a second time; a picture of lengths."""
+    """Conversations, chats, turns, tokens and the shares of channels, counted here a second time; a picture
+    of lengths."""
     chats = [chat for scene in stage.values() if scene.tag == "train" for chat in scene_to_chats(scene)]
     code, out, _ = inspect()
     lengths = [len(stage_tokenizer.render(chat.messages)[0]) for chat in chats]
@@ -896,7 +920,8 @@ def test_a_chat_is_shown_with_its_channels(inspect, stage, stage_tokenizer):
 
 
 def test_a_chat_is_shown_to_the_last_space(inspect, shared):
-    """SentencePiece writes a space in front of every part of a text: what is shown has those between channels too."""
+    """SentencePiece writes a space in front of every part of a text: what is shown has those between channels
+    too."""
     code, out, _ = inspect("--chat", 0, "--epoch", 1, "--tokenizer", shared / "tokenizers" / "llama2")
     assert (
         code == 0
@@ -916,8 +941,8 @@ def test_progress_is_shown_as_a_share(stream, monkeypatch):
 
 
 def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
-    """By its documented format: human and gpt by turns, human first, all of them text, the system text beside them; read back,
-    they are the chats, and the release's turns where its draw is ours."""
+    """By its documented format: human and gpt by turns, human first, all of them text, the system text beside
+    them; read back, they are the chats, and the release's turns where its draw is ours."""
     books = shared / "coser" / "books"
     code, _, err = inspect(books, "--sharegpt", tmp_path / "sft.json", "--epoch", 2, "--variants", "all")
     assert code == 0 and "chats" in err
@@ -935,7 +960,8 @@ def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
 
 
 def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
-    """Those of the last plots; with books held out, all of theirs; read back equal. None to write is a usage error."""
+    """Those of the last plots; with books held out, all of theirs; read back equal. None to write is a usage
+    error."""
     held = [scene for scene in stage.values() if scene.tag != "train"]
     (tmp_path / "[red]").mkdir()
     odd = tmp_path / "[red]" / "book.json"
