@@ -33,7 +33,8 @@ import kernels
 from checkpoint.adapters import is_adapter, tokenizer_directory
 from common import files, terminal
 from common.files import UsageError, make_dir, read_json, write_whole
-from data.packing import CHANNELS, IGNORE, make_row
+from data.brackets import CHANNELS
+from data.packing import IGNORE, make_row
 from data.scenes import STAGE
 from data.stream import add_data_flags, open_stream
 from engine.cpu import fast_bf16

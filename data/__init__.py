@@ -1,1 +1,1 @@
-"""Scenes, prompts, chats and packed rows: the way of the data from a book to a batch."""
+"""From books to training batches: scenes, chats of each character, tokens, packed rows."""

@@ -1,19 +1,23 @@
-"""The one parser of thoughts and actions: `[thoughts]` are hidden from the others, `(actions)` are seen by all, the rest is speech.
+"""The bracket rule: what in a message is thought, action or speech.
 
-From a `[` to the `]` that closes it is thought, brackets included, and to the end of the message if none closes it; brackets nest.
-From a `(` outside of thoughts to the `)` that closes it (or the end) is action. A closing bracket without an opening one is text.
+`[thoughts]` are hidden from the other characters, `(actions)` are seen by everyone, everything else is
+speech. A thought runs from `[` to the `]` that closes it, brackets included; brackets nest. An action runs
+from a `(` outside of any thought to the `)` that closes it. An unclosed bracket ends with the message. A
+closing bracket without an opening one is plain text.
 """
 
 import re
 
-SPEECH, ACTION, THOUGHT = 1, 2, 3  # as in a packed row's `channels`; 0 there is a token not under loss
+# the channels of tokens under loss, numbered from 1; channel 0 is no loss
+CHANNELS = ("speech", "action", "thought", "general")
+SPEECH, ACTION, THOUGHT, GENERAL = range(1, 5)
 
 
 class BracketParser:
-    """Labels a message that may arrive in pieces; one parser a message."""
+    """Labels one message, which may arrive in pieces. Every message needs a new parser."""
 
     def __init__(self):
-        self.thoughts = self.actions = 0  # brackets that are open
+        self.thoughts = self.actions = 0  # open brackets of each kind
 
     def feed(self, text):
         """Yields the next piece of the message as (part, channel) pairs; the parts joined are `text`."""
@@ -27,7 +31,16 @@ class BracketParser:
 
 
 def remove_thoughts(message):
-    """The message as others perceive it: thoughts gone, lines stripped, blank lines dropped."""
+    """The message as the other characters perceive it: no thoughts, lines stripped, blank lines dropped."""
     visible = "".join(part for part, channel in BracketParser().feed(message) if channel != THOUGHT)
     lines = (line.strip() for line in visible.split("\n"))
     return "\n".join(line for line in lines if line)
+
+
+def as_thought(text):
+    """The text in square brackets that make all of it one closed thought, whatever brackets it holds."""
+    depth = lowest = 0
+    for c in text:
+        depth += (c == "[") - (c == "]")
+        lowest = min(lowest, depth)
+    return "[" * (1 - lowest) + text + "]" * (1 - lowest + depth)

@@ -1,56 +1,60 @@
-"""What kind of token each supervised one is: speech, action or thought.
+"""Tokenises a chat and gives every token under loss its channel: speech, action, thought, or general data.
 
-Brackets decide, as in `remove_thoughts`: from a `[` to the `]` that closes it is thought, brackets included, and to the end of
-the turn if none does; from a `(` outside of thoughts to the `)` that closes it (or the end) is action; the rest, the name in
-front and the end of the turn is speech. A token that straddles takes the highest of what its characters are: thought before
-action before speech.
+The bracket rule (data/brackets.py) is applied to the bytes of each message. A token that covers bytes of
+several channels gets the highest one: thought before action before speech. The name in front of a turn and
+the end-of-turn token are speech.
 """
 
 import numpy as np
 
-from data.brackets import SPEECH, BracketParser
-from data.packing import CHANNELS
-
-GENERAL = 1 + CHANNELS.index("general")
+from data.brackets import GENERAL, SPEECH, BracketParser
 
 
-def label(tokenizer, messages, character=None):
-    """A conversation as (ids uint32 [N], channels int8 [N]), 0 where a token is not under loss.
+def label(tokenizer, messages, character=None, parts=None):
+    """A conversation as (ids uint32 [N], channels int8 [N]); channel 0 means no loss.
 
-    character: whose turns these are, each opening with `Name: `; for the next-speaker model all is speech; None: general data.
+    character: speaker of the assistant turns that open with `Name: `; turns without the name (those of the
+    next-speaker model) are all speech. None: general data. parts: the messages in each assistant turn
+    (`Chat.parts`), since an unclosed bracket ends with its message. None: every turn is one message.
     """
     ids, mask = tokenizer.render(messages)
-    ids, learnt = np.array(ids, np.uint32), np.array(mask, np.int8)
+    ids, channels = np.array(ids, np.uint32), np.array(mask, np.int8)
     if character is None:
-        return ids, learnt * np.int8(GENERAL)
-    lead = b"".join(map(tokenizer.token_bytes, tokenizer.encode(f"{character}: ")))
-    edges = np.flatnonzero(np.diff(learnt, prepend=0, append=0)).reshape(-1, 2)
-    for start, end in edges.tolist():
-        words = [tokenizer.token_bytes(i) for i in ids[start:end].tolist()]
-        text = b"".join(words)
-        if text.startswith(lead):
-            learnt[start:end] = token_channels(words, byte_channels(text, len(lead)))
-    return ids, learnt
+        return ids, channels * np.int8(GENERAL)
+    lead = f"{character}: "
+    parts = parts or [[turn["content"]] for turn in messages if turn["role"] == "assistant"]
+    # where runs of supervised tokens start and end: one run for each assistant turn
+    spans = np.flatnonzero(np.diff(channels, prepend=0, append=0)).reshape(-1, 2)
+    for (start, end), turn in zip(spans.tolist(), parts, strict=True):
+        if turn[0].startswith(lead):
+            # lengths are those of tokens, since a tokenizer may normalise text or put a space in front of it
+            before = [lead, *("".join(turn[:n]) for n in range(1, len(turn)))]
+            starts = [len(b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)))) for text in before]
+            tokens = [tokenizer.token_bytes(i) for i in ids[start:end].tolist()]
+            channels[start:end] = token_channels(tokens, byte_channels(b"".join(tokens), starts))
+    return ids, channels
 
 
-def token_channels(words, channels):
-    """The highest channel of each token's bytes; speech for a token without any."""
-    lengths = np.array([len(word) for word in words])
-    made = np.full(len(words), SPEECH, np.int8)
+def token_channels(tokens, channels):
+    """The highest channel of each token's bytes, int8 [tokens]; speech for a token that has none."""
+    lengths = np.array([len(token) for token in tokens])
     starts = np.cumsum(lengths) - lengths
+    result = np.full(len(tokens), SPEECH, np.int8)
     if len(channels):
-        made[lengths > 0] = np.maximum.reduceat(channels, starts[lengths > 0])
-    return made
+        result[lengths > 0] = np.maximum.reduceat(channels, starts[lengths > 0])
+    return result
 
 
-def byte_channels(text, lead=0):
-    """The channel of each byte of a turn, int8 [len(text)]; the first `lead` bytes are the name, which is speech.
+def byte_channels(text, starts=(0,)):
+    """The channel of each byte of a turn, int8 [len(text)]. starts: where its messages begin; before the
+    first is the name.
 
-    Brackets are ASCII, so no byte of another character is one, and a byte can be read as a character of Latin-1.
+    Brackets are ASCII, so no byte of a longer UTF-8 character looks like one, and bytes can be read as
+    Latin-1.
     """
     channels = np.full(len(text), SPEECH, np.int8)
-    at = lead
-    for part, channel in BracketParser().feed(text[lead:].decode("latin-1")):
-        channels[at : at + len(part)] = channel
-        at += len(part)
+    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        for part, channel in BracketParser().feed(text[start:end].decode("latin-1")):
+            channels[start : start + len(part)] = channel
+            start += len(part)
     return channels

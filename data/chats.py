@@ -1,8 +1,10 @@
-"""From a scene to training chats, one per character (paper, section 4: given-circumstance acting).
+"""Turns a scene into training chats, one for each character (given-circumstance acting; CoSER paper, section
+4).
 
-`perspective` is how one character has lived a conversation: own messages are assistant turns with thoughts, everyone
-else's are user turns with the thoughts gone. Training chats and the agents of simulate.py are built by this same function,
-so what an actor learns is what it will see on stage. The loss is on assistant turns only.
+`perspective` is the conversation as one character experiences it: own messages are assistant turns and keep
+their thoughts, everybody else's messages are user turns without thoughts. Training chats and the agents of
+simulate.py are built by this same function, so an actor sees in a simulation what it saw in training. The
+loss is on assistant turns only.
 """
 
 import random
@@ -19,39 +21,51 @@ NEXT_SPEAKER = "NSP"
 
 @dataclass
 class Chat:
-    """One training sample. `kind` is `character`, `environment` or `next_speaker`; `options` are those drawn for it."""
+    """One training sample. kind: `character`, `environment` or `next_speaker`. options: of its prompt.
+
+    parts: the messages that each assistant turn joins; None where each turn is one message.
+    """
 
     messages: list
     character: str
     kind: str
     key: str
     options: dict = field(default_factory=dict)
+    parts: list | None = None
+
+
+def perceived_turns(dialogue, character, thoughts=True):
+    """The turns behind `perspective`: (role, [text of each message]) pairs, roles alternating from `user`."""
+    turns = [("user", [START])]
+    for message in dialogue:
+        own = message["character"] == character
+        role = "assistant" if own else "user"
+        if turns[-1][0] != role:
+            turns.append((role, []))
+        text = message["message"] if own and thoughts else remove_thoughts(message["message"])
+        name = "" if own and turns[-1][1] else f"{message['character']}: "
+        turns[-1][1].append(f"{name}{text}\n\n")
+    return turns
 
 
 def perspective(dialogue, character, thoughts=True):
-    """The conversation as `character` lives it: user and assistant turns, the first a user turn.
+    """The conversation as `character` experiences it: alternating user and assistant turns, the first a user
+    turn.
 
-    dialogue: list of `{character, message}`. thoughts=False removes the character's own thoughts as well (the paper's
-    ablation without inner thoughts). Others' consecutive messages share a user turn; a consecutive own message joins the
-    assistant turn before it, without the name.
+    dialogue: list of `{character, message}`. thoughts=False removes the character's own thoughts too (the
+    paper's ablation without inner thoughts). Consecutive messages of others share a user turn, each with its
+    speaker's name; consecutive own messages share an assistant turn with the name in front only once.
     """
-    messages = [{"role": "user", "content": START}]
-    for turn in dialogue:
-        own = turn["character"] == character
-        text = turn["message"] if own and thoughts else remove_thoughts(turn["message"])
-        role = "assistant" if own else "user"
-        named = text if own and messages[-1]["role"] == role else f"{turn['character']}: {text}"
-        if messages[-1]["role"] == role:
-            messages[-1]["content"] += named + "\n\n"
-        else:
-            messages.append({"role": role, "content": named + "\n\n"})
-    return messages
+    turns = perceived_turns(dialogue, character, thoughts)
+    return [{"role": role, "content": "".join(parts)} for role, parts in turns]
 
 
 def next_speaker_perspective(dialogue, names=None):
-    """The conversation as the next-speaker model sees it: it says a name, then is shown what that one said.
+    """The conversation as the next-speaker model sees it: it answers with a name, then reads what that
+    character said.
 
-    names: what the assistant says before each message, where that differs from who speaks (`random` in training).
+    names: what the assistant answers before each message, where that differs from its speaker (`random` in
+    training).
     """
     messages = [{"role": "user", "content": START}]
     for i, turn in enumerate(dialogue):
@@ -62,7 +76,7 @@ def next_speaker_perspective(dialogue, names=None):
 
 
 def draw_options(rng, thoughts=True):
-    """The release's variety of prompts, as shares of a draw: see coser paper, appendix, and data/prompts.py."""
+    """Draws what varies between prompts, with the shares of the release (CoSER paper, appendix)."""
     return {
         "opener": rng.randrange(len(prompts.OPENERS)),
         "style": rng.choices(list(prompts.STYLES), [share for share, _ in prompts.STYLES.values()])[0],
@@ -74,41 +88,39 @@ def draw_options(rng, thoughts=True):
 
 
 def system_prompt(scene, character, options, concise=False):
-    """What `character` is told before the scene begins; the Environment is told its own thing."""
+    """The system prompt of an actor, or of the Environment, which has its own."""
     if character == ENVIRONMENT:
         return prompts.environment(scene)
     return prompts.actor(scene, character, options, concise)
 
 
 def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1, variants="draw"):
-    """The training chats of a scene: one for each who speaks, and now and then one for the next speaker.
+    """The training chats of a scene: one for each speaker, and for a share of scenes one for the next-speaker
+    model.
 
     Options are drawn from (seed, scene, character, epoch) alone, so adding a book changes no other chat.
-    thoughts=False is the ablation without inner thoughts. A character all of whose turns are empty gives no chat.
-    variants: `draw` is the paper's one for each who speaks; `all` the release's four, with and without thoughts and the
-    others' profiles, what else varies drawn for each (two in the ablation).
+    thoughts=False is the ablation without inner thoughts; a character who then says nothing gives no chat.
+    variants: `draw` is one chat for each speaker, as in the paper; `all` the release's four, with and without
+    thoughts and the others' profiles (two in the ablation), with the remaining options drawn for each.
     """
-    chats = []
-    fixed = [{}]
+    chats, fixed = [], [{}]
     if variants == "all":
-        fixed = [
-            {"thoughts": own, "others": others}
-            for own in (True, False)[not thoughts :]
-            for others in (True, False)
-        ]
+        with_thoughts = (True, False) if thoughts else (False,)
+        fixed = [{"thoughts": own, "others": others} for own in with_thoughts for others in (True, False)]
     for character in scene.speaking_characters:
         rng = random.Random(f"{seed}|{scene.key}|{character}|{epoch}")
-        for chosen in fixed:
-            options = draw_options(rng, thoughts) | chosen
-            turns = perspective(scene.dialogues, character, options["thoughts"])
-            own = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-            if not any(text.removeprefix(f"{character}: ").strip() for text in own):
-                continue
-            if turns[-1]["role"] == "user":  # nothing after the last own message is ever under loss
+        for choice in fixed:
+            options = draw_options(rng, thoughts) | choice
+            turns = perceived_turns(scene.dialogues, character, options["thoughts"])
+            if turns[-1][0] == "user":  # nothing after the last own message is under loss
                 turns.pop()
-            system = {"role": "system", "content": system_prompt(scene, character, options)}
+            own = [parts for role, parts in turns if role == "assistant"]
+            if not any("".join(parts).removeprefix(f"{character}: ").strip() for parts in own):
+                continue
+            messages = [{"role": "system", "content": system_prompt(scene, character, options)}]
+            messages += [{"role": role, "content": "".join(parts)} for role, parts in turns]
             kind = "environment" if character == ENVIRONMENT else "character"
-            chats.append(Chat([system, *turns], character, kind, scene.key, options))
+            chats.append(Chat(messages, character, kind, scene.key, options, own))
     rng = random.Random(f"{seed}|{scene.key}|{NEXT_SPEAKER}|{epoch}")
     if rng.random() < next_speaker_share:
         chats.append(next_speaker_chat(scene, rng))
@@ -116,11 +128,13 @@ def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1
 
 
 def next_speaker_chat(scene, rng):
-    """The chat of the next-speaker model; one who is neither major nor Environment becomes `random` 25% of the time."""
+    """The chat of the next-speaker model. Speakers who are minor characters are `random` 25% of the time."""
     known = {*scene.major_characters, ENVIRONMENT}
     speakers = [turn["character"] for turn in scene.dialogues]
     names = [name if name in known or rng.random() >= 0.25 else "random" for name in speakers]
-    turns = next_speaker_perspective(scene.dialogues, names)
-    system = {"role": "system", "content": prompts.next_speaker(scene)}
-    end = {"role": "assistant", "content": END_CHAT}
-    return Chat([system, *turns, end], NEXT_SPEAKER, "next_speaker", scene.key)
+    messages = [
+        {"role": "system", "content": prompts.next_speaker(scene)},
+        *next_speaker_perspective(scene.dialogues, names),
+        {"role": "assistant", "content": END_CHAT},
+    ]
+    return Chat(messages, NEXT_SPEAKER, "next_speaker", scene.key)

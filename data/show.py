@@ -1,12 +1,12 @@
-"""Shows what the model is asked to learn: counts, lengths, what reading repaired, and any chat with what is under loss in it.
+"""Shows what a model would learn from: counts, lengths, repairs, and any chat with its tokens under loss.
 
     python -m data.show books/ --tokenizer DIR               statistics
     python -m data.show books/ --tokenizer DIR --chat 12     document 12 of the epoch, coloured by channel
     python -m data.show books/ --sharegpt sft.json           the same chats for LLaMA-Factory
-    python -m data.show books/ --test-scenes held_out.json   the held-out scenes, for simulate.py --scene held_out.json:0
+    python -m data.show books/ --test-scenes held_out.json   the held-out scenes, for simulate.py
 
-LLaMA-Factory finds the rows through this entry of its `dataset_info.json`: {"coser": {"file_name": "sft.json", "formatting":
-"sharegpt", "columns": {"messages": "conversations", "system": "system"}}}
+LLaMA-Factory finds the rows through this entry of its `dataset_info.json`: {"coser": {"file_name":
+"sft.json", "formatting": "sharegpt", "columns": {"messages": "conversations", "system": "system"}}}
 """
 
 import json
@@ -17,9 +17,10 @@ from rich.table import Table
 
 from common import terminal
 from common.files import UsageError, write_whole
+from data.brackets import CHANNELS
 from data.chats import scene_to_chats
-from data.packing import CHANNELS
-from data.scenes import STAGE, Report, read_scenes, to_test_scene
+from data.records import Report
+from data.scenes import STAGE, read_scenes, to_test_scene
 from data.stream import add_data_flags, open_stream, row_lengths
 from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
 
@@ -30,28 +31,16 @@ BINS = 16
 def parse_args():
     parser = terminal.Parser(__doc__, "python -m data.show data/stage --chat 3")
     add = parser.add_argument
-    add(
-        "paths",
-        nargs="*",
-        default=[STAGE],
-        metavar="PATH",
-        help="books, directories of books (default: the bundled stories)",
-    )
+    text = "books, directories of books (default: the bundled stories)"
+    add("paths", nargs="*", default=[STAGE], metavar="PATH", help=text)
     add("--tokenizer", default=STAGE_TOKENIZER, help="directory or file (default: the stage's)")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the tokenizer says")
-    add(
-        "--chat",
-        type=int,
-        metavar="N",
-        help="show this document, counted from 0; general data comes after the scenes",
-    )
+    text = "show this document, counted from 0; general data comes after the scenes"
+    add("--chat", type=int, metavar="N", help=text)
     add("--seq-len", type=int, default=16_384, help="tokens in a packed row (default: 16384, the paper's)")
-    add("--epoch", type=int, default=0, help="whose draw of prompts (default: 0)")
-    add(
-        "--sharegpt",
-        metavar="FILE",
-        help="write the chats of the epoch (without --mix) as LLaMA-Factory reads them",
-    )
+    add("--epoch", type=int, default=0, help="epoch whose draw of prompts is shown (default: 0)")
+    text = "write the chats of the epoch (without --mix) in LLaMA-Factory's format"
+    add("--sharegpt", metavar="FILE", help=text)
     add("--test-scenes", metavar="FILE", help="write the held-out scenes as a test file")
     add_data_flags(parser)
     args = parser.parse_args()
@@ -60,13 +49,12 @@ def parse_args():
     return args
 
 
-def all_scenes(args, report=None):
-    report = Report(args.strict) if report is None else report
+def all_scenes(args, report):
     return (scene for scene, _ in read_scenes(args.paths, report, args.held_out_books))
 
 
 def chats_of(scene, args):
-    """The chats of a scene that are trained on in the epoch, in the order of the documents; none where it is held out."""
+    """The training chats of a scene in the epoch, in the order of the documents; none if it is held out."""
     if scene.tag != "train":
         return []
     epoch = args.epoch if args.variants == "draw" else 0
@@ -74,53 +62,48 @@ def chats_of(scene, args):
 
 
 def statistics(args, stream, lengths, counts):
-    """What there is, as rows of a table."""
+    """Rows of the table. lengths: tokens of each document; counts: its supervised ones of each channel."""
     tags, kinds, turns = Counter(), Counter(), []
-    for scene in all_scenes(args):
+    for scene in all_scenes(args, Report()):
         tags[scene.tag] += 1
         for chat in chats_of(scene, args):
             kinds[chat.kind] += 1
             turns.append(len(chat.messages) - 1)
-    tokens, learnt = int(lengths.sum()), counts.sum(0)
-    useful = sum(int(row_lengths(row).sum()) for row in stream.rows) / (len(stream.rows) * stream.seq_len)
-    general = len(lengths) - len(turns)
+    tokens, supervised, rows = int(lengths.sum()), counts.sum(0), len(stream.rows)
+    useful = sum(int(row_lengths(row).sum()) for row in stream.rows) / (rows * stream.seq_len)
     yield "conversations", ", ".join(f"{count:,} {tag}" for tag, count in sorted(tags.items()))
     yield "chats", ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in kinds.items())
     yield "turns in a chat", f"mean {np.mean(turns):.1f}, most {max(turns)}"
-    if general:
-        yield "general data", f"{general:,} chats, {lengths[len(turns) :].sum() / tokens:.1%} of the tokens"
-    yield (
-        "tokens",
-        f"{tokens:,}; mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}, longest {lengths.max():,}",
-    )
-    yield "under loss", f"{learnt.sum():,} tokens, {learnt.sum() / tokens:.1%}"
-    for name, number in zip(CHANNELS, learnt.tolist(), strict=True):
-        yield f"  {name}", f"{number:,}, {number / learnt.sum():.1%}"
-    yield f"rows of {stream.seq_len:,}", f"{len(stream.rows):,}, {useful:.1%} useful"
+    if general := len(lengths) - len(turns):
+        share = lengths[len(turns) :].sum() / tokens
+        yield "general data", f"{general:,} chats, {share:.1%} of the tokens"
+    middle = f"mean {lengths.mean():,.0f}, median {np.median(lengths):,.0f}"
+    yield "tokens", f"{tokens:,}; {middle}, longest {lengths.max():,}"
+    yield "under loss", f"{supervised.sum():,} tokens, {supervised.sum() / tokens:.1%}"
+    for name, number in zip(CHANNELS, supervised.tolist(), strict=True):
+        yield f"  {name}", f"{number:,}, {number / supervised.sum():.1%}"
+    yield f"rows of {stream.seq_len:,}", f"{rows:,}, {useful:.1%} useful"
     if stream.cut:
-        yield (
-            "longer than a row",
-            f"{stream.cut:,} cut; {stream.without:,} pieces without a token under loss left out",
-        )
+        text = f"{stream.cut:,} cut; {stream.without:,} pieces without a token under loss left out"
+        yield "longer than a row", text
 
 
 def histogram(lengths):
-    """A picture of lengths in lines of text: how many documents have so many tokens."""
+    """Lines of a bar chart: how many documents have how many tokens."""
     counts, edges = np.histogram(lengths, bins=BINS, range=(0, lengths.max()))
     for count, start, end in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
         eighths = round(count / counts.max() * 40 * 8)
         bar = "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
-        yield f"{start:7,.0f} to {end:7,.0f} {bar} {count:,}" if count else f"{start:7,.0f} to {end:7,.0f}"
+        yield f"{start:7,.0f} to {end:7,.0f}" + (f" {bar} {count:,}" if count else "")
 
 
 def show(tokenizer, ids, channels):
-    """A document as the model reads it, its channels in colour; between «channel| and » where stdout is no terminal."""
+    """A document as the model reads it, in the channels' colours or, without a terminal, «channel|text»."""
     edges = [0, *(np.flatnonzero(np.diff(channels)) + 1).tolist(), len(ids)]
     for start, end in zip(edges, edges[1:], strict=False):
-        words = [
-            tokenizer.token_bytes(i) or tokenizer.names.get(i, "").encode() for i in ids[start:end].tolist()
-        ]
-        channel, text = channels[start], b"".join(words).decode(errors="replace")
+        part = ids[start:end].tolist()
+        text = b"".join(tokenizer.token_bytes(i) or tokenizer.names.get(i, "").encode() for i in part)
+        channel, text = channels[start], text.decode(errors="replace")
         if channel and not terminal.stdout.is_terminal:
             text = f"«{CHANNELS[channel - 1]}|{text}»"
         terminal.put(text, STYLES[channel])
@@ -132,7 +115,7 @@ def show(tokenizer, ids, channels):
 
 
 def sharegpt(chat):
-    """A chat as LLaMA-Factory's sharegpt format has it: turns by turns, the system text beside them."""
+    """A chat as a row of LLaMA-Factory's sharegpt format: the turns, with the system text beside them."""
     names = {"user": "human", "assistant": "gpt"}
     system, *turns = chat.messages
     turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
@@ -140,29 +123,25 @@ def sharegpt(chat):
 
 
 def export(args):
-    """Writes the files that are asked for, and says what reading repaired and dropped on the way."""
-    report = Report(args.strict)
+    """Writes --test-scenes and --sharegpt, and prints what reading repaired and dropped."""
     if args.test_scenes:
-        scenes = [to_test_scene(scene) for scene in all_scenes(args, report) if scene.tag != "train"]
+        scenes = all_scenes(args, report := Report(args.strict))
+        scenes = [to_test_scene(scene) for scene in scenes if scene.tag != "train"]
         if not scenes:
-            raise UsageError(
-                f"{args.paths[0]}: no held-out scene in it; --held-out-books 0.1 holds out a tenth of the books"
-            )
+            hint = "--held-out-books 0.1 holds out a tenth of the books"
+            raise UsageError(f"{args.paths[0]}: no held-out scene in it; {hint}")
         with write_whole(args.test_scenes) as file:
             json.dump(scenes, file, ensure_ascii=False, indent=1)
-        terminal.note(
-            f"{len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one"
-        )
+        command = f"python simulate.py --scene {args.test_scenes}:0"
+        terminal.note(f"{len(scenes)} held-out scenes; {command} plays one")
     if args.sharegpt:
-        report, number = Report(args.strict), 0
-        with write_whole(args.sharegpt) as file:  # one row at a time, so that no more than one is in memory
-            chats = (chat for scene in all_scenes(args, report) for chat in chats_of(scene, args))
-            for number, chat in enumerate(chats, 1):
+        scenes, number = all_scenes(args, report := Report(args.strict)), 0
+        with write_whole(args.sharegpt) as file:  # row by row, so that they need not fit in memory
+            for number, chat in enumerate((chat for scene in scenes for chat in chats_of(scene, args)), 1):
                 file.write(("[\n" if number == 1 else ",\n") + json.dumps(sharegpt(chat), ensure_ascii=False))
             if not number:
-                raise UsageError(
-                    f"{args.paths[0]}: no training scene in it (all are held out); give a book as well"
-                )
+                hint = "no training scene in it (all are held out); give a book as well"
+                raise UsageError(f"{args.paths[0]}: {hint}")
             file.write("\n]\n")
         terminal.note(f"{args.sharegpt}: {number:,} chats of epoch {args.epoch}")
     for line in report.lines():
@@ -179,32 +158,23 @@ def main():
     stream = open_stream(args, args.paths, tokenizer)
     while stream.start["epoch"] < args.epoch:
         stream.begin(stream.next)
-    documents = [
-        (stream.store(source), number)
-        for source, chosen in stream.chosen.items()
-        for number in chosen.tolist()
-    ]
+    chosen = [(stream.store(source), numbers) for source, numbers in stream.chosen.items()]
+    documents = [(store, number) for store, numbers in chosen for number in numbers.tolist()]
     if args.chat is not None:
         if not 0 <= args.chat < len(documents):
             raise UsageError(f"--chat {args.chat}: there are {len(documents)} documents, counted from 0")
         store, number = documents[args.chat]
         show(tokenizer, *store.read(number))
         return
-    lengths = np.array([store.lengths[number] for store, number in documents])
-    counts = np.array([store.counts[number] for store, number in documents])
+    lengths = np.concatenate([store.lengths[numbers] for store, numbers in chosen])
+    counts = np.concatenate([store.counts[numbers] for store, numbers in chosen])
     table = Table(show_header=False)
     for row in statistics(args, stream, lengths, counts):
         table.add_row(*row)
     terminal.put(f"epoch {args.epoch} of {', '.join(map(str, args.paths))}\n")
     terminal.stdout.print(table)
-    for line in (
-        "",
-        "tokens in a chat",
-        *histogram(lengths),
-        "",
-        *(stream.report.lines() or ["nothing repaired or dropped"]),
-    ):
-        terminal.put(f"{line}\n")
+    found = stream.report.lines() or ["nothing repaired or dropped"]
+    terminal.put("\n".join(["", "tokens in a chat", *histogram(lengths), "", *found, ""]))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ if (
 import checkpoint
 import tokenizer
 from common import terminal
+from data.packing import best_fit, make_row
 from data.scenes import load_stage
 from model import ModelConfig, RopeScaling
 
@@ -100,6 +101,12 @@ def tiny_actor(tmp_path_factory, stage_tokenizer):
     directory = tmp_path_factory.mktemp("actor") / "tiny"
     checkpoint.save_model(random_model(config), directory, stage_tokenizer)
     return directory
+
+
+def pack_rows(documents, seq_len, seed=0):
+    """Rows of documents (ids, channels) or (ids, mask), none longer than a row."""
+    rows = best_fit([len(ids) for ids, _ in documents], seq_len, seed)
+    return [make_row([documents[i] for i in row], seq_len) for row in rows]
 
 
 @pytest.fixture

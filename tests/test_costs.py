@@ -6,14 +6,13 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_config, random_model
+from conftest import pack_rows, random_config, random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from checkpoint import RandomWeights, fill
-from data.packing import pack
 from kernels import cross_entropy
 from kernels.cross_entropy import linear_cross_entropy
 from model import PRESETS, ModelConfig
@@ -92,7 +91,7 @@ def packed(config, seq_len):
         )
         for n in (seq_len // 2, seq_len // 4, seq_len // 4)
     ]
-    return train.stack(pack(documents, seq_len), "cpu")
+    return train.stack(pack_rows(documents, seq_len), "cpu")
 
 
 @pytest.mark.parametrize(

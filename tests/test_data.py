@@ -1,4 +1,5 @@
-"""Books to chats to packed rows: what is read, what each character perceives, what is drawn, and what a row holds."""
+"""Books to chats to packed rows: what is read, what each character perceives, what is drawn, and what a row
+holds."""
 
 import copy
 import json
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from common.files import UsageError
 from data import prompts
+from data.brackets import as_thought, remove_thoughts
 from data.chats import (
     END_CHAT,
     START,
@@ -24,10 +26,10 @@ from data.chats import (
     next_speaker_chat,
     next_speaker_perspective,
     perspective,
-    remove_thoughts,
     scene_to_chats,
 )
-from data.scenes import LONGEST, Report, Scene, as_thought, load_book, load_scenes, read_scenes, to_test_scene
+from data.records import LONGEST, Report
+from data.scenes import Scene, load_book, load_scenes, read_scenes, to_test_scene
 
 BOOKS = ("King Lear", "Othello")
 HI, HO = {"character": "A", "message": "hi"}, {"character": "B", "message": "ho"}
@@ -56,7 +58,7 @@ def book(*dialogues, **conversation):
     return {"plots": [{"conversation": [{"dialogues": list(dialogues) or [HI, HO], **conversation}]}]}
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,8 @@ def book(*dialogues, **conversation):
     [("King Lear", 17, 2, 193, 2), ("Othello", 13, 1, 137, 0)],
 )
 def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, without):
-    """Every conversation of the file, word for word and in order, split where the file says, and nothing repaired."""
+    """Every conversation of the file, word for word and in order, split where the file says, and nothing
+    repaired."""
     file, report = shared / "coser" / "books" / f"{name}.json", Report()
     raw, scenes = json.loads(file.read_text("utf-8")), load_book(file, report)
     assert +report == Counter({"dropped: plot without a conversation": without} if without else {})
@@ -92,7 +95,8 @@ def test_a_real_book_is_read_whole(shared, name, train, held_out, messages, with
 
 
 def test_the_test_file_is_read_whole(shared):
-    """All 100 scenes: same messages, same order of speakers, same profiles; 238 motivations found under `thought`."""
+    """All 100 scenes: same messages, same order of speakers, same profiles; 238 motivations found under
+    `thought`."""
     file, report = shared / "coser" / "test" / "id.json", Report()
     raw, scenes = json.loads(file.read_text("utf-8")), load_scenes(file, report)
     assert len(scenes) == 100 and report["repaired: `thought` read as `motivation`"] == 238
@@ -152,7 +156,8 @@ def test_our_own_form_comes_back_as_it_was(stage, read):
     ],
 )
 def test_a_messy_message_is_repaired_or_dropped_and_counted(read, turn, expected):
-    """One odd message among good ones: what it says is kept or it goes, and the report has exactly one line on it."""
+    """One odd message among good ones: what it says is kept or it goes, and the report has exactly one line
+    on it."""
     (scene,), report = read(book(HI, turn, HO))
     assert scene.dialogues == [HI, *([{"character": "A", "message": expected}] if expected else []), HO]
     assert sum(report.values()) == 1 and next(iter(report)).startswith(
@@ -176,7 +181,8 @@ def test_both_repairs_of_one_message_are_counted(read):
     ],
 )
 def test_a_messy_motivation_is_repaired_and_counted(read, key_character, repairs):
-    """`thought` for `motivation` and `character` for `name`: the motivation reaches its owner, each repair is counted."""
+    """`thought` for `motivation` and `character` for `name`: the motivation reaches its owner, each repair is
+    counted."""
     (scene,), report = read(book(key_characters=[key_character, "B", None]))
     assert scene.motivations == {"A": "m"}
     assert sum(count for what, count in report.items() if what.startswith("repaired: ")) == repairs
@@ -230,8 +236,8 @@ def test_without_a_split_the_last_tenth_is_held_out(read, number):
 
 @pytest.mark.parametrize("form", ["book", "test file"])
 def test_titles_that_differ_in_quotes_alone_are_one_book(read, form):
-    """Curly and straight quotes make two titles look alike: in a book or a test file, they are read as the same book, and
-    that is counted."""
+    """Curly and straight quotes make two titles look alike: in a book or a test file, they are read as the
+    same book, and that is counted."""
     (expected,), _ = read({"title": 'Howl\'s "Castle"', **book()})
     for title, repairs in (('Howl\'s "Castle"', 0), ("Howl’s “Castle”", 1)):
         item = {"book": title, "i_p": 0, "i_c": 0, "dialogues": [HI, HO]}
@@ -242,7 +248,8 @@ def test_titles_that_differ_in_quotes_alone_are_one_book(read, form):
 def test_half_a_character_does_not_reach_the_tokenizer(read, stage_tokenizer):
     """JSON may escape half of a surrogate pair: it is mended or refused, and what is read can be encoded."""
     try:
-        (scene,), _ = read(book({"character": "A", "message": "hi \ud83d there"}, HO))
+        odd = book({"character": "A", "message": "hi \ud83d there"}, HO)
+        (scene,), _ = read({"title": "\ud83d", "character_datasets": {"A": {"profile": "\ud83d"}}, **odd})
     except UsageError:
         return
     for chat in scene_to_chats(scene):
@@ -257,8 +264,8 @@ TEXT = st.text(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(TEXT, min_size=8, max_size=8), st.booleans())
 def test_any_text_survives_reading(tmp_path_factory, texts, escaped):
-    """Whatever stands in title, scenario, topic, summary, names, profile, motivation and messages is read as it is, apart from
-    what the report counts: white space in names, curly quotes in titles."""
+    """Whatever stands in title, scenario, topic, summary, names, profile, motivation and messages is read as
+    it is, apart from what the report counts: white space in names, curly quotes in titles."""
     title, scenario, topic, summary, name, profile, motivation, message = texts
     turns = [
         {"character": name, "message": message},
@@ -321,7 +328,8 @@ def nodes(value, path=()):
 
 @pytest.mark.parametrize("form", [BOOK, [TEST_SCENE], [OWN]], ids=["book", "test file", "own form"])
 def test_any_value_anywhere_is_read_or_refused(form, tmp_path):
-    """Each node of a good file replaced by each kind of JSON value: chats can be made of what is read, or UsageError."""
+    """Each node of a good file replaced by each kind of JSON value: chats can be made of what is read, or
+    UsageError."""
     file, broken = tmp_path / "odd.json", []
     for path in nodes(form):
         for odd in (None, True, 5, -1.5, "", "x", [], ["x"], [None], [["x"]], {}, {"x": 1}):
@@ -366,7 +374,8 @@ def test_any_value_anywhere_is_read_or_refused(form, tmp_path):
     ids=lambda content: repr(content)[:40],
 )
 def test_a_file_that_cannot_be_read_is_a_usage_error(script, tmp_path, content):
-    """Missing, empty, not JSON, not UTF-8, of the wrong kind, nothing usable: one line that names the file, exit code 2."""
+    """Missing, empty, not JSON, not UTF-8, of the wrong kind, nothing usable: one line that names the file,
+    exit code 2."""
     file, out = tmp_path / "book.json", tmp_path / "tokenizer.model"
     if content is not None:
         file.write_bytes(content)
@@ -388,10 +397,10 @@ MESSAGE = "plot 0, conversation 0, message 1"
 BAD = [  # what stands in a book, the kind it is counted as, where the report says it is
     (book(HI, "A: m", HO), "dropped: message that is not an object", MESSAGE),
     (book(HI, {"message": "m"}, HO), "dropped: message without a name", MESSAGE),
-    (book(HI, {"character": ["A"], "message": "m"}, HO), "dropped: message without a name", MESSAGE),
+    (book(HI, {"character": ["A"], "message": "m"}, HO), "dropped: `character` that is not text", MESSAGE),
     (book(HI, {"character": "A", "message": " \n"}, HO), "dropped: message without a text", MESSAGE),
-    (book(HI, {"character": "A", "message": ["m"]}, HO), "dropped: message that is not text", MESSAGE),
-    (book(HI, {"character": "A", "message": 5}, HO), "dropped: message that is not text", MESSAGE),
+    (book(HI, {"character": "A", "message": ["m"]}, HO), "dropped: `message` that is not text", MESSAGE),
+    (book(HI, {"character": "A", "message": 5}, HO), "dropped: `message` that is not text", MESSAGE),
     (
         book(HI, {"character": "A", "message": LONG}, HO),
         "dropped: message of more than 1,000,000 characters",
@@ -410,7 +419,7 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     (book(HI, {"character": " A\n", "message": "m"}, HO), "repaired: white space in a name", MESSAGE),
     (book(scenario=5), "dropped: `scenario` that is not text", "plot 0, conversation 0"),
     (book(topic=["t"]), "dropped: `topic` that is not text", "plot 0, conversation 0"),
-    (book(key_characters="A"), "dropped: key characters that are not a list", "plot 0, conversation 0"),
+    (book(key_characters="A"), "dropped: `key_characters` that is not a list", "plot 0, conversation 0"),
     (
         book(key_characters=["A"]),
         "dropped: key character that is not an object",
@@ -438,7 +447,7 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
         "repaired: `split_plot_index` that is no number, the last tenth of plots held out",
         "",
     ),
-    ({"character_datasets": [], **book()}, "dropped: characters that are not an object", ""),
+    ({"character_datasets": [], **book()}, "dropped: `character_datasets` that is not an object", ""),
     (
         {"character_datasets": {"A": {"profile": 5}}, **book()},
         "dropped: profile that is not text",
@@ -448,13 +457,13 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     ({"plots": [{}, *book()["plots"]]}, "dropped: plot without a conversation", "plot 0"),
     (
         {"plots": [{"conversation": "x"}, *book()["plots"]]},
-        "dropped: plot whose conversations are not a list",
+        "dropped: `conversation` that is not a list",
         "plot 0",
     ),
     (
         {"plots": [{"summary": 5, **book()["plots"][0]}]},
         "dropped: `summary` that is not text",
-        "plot 0, conversation 0",
+        "plot 0",
     ),
     (
         {"plots": [{"conversation": [[], *book()["plots"][0]["conversation"]]}]},
@@ -463,7 +472,7 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     ),
     (
         {"plots": [{"conversation": [{"dialogues": "A: m"}, *book()["plots"][0]["conversation"]]}]},
-        "dropped: conversation whose messages are not a list",
+        "dropped: `dialogues` that is not a list",
         "plot 0, conversation 0",
     ),
     (
@@ -471,7 +480,7 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
         "dropped: conversation without messages",
         "plot 0, conversation 0",
     ),
-    ([{**PLAIN, "plot": "p"}], "dropped: plot that is not an object", "scene 0"),
+    ([{**PLAIN, "plot": "p"}], "dropped: `plot` that is not an object", "scene 0"),
     (["odd", PLAIN], "dropped: scene that is not an object", "scene 0"),
     ([PLAIN, PLAIN], "dropped: scene whose book and numbers were read before", "b-1-2"),
     ([{**PLAIN, "tag": 5}], "dropped: `tag` that is not text", "scene 0"),
@@ -482,7 +491,8 @@ BAD = [  # what stands in a book, the kind it is counted as, where the report sa
     ("data", "kind", "place"), BAD, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_what_is_bad_is_counted_and_located_and_strict_stops_there(data, kind, place, read, tmp_path):
-    """One bad thing among good ones: read all the same, one line of the report with its kind and place; --strict says both."""
+    """One bad thing among good ones: read all the same, one line of the report with its kind and place;
+    --strict says both."""
     scenes, report = read(data)
     where = report.examples.get(kind, "")
     assert scenes and report == {kind: 1}
@@ -493,9 +503,28 @@ def test_what_is_bad_is_counted_and_located_and_strict_stops_there(data, kind, p
     assert str(error.value).startswith(f"{where}: {kind}")
 
 
+def test_the_content_says_whether_a_file_is_one_list_or_lines(tmp_path):
+    """A test file, and books, as JSON lines or as one list, under either name: the same scenes, numbered the
+    same."""
+    scenes = [{**TEST_SCENE, "i_c": None, "i_p": None}] * 3
+    books = [{**BOOK, "title": f"b{i}", "plots": BOOK["plots"] * 2} for i in range(2)]
+    for rows, number in ((scenes, 3), (books, 4)):
+        forms = [json.dumps(rows), json.dumps(rows, indent=1), "\n".join(map(json.dumps, rows))]
+        found = []
+        for i, (form, suffix) in enumerate((form, suffix) for form in forms for suffix in ("json", "jsonl")):
+            file = tmp_path / f"{i}.{suffix}"
+            file.write_text(form)
+            found.append(load_scenes(file))
+        assert len(found[0]) == number and all(other == found[0] for other in found)
+    file.write_text("\n".join([json.dumps(books[0]), '{"a', json.dumps(books[1])[:-3]]))
+    load_scenes(file, report := Report())
+    expected = {"line that is not JSON": 2, "last line, incomplete": 3}
+    assert report.examples == {f"dropped: {what}": f"{file}: line {n}" for what, n in expected.items()}
+
+
 def test_a_bad_file_among_books_is_counted(tmp_path):
-    """In a directory, a file that is not UTF-8, not JSON, torn or of another kind is dropped, counted and named; the books
-    beside it are read. Alone it is a UsageError."""
+    """In a directory, a file that is not UTF-8, not JSON, torn or of another kind is dropped, counted and
+    named; the books beside it are read. Alone it is a UsageError."""
     good = json.dumps(book()).encode()
     bad = {
         "a": b"\xff",
@@ -520,14 +549,16 @@ def test_a_bad_file_among_books_is_counted(tmp_path):
 
 @given(st.text("[]() ab\n", min_size=1).filter(str.strip))
 def test_what_stands_under_thought_is_hidden_whole(text):
-    """A message read from `thought` is a thought of its owner, word for word, whatever brackets it has; others see nothing."""
+    """A message read from `thought` is a thought of its owner, word for word, whatever brackets it has;
+    others see nothing."""
     made = as_thought(text)
     assert text in made and not set(made.replace(text, "", 1)) - set("[]")
     assert remove_thoughts(made) == "" and remove_thoughts(made + "x") == "x"
 
 
 def test_held_out_books_stay_held_out(tmp_path):
-    """By a hash of the title alone: the share is met, another book moves none, those written down here are still held out."""
+    """By a hash of the title alone: the share is met, another book moves none, those written down here are
+    still held out."""
     for i in range(300):
         (tmp_path / f"{i:03}.json").write_text(json.dumps(book()))
     held = {scene.book for scene, _ in read_scenes([tmp_path], Report(), 0.1) if scene.tag == "ood"}
@@ -547,7 +578,7 @@ def test_scenes_written_as_a_test_file_are_read_back_equal(plays, stage, read):
     assert found == scenes and not report
 
 
-# ---- what each character perceives --------------------------------------------------------------------------------------
+# ---- what each character perceives -------------------------------------------------------------------------
 
 
 def release_rows(shared):
@@ -561,7 +592,8 @@ def release_rows(shared):
 
 
 def test_perspective_equals_the_release(shared, plays):
-    """All 420 rows of characters and Environment, up to their last assistant turn, are ours, with and without thoughts."""
+    """All 420 rows of characters and Environment, up to their last assistant turn, are ours, with and without
+    thoughts."""
 
     def up_to_last_own(turns):
         return tuple(turns[: max(i for i, (role, _) in enumerate(turns) if role == "assistant") + 1])
@@ -578,7 +610,8 @@ def test_perspective_equals_the_release(shared, plays):
 
 
 def test_next_speaker_perspective_equals_the_release(shared, plays):
-    """All 14 next-speaker rows are ours, once their shown thoughts are gone; `random` stands only for a minor speaker."""
+    """All 14 next-speaker rows are ours, once their shown thoughts are gone; `random` stands only for a minor
+    speaker."""
     rows = [row for row in release_rows(shared) if row[-1] == ("assistant", END_CHAT)]
     assert len(rows) == 14
     for row in rows:
@@ -618,13 +651,15 @@ def test_next_speaker_perspective_equals_the_release(shared, plays):
     ],
 )
 def test_thoughts_are_removed(message, visible):
-    """Nested and over several lines, whole; an unclosed one hides all that follows; lines stripped, blank ones gone."""
+    """Nested and over several lines, whole; an unclosed one hides all that follows; lines stripped, blank
+    ones gone."""
     assert remove_thoughts(message) == visible
 
 
 @given(st.text("[[]] \nab(", max_size=30))
 def test_thought_removal_equals_innermost_first(message):
-    """The same as taking out innermost pairs until none is left, then all from the first `[` on, then tidying lines."""
+    """The same as taking out innermost pairs until none is left, then all from the first `[` on, then tidying
+    lines."""
     plain, before = message, None
     while plain != before:
         plain, before = re.sub(r"\[[^\[\]]*\]", "", plain), plain
@@ -642,7 +677,8 @@ THINKS = {
 
 @st.composite
 def dialogues(draw):
-    """Messages of digits, brackets and lines to be seen, and of thoughts, nested and unclosed too, to be hidden."""
+    """Messages of digits, brackets and lines to be seen, and of thoughts, nested and unclosed too, to be
+    hidden."""
     turns = []
     for name in draw(st.lists(st.sampled_from(list(THINKS)), min_size=1, max_size=8)):
         letters = st.text(THINKS[name] + " \n", max_size=4)
@@ -659,7 +695,8 @@ def dialogues(draw):
 @settings(max_examples=150, deadline=None)
 @given(dialogues(), st.integers(0, 5), st.booleans())
 def test_no_thought_of_another_reaches_any_chat(turns, epoch, thoughts):
-    """Not one letter of another's thoughts is in any chat; one's own are in one's own turns alone, and only if drawn."""
+    """Not one letter of another's thoughts is in any chat; one's own are in one's own turns alone, and only
+    if drawn."""
     profiles = {"P": "one", "Q": "two"}
     scene = Scene(
         "book", 0, 0, "train", "where", "what", "how", turns, profiles=profiles, motivations={"Q": "why"}
@@ -675,7 +712,8 @@ def test_no_thought_of_another_reaches_any_chat(turns, epoch, thoughts):
 @settings(max_examples=100, deadline=None)
 @given(dialogues(), st.sampled_from(list(THINKS)))
 def test_nothing_else_is_lost(turns, character):
-    """All that is visible is in the perspective of each, in order, and of the own messages every letter of thought."""
+    """All that is visible is in the perspective of each, in order, and of the own messages every letter of
+    thought."""
     seen = "".join(turn["content"] for turn in perspective(turns, character))
     letters = THINKS[character]
     kept = [
@@ -691,7 +729,8 @@ OTHERS = {ord(letter): None for letters in THINKS.values() for letter in letters
 
 
 def test_own_and_others_messages_are_merged_into_turns():
-    """Others' messages share a user turn, each with its name; a second own message joins the first without the name."""
+    """Others' messages share a user turn, each with its name; a second own message joins the first without
+    the name."""
     dialogue = [(n, m) for n, m in zip("BCAAB", ("[x] one", "two", "[y] three", "four", "five"), strict=True)]
     turns = perspective([{"character": n, "message": m} for n, m in dialogue], "A")
     assert turns == [
@@ -701,11 +740,12 @@ def test_own_and_others_messages_are_merged_into_turns():
     ]
 
 
-# ---- training chats -----------------------------------------------------------------------------------------------------
+# ---- training chats ----------------------------------------------------------------------------------------
 
 
 def test_a_chat_ends_with_what_is_learnt(plays, stage):
-    """System first, then user and assistant by turns from the start of the conversation on, an assistant turn at the end."""
+    """System first, then user and assistant by turns from the start of the conversation on, an assistant turn
+    at the end."""
     for scene in [*plays, *stage.values()]:
         for epoch in range(3):
             for chat in scene_to_chats(scene, epoch, next_speaker_share=1):
@@ -763,7 +803,8 @@ def test_the_same_seed_is_the_same_draw(stage):
 
 
 def test_adding_a_scene_changes_no_other_chat(stage, read):
-    """A book with one more plot, and more books before it, give the same chats for the scenes that were there."""
+    """A book with one more plot, and more books before it, give the same chats for the scenes that were
+    there."""
     plot = book(scenario="s")["plots"][0]
     short, _ = read({"title": "b", "plots": [plot] * 10, "split_plot_index": 9})
     other = list(stage.values())[:3]
@@ -774,7 +815,8 @@ def test_adding_a_scene_changes_no_other_chat(stage, read):
 
 
 def test_options_are_drawn_in_the_published_shares(stage):
-    """Over many epochs: styles 40/30/20/10, each of 20 openers 5%, plot summary, motivation, others and thoughts 50%."""
+    """Over many epochs: styles 40/30/20/10, each of 20 openers 5%, plot summary, motivation, others and
+    thoughts 50%."""
     drawn = [
         chat.options
         for e in range(500)
@@ -794,8 +836,8 @@ def test_options_are_drawn_in_the_published_shares(stage):
 
 
 def test_variants_all_are_the_four_of_the_release(stage):
-    """With and without thoughts and the others' profiles, each pair once for each who speaks; in the ablation two. What else
-    varies is drawn for each of them, in the published shares."""
+    """With and without thoughts and the others' profiles, each pair once for each who speaks; in the ablation
+    two. What else varies is drawn for each of them, in the published shares."""
     for thoughts, number in ((True, 4), (False, 2)):
         drawn, pairs = [], Counter()
         for scene in stage.values():
@@ -816,7 +858,8 @@ def test_variants_all_are_the_four_of_the_release(stage):
 
 
 def test_next_speaker_chats_are_kept_and_random_in_the_published_shares():
-    """One in ten is kept; the minor speaker is `random` a quarter of the time, others never; thoughts are not shown."""
+    """One in ten is kept; the minor speaker is `random` a quarter of the time, others never; thoughts are not
+    shown."""
     turns = [
         {"character": name, "message": f"[hush] {name} speaks"} for name in ("P", "Environment", "minor", "Q")
     ]
@@ -835,8 +878,8 @@ def test_next_speaker_chats_are_kept_and_random_in_the_published_shares():
 
 
 def test_a_prompt_holds_what_was_drawn_and_nothing_more(plays, stage):
-    """Own profile and scenario always; plot summary, own motivation and others' profiles as drawn; another's motivation
-    never, that of the first key character included."""
+    """Own profile and scenario always; plot summary, own motivation and others' profiles as drawn; another's
+    motivation never, that of the first key character included."""
     for scene in [*plays, *stage.values()]:
         for epoch in range(4):
             for chat in scene_to_chats(scene, epoch, next_speaker_share=0):
@@ -873,7 +916,8 @@ def test_experience_stays_out_of_every_prompt(shared):
     "odd", ["{character}", "{0} {}", "{{x}}", "{", "%s %(x)d 100%", "$name \\1 {book!r:>{x}}"]
 )
 def test_braces_and_percent_signs_survive_templates(odd):
-    """Whatever stands in names, title, scenario, profiles and the rest stands in the prompts, in every style."""
+    """Whatever stands in names, title, scenario, profiles and the rest stands in the prompts, in every
+    style."""
     name, book_, where, how, own, other, why = (f"{odd} {i}" for i in range(7))
     turns = [{"character": n, "message": f"{odd} said"} for n in (name, "B", "Environment")]
     profiles, motivations = {name: own, "B": other}, {name: why}

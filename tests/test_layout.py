@@ -8,9 +8,9 @@ from conftest import ROOT
 LEVELS = [
     {"common"},
     {"kernels"},
-    {"data.scenes", "data.brackets", "data.prompts", "data.chats", "data.packing"},
+    {"data.records", "data.scenes", "data.brackets", "data.prompts", "data.chats", "data.packing"},
     {"model", "tokenizer", "text"},
-    {"data.channels", "data.general", "data.stream", "checkpoint"},
+    {"data.channels", "data.general", "data.store", "data.stream", "checkpoint"},
     {"engine", "training"},
     {"llm"},
     {"play"},

@@ -642,7 +642,7 @@ def test_scenes_that_are_dropped_are_told(script, three_scenes, tmp_path):
     scenes[0]["dialogues"] = []
     three_scenes.write_text(json.dumps(scenes))
     line = script("simulate", "--scene", f"{three_scenes}:2", "--actor", "x", "--out", tmp_path / "a")[2]
-    assert "1 dropped: conversation" in line and "counted without those" in line and "0 to 1" in line
+    assert "1 dropped: conversation" in line and "dropped scenes are not counted" in line and "0 to 1" in line
 
 
 def test_names_that_would_mislead_are_mended(tmp_path):

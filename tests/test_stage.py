@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import pytest
 
-from data.scenes import STAGE, Report, load_scenes
+from data.records import Report
+from data.scenes import STAGE, load_scenes
 
 STORIES = {file.stem: json.loads(file.read_text("utf-8")) for file in sorted(STAGE.glob("*.json"))}
 

@@ -1,9 +1,11 @@
-"""From chats to rows: channels, general data, the cache, cutting, packing, the stream, and what data.show shows."""
+"""From chats to rows: channels, general data, the cache, cutting, packing, the stream, and what data.show
+shows."""
 
 import contextlib
 import fcntl
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -13,29 +15,33 @@ import sys
 import time
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import rich.console
 import torch
-from conftest import ROOT, usage_error
+from conftest import ROOT, pack_rows, usage_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data.store
 import data.stream
 import tokenizer
 from common.files import UsageError
-from data.brackets import BracketParser
+from data.brackets import BracketParser, remove_thoughts
 from data.channels import byte_channels, label
-from data.chats import remove_thoughts, scene_to_chats
-from data.general import LONGEST_LINE, read_general
-from data.packing import IGNORE, best_fit, pack, split_long
-from data.scenes import LONGEST, STAGE, Report, load_scenes
+from data.chats import scene_to_chats
+from data.general import read_general
+from data.packing import IGNORE, best_fit, split_long
+from data.records import LONGEST, LONGEST_LINE, Report
+from data.scenes import STAGE, Scene, load_scenes
 from data.stream import Stream, row_lengths
 
 
 def documents_of(row):
-    """(ids, targets, channels) of each document of a row, cut where positions restart at 0; padding is a document of zeros."""
+    """(ids, targets, channels) of each document of a row, cut where positions restart at 0; padding is a
+    document of zeros."""
     starts = [*(row["positions"] == 0).nonzero()[:, 0].tolist(), len(row["positions"])]
     documents = []
     for start, end in zip(starts, starts[1:], strict=False):
@@ -50,17 +56,19 @@ def documents_of(row):
 
 
 def learnt(ids, channels):
-    """A document with what it should be in a row: at each place the next token of the same document, if that is under loss."""
+    """A document with what it should be in a row: at each place the next token of the same document, if that
+    is under loss."""
     following = [(ids[i + 1], channels[i + 1]) if i + 1 < len(ids) else (0, 0) for i in range(len(ids))]
     targets = tuple(token if own else IGNORE for token, own in following)
     return tuple(ids), targets, tuple(int(own) for _, own in following)
 
 
-# ---- channels -----------------------------------------------------------------------------------------------------------
+# ---- channels ----------------------------------------------------------------------------------------------
 
 
 def characters(text, lead):
-    """The channel of each character, by taking out innermost brackets: 3 in square ones, 2 in round ones, else 1."""
+    """The channel of each character, by taking out innermost brackets: 3 in square ones, 2 in round ones,
+    else 1."""
     left, before = text[len(lead) :], None
     for brackets, sign in ((r"\[[^\[\]]*\]", "\0"), (r"\([^()]*\)", "\1")):
         while left != before:
@@ -77,13 +85,14 @@ def characters(text, lead):
 
 @given(st.text("[]() ab\né😀", max_size=40), st.sampled_from(["A: ", "B (old) [x: ", ""]))
 def test_channels_of_characters(text, lead):
-    """Each byte has the channel of its character, found by innermost brackets; what is no thought is what others perceive."""
+    """Each byte has the channel of its character, found by innermost brackets; what is no thought is what
+    others perceive."""
     expected = [
         channel
         for c, channel in zip(lead + text, characters(lead + text, lead), strict=True)
         for _ in c.encode()
     ]
-    found = byte_channels((lead + text).encode(), len(lead.encode()))
+    found = byte_channels((lead + text).encode(), (len(lead.encode()),))
     assert found.tolist() == expected
     visible = "".join(c for c, channel in zip(text, characters(text, ""), strict=True) if channel != 3)
     assert "\n".join(line.strip() for line in visible.split("\n") if line.strip()) == remove_thoughts(text)
@@ -108,7 +117,8 @@ def tokenizers(shared, tmp_path_factory):
 
 
 def by_decoding(tok, ids, mask, text, lead):
-    """Channels of a turn's tokens by decoding ever longer beginnings: a token is of the highest channel it touches."""
+    """Channels of a turn's tokens by decoding ever longer beginnings: a token is of the highest channel it
+    touches."""
     kinds, made, at = characters(text, lead), [], 0
     own = [i for i, learnt in zip(ids, mask, strict=True) if learnt]
     for end in range(1, len(own) + 1):
@@ -128,7 +138,8 @@ TURNS = st.text("[]()ab. \né😀ж▁'1", max_size=30)
 
 @pytest.mark.parametrize("name", ["llama3", "llama2", "hf", "stage"])
 def test_channels_of_tokens_equal_those_found_by_decoding(tokenizers, name):
-    """For every kind of tokenizer, also where a token straddles a bracket and where a character takes several tokens."""
+    """For every kind of tokenizer, also where a token straddles a bracket and where a character takes several
+    tokens."""
     tok = tokenizers[name]
 
     @settings(max_examples=150, deadline=None)
@@ -150,7 +161,8 @@ def test_channels_of_tokens_equal_those_found_by_decoding(tokenizers, name):
 
 
 def test_a_token_that_straddles_takes_the_highest(tokenizers):
-    """LLaMA 3's ` [` is a space and a bracket: thought. `)\\n\\n` is action. The name and the end of the turn are speech."""
+    """LLaMA 3's ` [` is a space and a bracket: thought. `)\\n\\n` is action. The name and the end of the turn
+    are speech."""
     tok = tokenizers["llama3"]
     messages = [
         {"role": "user", "content": "x"},
@@ -168,6 +180,36 @@ def test_a_token_that_straddles_takes_the_highest(tokenizers):
     ]
 
 
+@pytest.mark.parametrize("name", ["llama3", "llama2", "hf", "stage"])
+def test_an_unclosed_bracket_ends_with_its_message(tokenizers, name):
+    """Also where the next message is one's own and stands in the same turn: what the others perceive is no
+    thought, and what they do not is one, however the tokenizer normalises or prefixes text."""
+    tok = tokenizers[name]
+    messages = [
+        ("B", "x"),
+        ("A", "[caf\u0065\u0301"),
+        ("A", "a (nods"),
+        ("A", "b [c"),
+        ("A", "d"),
+        ("B", "y"),
+        ("A", "e"),
+    ]
+    scene = Scene("b", 0, 0, "train", "", "", "", [{"character": n, "message": m} for n, m in messages])
+    chats = scene_to_chats(scene, next_speaker_share=0, variants="all")
+    (chat, *_) = [c for c in chats if c.character == "A" and c.options["thoughts"]]
+    ids, channels = label(tok, chat.messages, "A", chat.parts)
+    words = [
+        (tok.token_bytes(i).decode(errors="replace").strip(), int(c))
+        for i, c in zip(ids.tolist(), channels, strict=True)
+    ]
+    found = {letter: channel for word, channel in words for letter in word if channel}
+    assert {c: found[c] for c in "[fabcde"} == {"[": 3, "f": 3, "a": 1, "b": 1, "c": 3, "d": 1, "e": 1}
+    assert found["("] == 2
+    closed = "\n".join(text for n, m in messages if n == "A" and (text := remove_thoughts(m)))
+    spoken = "".join(word for word, channel in words if channel in (1, 2)).replace("<|end|>", "")
+    assert re.sub(r"\W|A", "", spoken) == re.sub(r"\W", "", closed)
+
+
 def test_next_speaker_and_general_data_have_their_channels(tokenizers, stage):
     """All that a next-speaker model says is speech; general data is `general`, brackets and all."""
     scene = stage["ward-c/1"]
@@ -177,7 +219,7 @@ def test_next_speaker_and_general_data_have_their_channels(tokenizers, stage):
     assert set(label(tokenizers["stage"], messages)[1].tolist()) == {0, 4}
 
 
-# ---- general data -------------------------------------------------------------------------------------------------------
+# ---- general data ------------------------------------------------------------------------------------------
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 GOOD = {"messages": [USER, ANSWER]}
@@ -198,10 +240,13 @@ DROPPED = [
     ({"messages": [USER, {"role": "tool", "content": "x"}]}, ROLE),
     ({"messages": [USER, {"role": ["x"], "content": "x"}]}, ROLE),
     ({"messages": [USER, {"role": "assistant"}]}, "row with a message that is not text"),
-    ({"messages": [USER, {"role": "assistant", "content": [{"text": "x"}]}]}, "row with a message that is not text"),
+    ({"messages": [USER, {"role": "assistant", "content": [{"text": "x"}]}]},
+        "row with a message that is not text"),
     ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "row with an empty message"),
-    ({"messages": [USER, {"role": "assistant", "content": HUGE}]}, "row with a message of more than 1,000,000 characters"),
-    ({"messages": [USER, {"role": "system", "content": "x"}, ANSWER]}, "row with a system text that is not the first message"),
+    ({"messages": [USER, {"role": "assistant", "content": HUGE}]},
+        "row with a message of more than 1,000,000 characters"),
+    ({"messages": [USER, {"role": "system", "content": "x"}, ANSWER]},
+        "row with a system text that is not the first message"),
     ({"messages": [USER]}, "row without an answer"),
     ({"id": 7, **GOOD}, "row whose `id` was read before"),
 ]  # fmt: skip
@@ -209,7 +254,8 @@ DROPPED = [
 
 @pytest.mark.parametrize(("row", "kind"), DROPPED)
 def test_a_bad_row_is_dropped_counted_and_located(row, kind, tmp_path):
-    """One bad line among good ones: they are read, it is in the report with its line; --strict stops there."""
+    """One bad line among good ones: they are read, it is in the report with its line; --strict stops
+    there."""
     file = tmp_path / "general.jsonl"
     line = row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n"
     good = json.dumps({"id": 7, **GOOD}).encode() + b"\n"
@@ -227,7 +273,10 @@ def test_a_torn_last_line_is_counted(tmp_path):
     whole = json.dumps(
         {"messages": [USER, {"role": "assistant", "content": "né"}]}, ensure_ascii=False
     ).encode()
-    for cut, kind in ((-1, "last line, torn"), (whole.index("é".encode()) + 1, "line that is not UTF-8")):
+    for cut, kind in (
+        (-1, "last line, incomplete"),
+        (whole.index("é".encode()) + 1, "line that is not UTF-8"),
+    ):
         file.write_bytes(whole + b"\n" + whole[:cut])
         report = Report()
         assert len(list(read_general(file, report))) == 1
@@ -235,8 +284,9 @@ def test_a_torn_last_line_is_counted(tmp_path):
 
 
 def test_shapes_of_general_data(tmp_path):
-    """ShareGPT and `messages`, a system text in front or beside, JSON lists and JSONL: the same conversations. What follows the
-    last answer is left out; half a surrogate pair is mended; both are counted."""
+    """ShareGPT and `messages`, a system text in front or beside, JSON lists and JSONL: the same
+    conversations. What follows the last answer is left out; half a surrogate pair is mended; both are
+    counted."""
     system = {"role": "system", "content": "s"}
     theirs = [
         {"from": "system", "value": "s"},
@@ -251,11 +301,14 @@ def test_shapes_of_general_data(tmp_path):
     rows += [{"messages": [system, USER, ANSWER, USER]}]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, place in (("x.json", "row 3"), ("x.jsonl", "line 4")):
+    (tmp_path / "list.jsonl").write_text((tmp_path / "x.json").read_text())
+    (tmp_path / "lines.json").write_text((tmp_path / "x.jsonl").read_text())
+    places = {"x.json": "row 3", "x.jsonl": "line 4", "list.jsonl": "row 3", "lines.json": "line 4"}
+    for name, place in places.items():
         report = Report()
         assert [found for found, *_ in read_general(tmp_path / name, report)] == [[system, USER, ANSWER]] * 4
         assert report.examples == {
-            "repaired: what follows the last answer left out": f"{tmp_path / name}: {place}"
+            "repaired: messages after the last answer left out": f"{tmp_path / name}: {place}"
         }
     (tmp_path / "y.jsonl").write_text(
         json.dumps({"messages": [USER, {"role": "assistant", "content": "\ud83d!"}]})
@@ -277,7 +330,7 @@ def test_general_data_is_read_line_by_line(tmp_path):
     tracemalloc.stop()
 
 
-# ---- cutting and packing ------------------------------------------------------------------------------------------------
+# ---- cutting and packing -----------------------------------------------------------------------------------
 
 
 @st.composite
@@ -297,8 +350,9 @@ def labelled(draw, longest, number=30):
 @settings(deadline=None)
 @given(labelled(12), st.integers(12, 40), st.integers(0, 3))
 def test_every_document_is_packed_once_and_by_itself(documents, seq_len, seed):
-    """Each document stands whole in one row; its positions run from 0; its targets are its own next tokens, as labelled."""
-    rows = pack(documents, seq_len, seed)
+    """Each document stands whole in one row; its positions run from 0; its targets are its own next tokens,
+    as labelled."""
+    rows = pack_rows(documents, seq_len, seed)
     for row in rows:
         for name in ("tokens", "targets", "positions", "channels"):
             assert row[name].shape == (seq_len,) and row[name].dtype == (
@@ -313,8 +367,9 @@ def test_every_document_is_packed_once_and_by_itself(documents, seq_len, seed):
 @settings(max_examples=300, deadline=None)
 @given(labelled(120, 1), st.integers(2, 40))
 def test_long_documents_are_cut_by_the_rule(documents, seq_len):
-    """No piece is longer than a row; every supervised token but the first of all is the target of one piece; a piece begins
-    behind a supervised turn, after the document's beginning up to and with its first one, wherever that fits."""
+    """No piece is longer than a row; every supervised token but the first of all is the target of one piece;
+    a piece begins behind a supervised turn, after the document's beginning up to and with its first one,
+    wherever that fits."""
     ((ids, channels),) = documents
     channels = np.array(channels, np.int8)
     pieces, without = split_long(channels, seq_len)
@@ -339,21 +394,23 @@ def test_long_documents_are_cut_by_the_rule(documents, seq_len):
 
 
 def test_a_long_chat_is_cut_between_turns():
-    """By hand: prompt 3, turns of user 2 and own 3; rows of 14 tokens. The second piece opens with prompt and first turn... of
-    eight tokens, more than half a row, so with the seven before it; in rows of 16 with those eight."""
+    """By hand: prompt 3, turns of user 2 and own 3; rows of 14 tokens. The second piece opens with prompt and
+    first turn... of eight tokens, more than half a row, so with the seven before it; in rows of 16 with those
+    eight."""
     channels = np.array([0] * 3 + ([0] * 2 + [1] * 3) * 4, np.int8)
     assert split_long(channels, 14) == ([(0, 0, 0, 13), (6, 13, 13, 18), (11, 18, 18, 23)], 0)
     assert split_long(channels, 16) == ([(0, 0, 0, 13), (0, 8, 13, 18), (0, 8, 18, 23)], 0)
 
 
 def test_a_document_longer_than_a_row_is_refused():
-    """`pack` splits nothing: it says so."""
+    """Packing splits nothing: it says so."""
     with pytest.raises(ValueError, match="9 tokens in rows of 8"):
-        pack([([1] * 9, [True] * 9)], 8)
+        pack_rows([([1] * 9, [True] * 9)], 8)
 
 
 def test_packing_follows_its_seed():
-    """The same seed gives the same rows; another one the same documents in another order, between rows and within."""
+    """The same seed gives the same rows; another one the same documents in another order, between rows and
+    within."""
     rng = random.Random(5)
     lengths = [rng.randrange(1, 30) for _ in range(60)]
     one, same, other = (best_fit(lengths, 64, seed) for seed in ("1|0", "1|0", "1|1"))
@@ -363,7 +420,7 @@ def test_packing_follows_its_seed():
     assert list(map(sorted, one)) != list(map(sorted, other))  # and between them
 
 
-# ---- the stream ---------------------------------------------------------------------------------------------------------
+# ---- the stream --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -397,8 +454,9 @@ def same(rows, others):
 
 
 def test_an_epoch_is_its_chats(stream, stage, stage_tokenizer):
-    """Over three epochs with what is carried from one to the next, each chat that scene_to_chats draws stands in one row, once,
-    with its ids and channels; counts say how many; held-out scenes are in none, and `held_out` has all of them."""
+    """Over three epochs with what is carried from one to the next, each chat that scene_to_chats draws stands
+    in one row, once, with its ids and channels; counts say how many; held-out scenes are in none, and
+    `held_out` has all of them."""
     made, found, expected = stream(seq_len=4096), Counter(), Counter()
     for epoch in range(3):
         assert not made.cut
@@ -427,8 +485,8 @@ def test_an_epoch_is_its_chats(stream, stage, stage_tokenizer):
 
 @pytest.mark.parametrize("options", [{}, {"variants": "all"}, {"mix": True}, {"seq_len": 700}])
 def test_the_order_is_the_same_after_a_stop_and_on_any_number_of_ranks(options, stream, general):
-    """A stream that goes on from a state (JSON, in the middle of any epoch, general data and carried rows included) gives the
-    rows of one that never stopped; the shares of ranks are these rows, each once."""
+    """A stream that goes on from a state (JSON, in the middle of any epoch, general data and carried rows
+    included) gives the rows of one that never stopped; the shares of ranks are these rows, each once."""
     options = {**options, "mix": [(general, 0.3)] if options.get("mix") else (), "seed": -1}
     one, states, rows = stream(**options), [], []
     size = len(one.rows) // 3 + 1
@@ -461,8 +519,8 @@ def test_rows_are_made_only_when_they_are_taken_out(stream, monkeypatch):
 
 
 def test_rows_of_the_plays_are_full(shared, tmp_path):
-    """LLaMA-3 tokens of King Lear and Othello, rows of 8,192 and of the paper's 16,384: at least 98% useful in every epoch, and
-    every chat is there, or among those carried on."""
+    """LLaMA-3 tokens of King Lear and Othello, rows of 8,192 and of the paper's 16,384: at least 98% useful
+    in every epoch, and every chat is there, or among those carried on."""
     llama = tokenizer.load_tokenizer(shared / "tokenizers" / "llama3")
     for seq_len in (8192, 16_384):
         made = Stream([shared / "coser" / "books"], llama, seq_len, cache=tmp_path)
@@ -479,7 +537,8 @@ def test_rows_of_the_plays_are_full(shared, tmp_path):
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
 def test_general_data_is_mixed_by_tokens(share, stream, general):
-    """The share of all tokens, within a document of each file; every row of the file is read once before any is read again."""
+    """The share of all tokens, within a document of each file; every row of the file is read once before any
+    is read again."""
     made, read, total = stream(mix=[(general, share / 2), (general, share / 2)]), [], Counter()
     longest = int(made.store(-1).lengths.max())
     for _ in range(3):
@@ -506,18 +565,18 @@ def test_shares_that_leave_nothing_are_refused(stream, general):
     assert data.stream.parse_mix("a:b.jsonl:0.25") == ("a:b.jsonl", 0.25)
 
 
-# ---- the cache ----------------------------------------------------------------------------------------------------------
+# ---- the cache ---------------------------------------------------------------------------------------------
 
 
 def test_the_cache_is_used_and_never_stale(stream, tmp_path, stage_tokenizer, monkeypatch, general):
-    """The same again tokenises nothing and has the same report. A changed byte, a setting, another tokenizer or file of general
-    data is tokenised anew."""
+    """The same again tokenises nothing and has the same report. A changed byte, a setting, another tokenizer
+    or file of general data is tokenised anew."""
     book = tmp_path / "book.json"
     book.write_text((STAGE / "ward_c.json").read_text())
     stream([book], mix=[(general, 0.5)])
     built = []
-    build = data.stream.build_store
-    monkeypatch.setattr(data.stream, "build_store", lambda *args: built.append(args[3]) or build(*args))
+    build = data.store.build_store
+    monkeypatch.setattr(data.store, "build_store", lambda *args: built.append(args[1].name) or build(*args))
 
     def builds(*args, **options):
         built.clear()
@@ -553,11 +612,19 @@ def test_all_variants_are_the_same_in_every_epoch(stream, tmp_path):
     assert made.start["epoch"] == 1 and len(made.chosen[1]) == made.documents > 0
 
 
+def many_processes(monkeypatch, number=3):
+    """Has even small data tokenised by that many processes."""
+    monkeypatch.setattr(data.store, "BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(data.store, "PROCESSES", number)
+    monkeypatch.setattr(os, "cpu_count", lambda: number)
+
+
 def test_workers_make_what_one_process_makes(stream, tmp_path, monkeypatch):
-    """Tokens in the same order, byte by byte, with and without workers; a cache that was cut short is a usage error."""
-    stream()
-    monkeypatch.setattr(sys, "platform", "darwin")
+    """Tokens in the same order, byte by byte, with and without workers; a cache that was cut short is a usage
+    error."""
     stream(cache=tmp_path / "alone")
+    many_processes(monkeypatch)
+    stream()
     made, alone = (sorted(path for path in (tmp_path / name).glob("*/*")) for name in ("cache", "alone"))
     assert len(made) == 3 and [path.read_bytes() for path in made] == [path.read_bytes() for path in alone]
     for path, size in ((made[-1], 4000), (made[0], 4000), (made[0], 39)):
@@ -596,14 +663,16 @@ def test_what_is_shown_is_what_is_learnt(text, size):
 
 
 CHILD = """
-import signal, sys, time, pathlib, data.stream, tokenizer
-build, started = data.stream.build_store, time.monotonic()
+import signal, sys, time, pathlib, data.store, data.stream, tokenizer
+build = data.store.build_store
 def slow(*args):
     print("built")
     time.sleep(1)
     build(*args)
-data.stream.build_store = slow
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background has it ignored
+data.store.build_store = slow
+data.store.BYTES_PER_PROCESS = 20_000
+# a shell that starts tests in the background has SIGINT ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 tok = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
 signal.signal(signal.SIGTERM, lambda *_: None)  # as train.py, which stops when the step is done
 print("ready", flush=True)
@@ -613,8 +682,8 @@ print(stream.documents, stream.tokens, len(stream.rows))
 """
 
 
-def child(books, cache):
-    command = [sys.executable, "-c", CHILD, str(books), str(cache)]
+def child(books, cache, code=CHILD):
+    command = [sys.executable, "-c", code, str(books), str(cache)]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
@@ -629,14 +698,15 @@ def go(process):
 
 
 def test_of_several_processes_one_builds(tmp_path):
-    """Of three that start at once one builds, all get the same, and there is one directory and nothing else but the lock."""
+    """Of three that start at once one builds, all get the same, and there is one directory and nothing
+    else."""
     together = [child(STAGE, tmp_path / "cache") for _ in range(3)]
     for process in together:
         go(process)
     said = [process.communicate(timeout=120)[0].splitlines() for process in together]
     assert sorted(map(len, said)) == [1, 1, 2] and len({lines[-1] for lines in said}) == 1
-    lock, made = sorted((tmp_path / "cache").iterdir())
-    assert lock.name == ".lock" and made.is_dir() and not made.suffix
+    (made,) = (tmp_path / "cache").iterdir()
+    assert made.is_dir() and not made.suffix
 
 
 def test_a_signal_to_the_whole_group_stops_no_worker(tmp_path):
@@ -654,8 +724,8 @@ def test_a_signal_to_the_whole_group_stops_no_worker(tmp_path):
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stage_tokenizer):
-    """Killed in the middle: within seconds no process holds the lock any more, and the next one builds what an undisturbed one
-    has. After Ctrl-C there is nothing left even of what was half built."""
+    """Killed in the middle: within seconds no process holds the lock any more or is alive, and the next one
+    builds what an undisturbed one has. After Ctrl-C there is nothing left even of what was half built."""
     books, cache = tmp_path / "books", tmp_path / "cache"
     books.mkdir()
     for i in range(40):
@@ -669,14 +739,15 @@ def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stag
             time.sleep(0.005)
         process.send_signal(sign)
         assert process.wait(timeout=30)
-        with open(cache / ".lock", "w") as lock:
-            for _ in range(100):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                time.sleep(0.1)
-            else:
-                pytest.fail("ten seconds later, a worker still holds the lock")
+        for file in cache.glob("*.tmp/tokens"):
+            with open(file) as lock:
+                for _ in range(100):
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    time.sleep(0.1)
+                else:
+                    pytest.fail("ten seconds later, a worker still holds the lock")
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -688,7 +759,117 @@ def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stag
     assert {path.name for path in cache.iterdir()} == {path.name for path in (tmp_path / "other").iterdir()}
 
 
-# ---- what data.show shows ---------------------------------------------------------------------------------------------
+PREPARING = """
+import pathlib, sys, time, data.store, data.stream, tokenizer
+data.store.BYTES_PER_PROCESS = 1
+data.store.PROCESSES = 1
+tok = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
+stream = data.stream.Stream([sys.argv[1]], tok, 2048, cache=sys.argv[2])
+stream.take(1)
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+def descendants(pid):
+    """Processes that this one started, and those that they started."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            number, parent = int(file.parent.name), int(file.read_text().rpartition(")")[2].split()[1])
+            found += [number, *descendants(number)] if parent == pid else []
+    return found
+
+
+@pytest.mark.parametrize("sign", [None, signal.SIGKILL, signal.SIGTERM])
+def test_no_process_outlives_the_one_that_it_prepares_for(sign, tmp_path):
+    """The next epoch is being tokenised when its parent ends, is killed or gets a signal: nobody is left,
+    nothing that counts is there and, where the parent could still say so, nothing of what was half built."""
+    books, cache = tmp_path / "books", tmp_path / "cache"
+    books.mkdir()
+    for i in range(100):
+        book = json.loads((STAGE / "ward_c.json").read_text())
+        (books / f"{i}.json").write_text(json.dumps({**book, "title": f"book {i}"}))
+    process = child(books, cache, PREPARING)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        deadline = time.monotonic() + 60
+        while not list(cache.glob("*.tmp/tokens")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        started = descendants(process.pid)
+        assert started
+        if sign:
+            os.killpg(process.pid, sign) if sign == signal.SIGTERM else process.kill()
+        else:
+            process.stdin.close()
+        process.wait(timeout=30)
+        while alive := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < deadline, alive
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert [path.suffix for path in cache.iterdir()] == [""]
+
+
+def test_the_next_epoch_is_prepared_while_this_one_is_read(stream, tmp_path, monkeypatch, stage_tokenizer):
+    """A spawned process builds it once a row was taken; at the boundary nothing is left to build, and rows
+    are those of a stream that builds them itself. Small data, other ranks of the machine and `variants=all`
+    prepare nothing."""
+    alone = stream(cache=tmp_path / "alone")
+    expected = alone.take(len(alone.rows) + 3)
+    assert not multiprocessing.active_children()
+    many_processes(monkeypatch, 1)
+    stream(variants="all").take(1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    stream().take(1)
+    assert not multiprocessing.active_children()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    made = stream()
+    rows = list(made.take(2))
+    (process,) = multiprocessing.active_children()
+    process.join(60)
+    assert process.exitcode == 0
+    monkeypatch.delattr(data.store, "build_store")
+    rows += list(made.take(len(expected) - 2))
+    assert made.start["epoch"] == 1 and same(rows, list(expected))
+    made_there, made_here = (
+        {p.parent.name: p.read_bytes() for p in (tmp_path / name).glob("*/tokens")}
+        for name in ("cache", "alone")
+    )
+    assert made_here.items() <= made_there.items() and len(made_here) == 2
+
+
+def test_a_process_that_is_killed_is_a_usage_error(stream, monkeypatch):
+    """As the system kills when memory is full: one line, and no store."""
+    many_processes(monkeypatch, 2)
+    start = data.store._start
+
+    def killed(*args):
+        process = start(*args)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(data.store, "_start", killed)
+    with pytest.raises(UsageError, match="ended early"):
+        stream()
+
+
+def test_workers_report_what_they_find(tmp_path, stream, monkeypatch):
+    """Repairs and drops, and the first of them with --strict, are those of one process."""
+    book = json.loads((STAGE / "ward_c.json").read_text())
+    book["plots"].insert(1, "odd")
+    (tmp_path / "book.json").write_text(json.dumps(book))
+    alone = stream([tmp_path / "book.json"], cache=tmp_path / "alone").report
+    many_processes(monkeypatch)
+    report = stream([tmp_path / "book.json"]).report
+    assert report == alone and report.examples == alone.examples and len(report) == 1
+    with pytest.raises(UsageError, match="plot 1: dropped: plot that is not an object"):
+        stream([tmp_path / "book.json"], strict=True, seed=3)
+
+
+# ---- what data.show shows ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -700,7 +881,8 @@ def inspect(script, tmp_path):
 
 
 def test_statistics_are_those_of_the_chats(inspect, stage, stage_tokenizer):
-    """Conversations, chats, turns, tokens and the shares of channels, counted here a second time; a picture of lengths."""
+    """Conversations, chats, turns, tokens and the shares of channels, counted here a second time; a picture
+    of lengths."""
     chats = [chat for scene in stage.values() if scene.tag == "train" for chat in scene_to_chats(scene)]
     code, out, _ = inspect()
     lengths = [len(stage_tokenizer.render(chat.messages)[0]) for chat in chats]
@@ -738,7 +920,8 @@ def test_a_chat_is_shown_with_its_channels(inspect, stage, stage_tokenizer):
 
 
 def test_a_chat_is_shown_to_the_last_space(inspect, shared):
-    """SentencePiece writes a space in front of every part of a text: what is shown has those between channels too."""
+    """SentencePiece writes a space in front of every part of a text: what is shown has those between channels
+    too."""
     code, out, _ = inspect("--chat", 0, "--epoch", 1, "--tokenizer", shared / "tokenizers" / "llama2")
     assert (
         code == 0
@@ -751,15 +934,15 @@ def test_progress_is_shown_as_a_share(stream, monkeypatch):
     """On a terminal, tokenising counts up to 100%."""
     screen = io.StringIO()
     monkeypatch.setattr(
-        data.stream.terminal, "stderr", rich.console.Console(file=screen, force_terminal=True, width=100)
+        data.store.terminal, "stderr", rich.console.Console(file=screen, force_terminal=True, width=100)
     )
     stream()
     assert "tokenising the scenes of epoch 0" in screen.getvalue() and "100%" in screen.getvalue()
 
 
 def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
-    """By its documented format: human and gpt by turns, human first, all of them text, the system text beside them; read back,
-    they are the chats, and the release's turns where its draw is ours."""
+    """By its documented format: human and gpt by turns, human first, all of them text, the system text beside
+    them; read back, they are the chats, and the release's turns where its draw is ours."""
     books = shared / "coser" / "books"
     code, _, err = inspect(books, "--sharegpt", tmp_path / "sft.json", "--epoch", 2, "--variants", "all")
     assert code == 0 and "chats" in err
@@ -777,7 +960,8 @@ def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
 
 
 def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
-    """Those of the last plots; with books held out, all of theirs; read back equal. None to write is a usage error."""
+    """Those of the last plots; with books held out, all of theirs; read back equal. None to write is a usage
+    error."""
     held = [scene for scene in stage.values() if scene.tag != "train"]
     (tmp_path / "[red]").mkdir()
     odd = tmp_path / "[red]" / "book.json"
@@ -788,7 +972,7 @@ def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
         assert (code, out) == (
             0,
             "",
-        ) and f"1 dropped: characters that are not an object, the first at {odd}" in err
+        ) and f"1 dropped: `character_datasets` that is not an object, the first at {odd}" in err
     line = usage_error(inspect("--sharegpt", tmp_path / "none.json", "--held-out-books", 1))
     assert "all are held out" in line and not (tmp_path / "none.json").exists()
     assert inspect("--test-scenes", tmp_path / "held.json")[0] == 0

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import ROOT, random_config, random_model, usage_error
+from conftest import ROOT, pack_rows, random_config, random_model, usage_error
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -26,7 +26,8 @@ import kernels
 import train
 from checkpoint import RandomWeights, fill, find_model, load_model, save_model
 from common.files import UsageError
-from data.packing import CHANNELS, make_row, pack
+from data.brackets import CHANNELS
+from data.packing import make_row
 from data.scenes import STAGE
 from data.stream import Stream
 from training.log import Log
@@ -132,7 +133,7 @@ def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
     config = random_config(5, num_hidden_layers=2, tie_word_embeddings=tied)
     save_model(random_model(config), tmp_path / "start")
     documents = documents_of(config, [37, 1, 20, 50, 9, 64, 33, 2] * 5, 0)
-    rows = pack(documents, 64)
+    rows = pack_rows(documents, 64)
     rows += [make_row([], 64)] * (24 - len(rows))  # some ranks and micro-batches have nothing to learn
     assert len(rows) == 24
     save_file(
@@ -654,7 +655,8 @@ def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
     config = random_config(5, num_hidden_layers=3, head_dim=16)
     lengths = ([37, 27], [20, 30], [64], [9, 8, 7], [50, 11])
     batches = [
-        train.stack(pack(documents_of(config, each, seed), 64), "cpu") for seed, each in enumerate(lengths)
+        train.stack(pack_rows(documents_of(config, each, seed), 64), "cpu")
+        for seed, each in enumerate(lengths)
     ]
     found = []
     for compiled in (False, True):
