@@ -1,8 +1,10 @@
 """The terminal: the argument parser, errors in one line, notes, progress bars, text that cannot move the cursor."""
 
 import argparse
+import contextlib
 import os
 import sys
+import time
 from unicodedata import category
 
 from rich.console import Console
@@ -81,6 +83,24 @@ def progress(*columns, **kwargs):
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal, **kwargs)
+
+
+@contextlib.contextmanager
+def reporting(total, what, *columns):
+    """Yields `update(completed, description)`, which moves a progress bar; where stderr is no terminal, it prints
+    the description and "COMPLETED of TOTAL WHAT" as a plain line, at most every EVERY seconds."""
+    printed = time.monotonic()
+    with progress(*columns) as bar:
+        task = bar.add_task("", total=total)
+
+        def update(completed, description):
+            nonlocal printed
+            bar.update(task, completed=completed, description=description)
+            if not stderr.is_terminal and time.monotonic() - printed > EVERY:
+                printed = time.monotonic()
+                note(f"{description}, {completed:,} of {total:,} {what}")
+
+        yield update
 
 
 def plain(text):

@@ -35,4 +35,4 @@ def open_model(spec, chat_format=None, dtype=None, **options):
                 f"{spec}: write openai:MODEL or openai:MODEL@URL, with a URL that begins with http:// or https://"
             )
         return Endpoint(model, f"http{url}" if url else None, **options)
-    return Local(spec, chat_format, dtype)
+    return Local(spec, dtype, chat_format)

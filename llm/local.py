@@ -38,7 +38,7 @@ class Local:
 
     local = True
 
-    def __init__(self, directory, chat_format=None, dtype=None):
+    def __init__(self, directory, dtype=None, chat_format=None):
         self.name, self.engine = str(directory), load_engine(directory, dtype, chat_format)
         self.tokenizer = self.engine.tokenizer
         self.identity = (

@@ -1,12 +1,14 @@
-"""Counts the prompt tokens that the agents of a scene needed, independent of what else the models were doing."""
+"""Counts the prompt tokens that the agents of a scene needed, independent of what else the models were
+doing."""
+
 
 class TokenCounts:
     """The token counts of one scene, over all calls of its agents.
 
-    prefilled: prompt tokens computed for this scene. cached: prompt tokens found in the cache, at most those that the agent's
-    own last call left there, so the counts do not depend on other scenes; a resumed run counts what the interrupted one would
-    have found. decoded: tokens sampled. least: the minimum to prefill: of each agent's chat at its last call, all tokens that
-    the model had not sampled itself.
+    prefilled: prompt tokens computed for this scene. cached: prompt tokens found in the cache, at most those
+    that the agent's own last call left there, so the counts do not depend on other scenes; a resumed run
+    counts what the interrupted one would have found. decoded: tokens sampled. least: the minimum to prefill:
+    of each agent's chat at its last call, all tokens that the model had not sampled itself.
     """
 
     def __init__(self):
@@ -29,8 +31,8 @@ class TokenCounts:
 
 
 def cached_tokens(reply, run, before, run_before):
-    """The prompt tokens of a reply that the agent's call before had left in the cache: no more than were measured, unless that
-    call came in an earlier run, whose cache is gone."""
+    """The prompt tokens of a reply that the agent's call before had left in the cache: no more than were
+    measured, unless that call came in an earlier run, whose cache is gone."""
     if reply.ids is None:  # an endpoint: its own count
         return reply.cached_tokens
     left = 0

@@ -28,7 +28,8 @@ class LiveScene:
 
 
 class Journal:
-    """The replies of a run on disk as they come, so that a resumed run asks for none of them again; with path None, nowhere.
+    """The replies of a run on disk as they come, so that a resumed run asks for none of them again; with path
+    None, nowhere.
 
     run: the number of this run, from 1; each resumption is one more.
     """
@@ -51,7 +52,8 @@ class Journal:
         return (Reply(**reply), run) if reply else None
 
     def keep(self, answered, errors=False):
-        """Writes the replies to [(LiveScene, Reply)], all or none. errors: failed ones too, as the scenes go on with them."""
+        """Writes the replies to [(LiveScene, Reply)], all or none. errors: failed ones too, as the scenes go
+        on with them."""
         kept = [(live, reply) for live, reply in answered if errors or reply.error is None]
         if self.path and kept:
             keys = [f"{live.scene.key}|{live.call.occasion}" for live, _ in kept]
@@ -65,7 +67,8 @@ class Journal:
 
 
 class Dispatcher:
-    """Sends calls to the models of the roles: a local model batches its calls, step by step; an endpoint's get a thread each."""
+    """Sends calls to the models of the roles: a local model batches its calls, step by step; an endpoint's
+    get a thread each."""
 
     def __init__(self, models):
         self.models = models
@@ -90,8 +93,8 @@ class Dispatcher:
             self.arrived.put((live, error))
 
     def collect(self):
-        """Yields [(LiveScene, Reply)]: of each local model after a step, and of endpoints what has arrived; if nothing else can
-        come, it waits for one."""
+        """Yields [(LiveScene, Reply)]: of each local model after a step, and of endpoints what has arrived;
+        if nothing else can come, it waits for one."""
         idle = not self.at_local_models
         for model in self.local_models:
             if replies := model.step():
@@ -117,13 +120,13 @@ def _nothing(*_):
     pass
 
 
-def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_failure=_nothing, on_reply=_nothing,
-            on_text=None, journal=None, side_by_side=SIDE_BY_SIDE):  # fmt: skip
+def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_failure=_nothing,
+            on_reply=_nothing, on_text=None, journal=None, side_by_side=SIDE_BY_SIDE):  # fmt: skip
     """Plays scenes, at most side_by_side at once; each goes on as soon as its own reply has come.
 
-    models: {role: model}. on_message(scene, message) at each spoken message; on_end(scene, messages, stats, seconds) or
-    on_failure(scene, messages so far, error) once for each scene; on_reply(reply) at each reply of a model; on_text(call, text)
-    with the growing text of a turn by a local model.
+    models: {role: model}. on_message(scene, message) at each spoken message; on_end(scene, messages, stats,
+    seconds) or on_failure(scene, messages so far, error) once for each scene; on_reply(reply) at each reply
+    of a model; on_text(call, text) with the growing text of a turn by a local model.
     """
     journal, dispatcher = journal or Journal(), Dispatcher(models)
     scenes, live_scenes, ready = iter(scenes), set(), deque()  # ready: (LiveScene, the reply it waited for)

@@ -1,13 +1,14 @@
 """The rules of a performance: who acts, what each agent has read, who is next, and what of a reply is played.
 
-Given-circumstance acting (CoSER paper, section 4.3): each agent has its own chat, in which it reads the others without their
-thoughts. A round is one turn of the current speaker, after which the next-speaker model names who follows. `play` is a
-coroutine that asks for replies and never calls a model itself; everything here is pure.
+Given-circumstance acting (CoSER paper, section 4.3): each agent has its own chat, in which it reads the
+others without their thoughts. A round is one turn of the current speaker, after which the next-speaker model
+names who follows. `play` is a coroutine that asks for replies and never calls a model itself; everything here
+is pure.
 
-There are two presets. `paper` is the protocol as published. `release` differs in five places where the code released with the
-paper does something else that changes results. Its other faults (a fallback speaker that differs from run to run, results
-written only at the end, output paths that leave out settings, endless requests to a failing server) change no rule of play, and
-neither preset has them.
+There are two presets. `paper` is the protocol as published. `release` differs in five places where the code
+released with the paper does something else that changes results. Its other faults (a fallback speaker that
+differs from run to run, results written only at the end, output paths that leave out settings, endless
+requests to a failing server) change no rule of play, and neither preset has them.
 """
 
 import hashlib
@@ -22,15 +23,15 @@ from engine.params import SamplingParams
 from llm.reply import Reply
 from play.replies import clean_reply, parse_next_speaker
 
-REASONING_TOKENS = 4096  # added to the limit of a model that was cut off before it said a word
-
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a scene is played. The last five fields are True in the paper's protocol and False in the release's.
+    """How a scene is played. The last five fields are True in the paper's protocol and False in the
+    release's.
 
-    When the next-speaker model names nobody, both draw from the same candidates: major characters and Environment, else the
-    cast, without the current speaker. The release draws from a Python `set`, in another order in each run; here it is seeded.
+    When the next-speaker model names nobody, both draw from the same candidates: major characters and
+    Environment, else the cast, without the current speaker. The release draws from a Python `set`, in another
+    order in each run; here it is seeded.
     """
 
     max_rounds: int = 20
@@ -47,12 +48,12 @@ class Protocol:
     motivations: bool = True
     # Original messages are spoken by their own speakers. Release: by whoever is the current speaker.
     own_lines: bool = True
-    # After an invalid name the next-speaker model's history has who was chosen instead. Release: it has the invalid name, and
-    # its system prompt once more in the user turn that follows.
+    # After an invalid name the next-speaker model's history has who was chosen instead. Release: it has the
+    # invalid name, and the system prompt once more in the user turn that follows.
     chosen_in_history: bool = True
-    # Who says nothing is passed over, and a failed reply fails the scene. Release: both are an empty message, which counts.
+    # Who says nothing is passed over, and a failed reply fails the scene. Release: both are an empty message.
     silence_passes: bool = True
-    # A name is found whatever is wrapped around it. Release: the answer up to its first colon is the name.
+    # A name is found whatever is wrapped around it. Release: it is the answer up to the first colon.
     names_in_any_form: bool = True
 
     def named(self, text, cast):
@@ -87,10 +88,11 @@ class NobodySpoke(SceneFailed):
 def play(scene, protocol):
     """A coroutine that plays a scene and returns `(messages, stats)`.
 
-    It yields a Call, to be sent the Reply, and each spoken message as a dict, so that the caller can show it at once. messages:
-    `{role, content}` in order, next-speaker decisions included as role NSP, with the model's `answer` where it named nobody who
-    could be next and `probabilities` where it chose; with the model's `reasoning`, where there is any, which no other chat
-    ever holds. stats count turns: `empty`, `fallbacks` (next speakers drawn at random), `original`.
+    It yields a Call, to be sent the Reply, and each spoken message as a dict, so that the caller can show it
+    at once. messages: `{role, content}` in order, next-speaker decisions included as role NSP, with the
+    model's `answer` where it named nobody who could be next and `probabilities` where it chose; with the
+    model's `reasoning`, where there is any, which no other chat ever holds. stats count turns: `empty`,
+    `fallbacks` (next speakers drawn at random), `original`.
     """
     return Performance(scene, protocol).rounds()
 
@@ -107,9 +109,10 @@ class Performance:
         self.dialogue = []  # what agents read: {character, message, sampled ids, decision}
         self.stats = dict.fromkeys(("empty", "fallbacks", "original"), 0)
         self.speaker = self.cast[0]
-        self.decision = {"name": self.speaker}  # what the next-speaker model reads as its own answer before the turn
+        self.decision = {
+            "name": self.speaker
+        }  # what the next-speaker model reads as its own answer before the turn
         self.error = None  # of the last reply that failed
-        self.needs_room = set()  # roles whose model reasons for longer than its limit
 
     def rounds(self):
         for index in range(self.protocol.max_rounds):
@@ -189,7 +192,9 @@ class Performance:
             follows = self.scene.dialogues[index + 1 : index + 2]
             return Reply(follows[0]["character"] if follows else END_CHAT, "original")
         has_spoken = self.dialogue and self.dialogue[-1]["character"] == self.speaker
-        if self.protocol.silence_passes and not has_spoken:  # who said nothing is passed over without a question
+        if (
+            self.protocol.silence_passes and not has_spoken
+        ):  # who said nothing is passed over without a question
             return Reply("", "silence")
         choices = None
         if self.protocol.next_speaker_mode == "choices":
@@ -203,11 +208,14 @@ class Performance:
         return (yield from self.ask("next_speaker", chat, params, f"{index}"))
 
     def draw_speaker(self, index):
-        """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and the Environment,
-        else of the cast, without the current and the last speaker; None where nobody is left."""
+        """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and
+        the Environment, else of the cast, without the current and the last speaker; None where nobody is
+        left."""
         self.stats["fallbacks"] += 1
         excluded = {self.speaker}
-        if self.protocol.silence_passes and self.dialogue:  # the last to speak, if the current speaker said nothing
+        if (
+            self.protocol.silence_passes and self.dialogue
+        ):  # the last to speak, if the current speaker said nothing
             excluded.add(self.dialogue[-1]["character"])
         majors = [name for name in [*self.scene.major_characters, ENVIRONMENT] if name not in excluded]
         candidates = majors or [name for name in self.cast if name not in excluded]
@@ -217,35 +225,16 @@ class Performance:
     # ---- asking
 
     def ask(self, role, chat, params, occasion):
-        """The Reply of the model in a role, with a seed of this occasion's own.
-
-        A model whose reasoning took all its tokens is asked once more with a larger limit, from then on at once.
-        """
+        """The Reply of the model in a role, with a seed of this occasion's own."""
         digest = hashlib.sha256(f"{self.protocol.seed}|{self.scene.key}|{occasion}|{role}".encode()).digest()
         params = replace(params, seed=int.from_bytes(digest[:4], "big"))
-        roomy = replace(params, max_tokens=params.max_tokens + REASONING_TOKENS)
-        agent = NEXT_SPEAKER if role == "next_speaker" else self.speaker
-        opening = "" if role == "next_speaker" else f"{agent}:"
-        key = f"{occasion}|{role}"
-        if role not in self.needs_room:
-            reply = yield Call(role, agent, key, chat, params, opening)
-            if not ran_out_of_tokens(reply):
-                return self.checked(reply)
-            self.needs_room.add(role)
-        return self.checked((yield Call(role, agent, f"{key}|reasoning", chat, roomy, opening)))
-
-    def checked(self, reply):
-        """The reply, if the scene can go on with it."""
+        is_actor = role != "next_speaker"
+        agent, opening = (self.speaker, f"{self.speaker}:") if is_actor else (NEXT_SPEAKER, "")
+        reply = yield Call(role, agent, f"{occasion}|{role}", chat, params, opening)
         self.error = reply.error or self.error
         if reply.error is not None and self.protocol.silence_passes:
             raise SceneFailed(reply.error)
         return reply
-
-
-def ran_out_of_tokens(reply):
-    """Whether the limit cut a reply off before its first word: in its reasoning, which an endpoint may not show."""
-    cut = reply.finish_reason == "length" and not reply.text.strip()
-    return cut and (reply.reasoning != "" or reply.ids is None)
 
 
 def recorded(reply):
@@ -255,15 +244,17 @@ def recorded(reply):
 
 
 def sampled_ids(reply):
-    """The ids of a reply, to be read again as they were sampled; None with reasoning, which is never read again."""
+    """The ids of a reply, to be read again as they were sampled; None with reasoning, which is never read
+    again."""
     return None if reply.reasoning else reply.ids
 
 
-# ---- chats --------------------------------------------------------------------------------------------------------------
+# ---- chats -------------------------------------------------------------------------------------------------
 
 
 def agents_chat(scene, character, dialogue, thoughts=True):
-    """The chat of an actor or the Environment: built as in training, own turns with the ids they were sampled as."""
+    """The chat of an actor or the Environment: built as in training, own turns with the ids they were sampled
+    as."""
     options = {**prompts.AT_PLAY, "thoughts": thoughts}
     chat = [{"role": "system", "content": system_prompt(scene, character, options, concise=True)}]
     chat += perspective(dialogue, character, thoughts)
@@ -277,7 +268,8 @@ def agents_chat(scene, character, dialogue, thoughts=True):
 
 
 def next_speakers_chat(scene, dialogue):
-    """The chat of the next-speaker model: built as in training, with its own answers where turns have a `decision`."""
+    """The chat of the next-speaker model: built as in training, with its own answers where turns have a
+    `decision`."""
     system = prompts.next_speaker(scene)
     decisions = [turn.get("decision") or {"name": turn["character"]} for turn in dialogue]
     chat = next_speaker_perspective(dialogue, [decision["name"] for decision in decisions])

@@ -8,9 +8,9 @@ from data.brackets import BracketParser
 from data.chats import END_CHAT
 from data.scenes import ENVIRONMENT, straighten
 
-# ---- names --------------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------
 
-HONORIFICS = frozenset("mr mrs ms miss sir dr lady lord madam master".split())
+HONORIFICS = set(re.findall(r"\w+", "mr mrs ms miss sir dr lady lord madam master"))
 TITLES = HONORIFICS | {"the", "and", "old", "young"}  # words that identify nobody
 
 # Thai, Lao, Burmese, Khmer, kana and Chinese characters: scripts that put no spaces between words
@@ -51,22 +51,25 @@ def meant_by(name, cast):
     return [member for member, shared in fits.items() if shared == max(fits.values())]
 
 
-# ---- the next speaker ---------------------------------------------------------------------------------------------------
+# ---- the next speaker --------------------------------------------------------------------------------------
 
 LABEL = (
     r"(?:\b(?:next|speaker|answer|name|character)\b[^\n.]{0,40}?(?:\bis\b|\bbe\b|[:=\u2013\u2014-])"
     r"|(?:\u4e0b\u4e00|\u6b21\u306e)[^\n\u3002]{0,12}?[\u662f\u306f\u4e3a\u70ba:\uff1a])"  # next ... is
 )
 OPINION = r"\b(?:think|choose|pick|say)\b(?: that)?(?: it(?:'s| is))?"
-STOPS = r"(?=\s*(?:$|\n|[^\w\s]|(?:because|since|as|is|should|will|would|next)\b))"  # what may follow an answer
+STOPS = (
+    r"(?=\s*(?:$|\n|[^\w\s]|(?:because|since|as|is|should|will|would|next)\b))"  # what may follow an answer
+)
 
 
 def parse_next_speaker(text, cast):
     """A name of the cast, END_CHAT, or None, whatever a model wrapped around it.
 
-    Tried in order: the value in a JSON object; what follows `Next speaker:` or `I think`; the name that the answer or its
-    last line begins with, if the name stands alone or a reason follows; END_CHAT anywhere; the last whole name in the answer;
-    in an answer of up to eight words, part of a name that only one member of the cast has (`Darcy`, `Mr. Bennet`).
+    Tried in order: the value in a JSON object; what follows `Next speaker:` or `I think`; the name that the
+    answer or its last line begins with, if the name stands alone or a reason follows; END_CHAT anywhere; the
+    last whole name in the answer; in an answer of up to eight words, part of a name that only one member of
+    the cast has (`Darcy`, `Mr. Bennet`).
     """
     if text.strip() in cast:
         return text.strip()
@@ -97,7 +100,8 @@ def parse_next_speaker(text, cast):
 
 
 def _json_value(text):
-    """The string in a JSON object in the text whose key means the next speaker, else its first string, else None."""
+    """The string in a JSON object in the text whose key means the next speaker, else its first string, else
+    None."""
     found = re.search(r"\{.*\}", text, re.DOTALL)
     try:
         value = json.loads(found[0]) if found else None
@@ -108,35 +112,41 @@ def _json_value(text):
     return (named or [*strings.values(), None])[0]
 
 
-# ---- the actor's own part -----------------------------------------------------------------------------------------------
+# ---- the actor's own part ----------------------------------------------------------------------------------
 
-CAPITALISED = r"[^\W\d_][\w.'-]*(?:[ \t]+[^\W\d_][\w.'-]*){0,3}"  # up to four words; see `looks_like_a_name`
-PARTICLES = frozenset("of the de la von van du da le al bin".split())
-NO_NAMES = frozenset(  # words that begin a line and a colon follows, and that are nobody's name
-    """a action actions advice aloud also although and another answer because besides but caution chapter
-    choice clue conclusion correct date day dear decision dialogue dialog either emotion enough epilogue evidence exactly
-    example explanation fact facts fate feedback feeling fifth finally first fourth friends from furthermore gentlemen goal
-    good hear her hint his home honestly however i idea ideas if imagine important in indeed inner instead is issue it item
-    ladies last lastly legend lesson let letter line list listen location look maybe meaning message mind mission
-    monologue moral motto my never news no nb nor note notes notice now objective oath objection observe on one only option
-    or order other our part perhaps picture place plan please poem point poison possibly postscript premise price prologue
-    promise proof prophecy proverb ps p.s question questions quickly quote reason recall remember reminder reply report
-    response result results riddle rule rules scene second secret secretly see setting seven short sign simple simply six
-    so solution song sorry spell stage step still stop story subject summary surely suspect tell task ten that the
-    then theory there therefore these they thing things think third this those thought thoughts three time title to
-    together total translation true truly truth two understand up urgent verse vow wait warning watch we weather well what
-    when where which who why wish word words yes yet you your""".split()
-)
+WORD = r"(?:(?:[^\W\d_]\.)+|(?i:mrs?|ms|dr|st|capt|prof)\.|[^\W\d_][\w'-]*)"
+WORDS = rf"{WORD}(?:[ \t]+{WORD}){{0,3}}"  # what may be a name; see `looks_like_a_name`
+PARTICLES = set(re.findall(r"\w+", "of the de la von van du da le al bin"))
+# words that stand, capitalised, at the beginning of a line and before a colon, and are nobody's name
+ORDINARY_WORDS = """
+    a action actions advice aloud also although and another answer because besides but caution chapter
+    choice clue conclusion correct date day dear decision dialog dialogue either emotion enough epilogue
+    evidence exactly example explanation fact facts fate feedback feeling fifth finally first fourth friends
+    from furthermore gentlemen goal good hear her hint his home honestly however i idea ideas if imagine
+    important in indeed inner instead is issue it item ladies last lastly legend lesson let letter line list
+    listen location look maybe meaning message mind mission monologue moral motto my nb never news no nor
+    note notes notice now oath objection objective observe ok okay on one only option or order other our
+    part perhaps picture place plan please poem point poison possibly postscript premise price prologue
+    promise proof prophecy proverb ps question questions quickly quote reason recall remember reminder reply
+    report response result results riddle rule rules rumor scene second secret secretly see setting seven
+    short sign simple simply six sky smell so solution song sorry sound spell stage step still stop story
+    subject summary surely suspect task tell ten that the then theory there therefore these they thing
+    things think third this those thought thoughts three time tip title to together total translation true
+    truly truth two understand up urgent verse voice vow wait warning watch we weather well what when where
+    which whispers who why wish word words yes yet you your
+"""
+NO_NAMES = set(re.findall(r"\w+", ORDINARY_WORDS))
 
 
 def clean_reply(text, character, cast):
-    """What an actor's reply adds to the play: the actor's own part, without the name in front, without repetition."""
+    """What a reply adds to the play: the actor's own part, without the name in front, without repetition."""
     own, start, is_own = [], 0, True
-    for head, next_is_own in speaker_heads(straighten(text), character, cast):  # straightening keeps positions
+    heads = speaker_heads(straighten(text), character, cast)  # straightening keeps positions
+    for head, next_is_own in heads:
         if is_own:
             own.append(text[start : head.start()])
         start, is_own = head.end(), next_is_own
-        if is_own and head["action"]:
+        if is_own and head.groupdict().get("action"):
             own.append(text[slice(*head.span("action"))])
     if is_own:
         own.append(text[start:])
@@ -148,34 +158,40 @@ def speaker_heads(text, character, cast):
 
     1. A line that begins with a name of the cast, any action in parentheses, and a colon.
     2. The same with another form of such a name (`meant_by`).
-    3. The same with up to four capitalised words, if somebody's words follow: a person outside the cast. Not in a turn of
-       the Environment, which may narrate one, and not for ordinary words (`Note:`).
-    4. Within a line, a name of the cast and a colon after the end of a sentence.
-    5. Within a line, a name of the cast, a colon and a bracket, without a space before the name: a turn begun anew.
+    3. The same with up to four capitalised words, if somebody's words follow: a person outside the cast. Not
+       in a turn of the Environment, which may narrate one, and not for ordinary words (`Note:`).
+    4. Within a line, after the end of a sentence, a name of the cast and a colon.
+    5. Within a line, without a space before it, a name of the cast, a colon and a bracket: a turn begun anew.
 
     Rules 2 to 4 do not hold within quotation marks or brackets.
     """
-    names = any_of([*cast, character])
-    colon = r"[*]*[ \t]*[:\uff1a][*]*[ \t]*"
-    begin = r"^[ \t]*[-*#>]*[ \t]*"
-    after_sentence = r"(?:(?<=[.!?\u2026)\]\"*])[ \t]+[*]*|(?<=[\u3002\uff01\uff1f])[ \t]*)"
-    heads = re.compile(
-        rf"{begin}(?:(?P<name>(?i:{names}))|(?P<other>{CAPITALISED}))[*]*[ \t]*(?P<action>\([^)\n]*\))?{colon}"
-        rf"|{after_sentence}(?P<within>{names}){colon}"
-        rf"|(?<=[^\s\-'(\[\"])(?P<glued>{names})[ \t]*:[ \t]*(?=[\[(])",
-        re.MULTILINE,
-    )
-    for head in heads.finditer(text):
-        name = head["name"] or head["within"] or head["glued"]
-        if (head["other"] or head["within"]) and is_enclosed(text[: head.start()]):
-            continue
-        if name:
-            yield head, name.casefold() == straighten(character).casefold()
-        elif looks_like_a_name(head["other"]):
-            if meant := meant_by(head["other"], map(straighten, cast)):
-                yield head, straighten(character) in meant
+    cast, character = [straighten(name) for name in cast], straighten(character)
+
+    def find(before, name, after):
+        return re.finditer(rf"{before}(?P<name>{name}){after}", text, re.MULTILINE)
+
+    def is_own(head):
+        return head["name"].casefold() == character.casefold()
+
+    names, colon = any_of([*cast, character]), r"[*]*[ \t]*[:\uff1a][*]*[ \t]*"
+    line_start, action = r"^[ \t]*[-*#>]*[ \t]*", r"[*]*[ \t]*(?P<action>\([^)\n]*\))?"
+    sentence_end = r"(?:(?<=[.!?\u2026)\]\"*])[ \t]+[*]*|(?<=[\u3002\uff01\uff1f])[ \t]*)"
+    found = [(head, is_own(head)) for head in find(line_start, f"(?i:{names})", action + colon)]
+    for head in find(line_start, WORDS, action + colon):
+        if looks_like_a_name(head["name"]) and not is_enclosed(text[: head.start()]):
+            if meant := meant_by(head["name"], cast):
+                found.append((head, character in meant))
             elif character != ENVIRONMENT and introduces_a_person(head, text):
-                yield head, False
+                found.append((head, False))
+    after_sentences = find(sentence_end, names, colon)
+    found += [(head, is_own(head)) for head in after_sentences if not is_enclosed(text[: head.start()])]
+    stuck_names = find(r"(?<=[^\s\-'(\[\"])", names, r"[ \t]*:[ \t]*(?=[\[(])")
+    found += [(head, is_own(head)) for head in stuck_names]
+    end = 0
+    for head, own in sorted(found, key=lambda pair: pair[0].start()):  # of two at a place, by the first rule
+        if head.start() >= end:
+            end = head.end()
+            yield head, own
 
 
 def is_enclosed(before):
@@ -187,40 +203,47 @@ def is_enclosed(before):
 
 def looks_like_a_name(words):
     first, *others = words.split()
-    return first[0].isupper() and all(w[0].isupper() or w.casefold() in PARTICLES for w in others)
+    return first[0].isupper() and all(word[0].isupper() or word in PARTICLES for word in others)
 
 
 def introduces_a_person(head, text):
-    """Whether words that look like a name introduce what somebody says: no ordinary word among them, and a sentence, a
-    bracket or a quotation follows in the line; the line before does not announce it as a quotation."""
+    """Whether words that look like a name introduce what somebody says: no ordinary word among them, and a
+    sentence, a bracket or a quotation follows in the line; the line before does not announce it as a
+    quotation."""
     before = text[: head.start()].rstrip()
     following = text[head.end() : head.end() + 1]
-    ordinary = NO_NAMES & {word.rstrip(".") for word in head["other"].casefold().split()}
-    return not (ordinary - PARTICLES or before.endswith(":")) and (following.isupper() or following in '"([')
+    words = {word.replace(".", "") for word in head["name"].casefold().split()}
+    is_person = not (words & NO_NAMES - PARTICLES or words <= TITLES)
+    speaks = following.isupper() or (following and following in '"([')
+    return is_person and speaks and not before.endswith(":")
 
 
 def settled(text, cast):
     """The beginning of a growing reply that no further text can turn into somebody else's line."""
-    *lines, line = text.split("\n")
-    begun = re.fullmatch(rf"[-*#>\s]*({CAPITALISED})?[*\s]*(\([^)]*\)?)?[*\s]*[:\uff1a]?[*\s]*", straighten(line))
-    start = straighten(line).strip("-*#> \t").casefold()
-    is_name = begun and (not begun[1] or looks_like_a_name(begun[1]))
-    if is_name or any(straighten(name).casefold().startswith(start) for name in cast):
-        return "".join(f"{line}\n" for line in lines)
-    for length in range(min(len(line), max(map(len, cast)) + 3), 0, -1):
-        if any(f"{straighten(name)}: [".startswith(straighten(line[-length:])) for name in cast):
+    names = [straighten(name) for name in cast]
+    *lines, line = straighten(text).split("\n")
+    head = rf"[-*#>\s]*(?P<name>(?i:{any_of(names)})|{WORDS})?[*\s]*(\([^)]*\)?)?[*\s]*[:\uff1a]?[*\s]*"
+    begun, start = re.fullmatch(head, line), line.strip("-*#> \t").casefold()
+    folded = [name.casefold() for name in names]
+    is_name = begun and (
+        not begun["name"] or looks_like_a_name(begun["name"]) or begun["name"].casefold() in folded
+    )
+    if is_name or any(name.startswith(start) for name in folded):
+        return text[: len(text) - len(line)]
+    for length in range(min(len(line), max(map(len, names)) + 3), 0, -1):
+        if any(f"{name}: [".startswith(line[-length:]) for name in names):
             return text[:-length]
     return text
 
 
-# ---- repetition ---------------------------------------------------------------------------------------------------------
+# ---- repetition --------------------------------------------------------------------------------------------
 
 
 def cut_repetition(text):
     """Cuts what a model stuck in a loop says.
 
-    A run of 100 letters or more keeps 20. Of a sequence of 5 to 30 words that stands five times in a row the first is kept.
-    At the second occurrence of a passage of 15 words the text ends.
+    A run of 100 letters or more keeps 20. Of a sequence of 5 to 30 words that stands five times in a row the
+    first is kept. At the second occurrence of a passage of 15 words the text ends.
     """
     text = re.sub(r"[A-Za-z]{100,}", lambda run: run[0][:20], text)
     while True:

@@ -1,19 +1,25 @@
 """The two protocols side by side, how answers are read, which tokens stay as they were sampled, and what runs leave behind."""
 
+import contextlib
+import inspect
 import io
 import json
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import usage_error
+from conftest import ROOT, usage_error
 from rich.console import Console
+from rich.progress import Progress
 from test_llm import Script, Server
 from test_simulate import (  # noqa: F401
     in_turn,
@@ -34,7 +40,7 @@ from data.chats import END_CHAT
 from data.scenes import load_scenes, straighten
 from engine.params import SamplingParams
 from evals import next_speaker
-from llm import Reply, local
+from llm import Reply, endpoint, local
 from play import protocol, replies, transcripts
 from play.perform import Journal, perform
 from play.protocol import PROTOCOLS, Protocol
@@ -97,10 +103,16 @@ def test_the_releases_empty_reply_counts():
 
 def test_the_releases_failed_reply_is_an_empty_message():
     """In the paper's it is the end of the scene, told as a failure."""
-    broken = Script(lambda *_: "")
-    broken.chat = lambda conversations, *_: [Reply("", "error", error="too long") for _ in conversations]
-    said, _, _ = play(make_scene(), broken, None, in_turn("Ben", "Ada"), max_rounds=2, **RELEASE)
-    assert [content for _, content in said] == ["", ""]
+    broken, chat = Script(lambda *_: "Yes."), Script.chat
+    fails = Reply("", "error", error="too long")
+    broken.chat = lambda asked, *more: [
+        fails if who(messages) == "Ada" else reply
+        for messages, reply in zip(asked, chat(broken, asked, *more), strict=True)
+    ]
+    rules = {**RELEASE, "motivations": True}
+    wind = Script(lambda *_: "Wind.")
+    said, _, stats = play(make_scene(), broken, wind, in_turn("Ben", "Ada"), max_rounds=3, **rules)
+    assert said == [("Ada", ""), ("Ben", "Yes."), ("Environment", "Wind.")] and stats["empty"] == 1
     failures = []
     models = dict.fromkeys(ROLES, broken)
     perform([make_scene()], models, Protocol(), on_failure=lambda *failure: failures.append(failure[1:]))
@@ -228,6 +240,33 @@ ANSWERS = [
 def test_next_speakers_are_read_in_all_the_ways_models_answer(answer, expected):
     """Wrapped, explained, abbreviated, as JSON; what means nobody is nobody."""
     assert parse_next_speaker(answer, CAST) == expected
+
+
+LIN, BAO, LATIN = "\u6797\u9edb\u7389", "\u8d3e\u5b9d\u7389", "Lizzy"
+TARO, HANAKO, THAI = "\u592a\u90ce", "\u82b1\u5b50", "\u0e2a\u0e21\u0e0a\u0e32\u0e22"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (f"\u4e0b\u4e00\u4e2a\u8bf4\u8bdd\u7684\u662f{LIN}\u3002", LIN),  # the next to speak is LIN.
+        (f"\u5e94\u8be5\u7531{LIN}\u6765\u8bf4", LIN),  # LIN should speak
+        (
+            f"\u4e0b\u4e00\u4f4d\uff1a{LIN}\uff08\u56e0\u4e3a{BAO}\u95ee\u4e86\u5979\uff09",
+            LIN,
+        ),  # next: LIN (since BAO asked her)
+        (f"{LIN}\uff0c\u56e0\u4e3a{BAO}\u521a\u8bf4\u8fc7", LIN),  # LIN, since BAO has just spoken
+        (f"\u4e0b\u4e00\u4e2a\u662f{LATIN}\u8bf4\u8bdd", LATIN),
+        (f"\u6b21\u306e\u8a71\u8005\u306f{TARO}\u3067\u3059\u3002", TARO),  # the next speaker is TARO.
+        (f"{HANAKO}\u306e\u756a\u3067\u3059", HANAKO),  # it is HANAKO's turn
+        (f"\u0e04\u0e19\u0e15\u0e48\u0e2d\u0e44\u0e1b\u0e04\u0e37\u0e2d{THAI}\u0e04\u0e23\u0e31\u0e1a", THAI),
+        ("\u5b9d\u7389", None),  # a part of a name only
+        ("Lizzyanne", None),
+    ],
+)
+def test_names_in_scripts_without_spaces_are_found_within_a_sentence(answer, expected):
+    """Chinese, Japanese, Thai, and a Latin name between them; with the label and the reason around it."""
+    assert parse_next_speaker(answer, [LIN, BAO, LATIN, TARO, HANAKO, THAI]) == expected
 
 
 def test_what_recorded_models_answered_is_read(shared):
@@ -499,8 +538,6 @@ def killed(args, at, tear):
         os.fsync = deadly
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1), os.dup2(null, 2)
-        import sys
-
         sys.argv = ["simulate.py", *map(str, args)]
         try:
             simulate.main()
@@ -527,18 +564,15 @@ def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(script, three_scene
         deaths = 0
         for at in points:
             out, before = tmp_path / f"at{at}", len(server.requests)
-            monkeypatch.setattr(files, "OUT", tmp_path / f"out{at}")  # no kept answers but its own
             deaths += killed([*args, out], at, tear=at % 2)
-            monkeypatch.setattr(files, "OUT", tmp_path / f"out{at}" / "resumed")
+            shutil.rmtree(out / "answers", ignore_errors=True)  # the journal alone has to do
             code, _, err = script("simulate", *args, out, "--resume")
             assert code == 0, (at, err)
             assert without_seconds(read_lines(out)) == without_seconds(read_lines(tmp_path / "whole"))
             seconds = re.compile(rb'"seconds": [0-9.]+')
             assert seconds.sub(b"", (out / "transcripts.jsonl").read_bytes()) == seconds.sub(b"", whole)
-            assert sorted(file.name for file in out.iterdir() if "tmp" not in file.name) == [
-                "settings.json",
-                "transcripts.jsonl",
-            ]
+            kept = {file.name for file in out.iterdir() if "tmp" not in file.name}
+            assert kept - {"answers"} == {"settings.json", "transcripts.jsonl"}
             assert len(server.requests) - before <= calls + 3  # three scenes, a call in flight each
         assert deaths == 25
 
@@ -649,7 +683,7 @@ def test_two_runs_never_share_files(script, three_scenes, tmp_path, monkeypatch)
         names = sorted(directory.name for directory in (files.OUT / "plays").iterdir())
         assert len(names) == 4 and len({name.rsplit(".", 1)[0] for name in names}) == 3
         out = files.OUT / "plays" / names[0]
-        with transcripts.held(out):
+        with transcripts.locked(out):
             assert "another run" in usage_error(script("simulate", *args, "--out", out, "--resume"))
         changed = json.loads(three_scenes.read_text())
         changed[0]["dialogues"][0]["message"] += " And more."
@@ -661,8 +695,6 @@ def test_two_runs_never_share_files(script, three_scenes, tmp_path, monkeypatch)
 
 def test_another_checkpoint_at_the_same_path_is_another_model(script, tiny_actor, tmp_path, monkeypatch):
     """The settings hold a hash of its files, so --resume does not go on with other weights; the same elsewhere are the same."""
-    import shutil
-
     monkeypatch.setattr(
         simulate, "Protocol", lambda **kw: Protocol(max_tokens=4, next_speaker_tokens=2, **kw)
     )
@@ -680,6 +712,186 @@ def test_another_checkpoint_at_the_same_path_is_another_model(script, tiny_actor
     weights.write_bytes(content)
     assert len({before, plain, local.fingerprint(tmp_path / "model")}) == 3
     assert "identity" in usage_error(script("simulate", *args, "--resume"))
+
+
+# ---- reasoning -------------------------------------------------------------------------------------------
+
+
+def test_reasoning_is_in_the_transcript_and_nowhere_else():
+    """Of an actor, the Environment and the next-speaker model: beside their messages, in no chat, and its ids in none."""
+
+    class Thinker(Script):
+        def chat(self, conversations, params, openings=None, on_reply=lambda: None):
+            replies = super().chat(conversations, params, openings, on_reply)
+            return [replace(r, reasoning=f"plan of {self.role}", ids=[1, 2, 3]) for r in replies]
+
+    names = iter(["Environment", "Ada", "Ben"] * 9)
+    models = {role: Thinker(lambda *_: "Well.") for role in ROLES}
+    models["next_speaker"].say = lambda *_: next(names)
+    for role, model in models.items():
+        model.role = role
+    _, messages, _ = play(make_scene(), **models, max_rounds=6)
+    asked = [message for model in models.values() for chat, _ in model.asked for message in chat]
+    assert asked and not any("plan of" in str(message) or "sampled" in message for message in asked)
+    roles = {"NSP": "next_speaker", "Environment": "environment"}
+    assert {m["role"] for m in messages} == {"NSP", "Environment", "Ada", "Ben"}
+    assert all(m["reasoning"] == f"plan of {roles.get(m['role'], 'actor')}" for m in messages)
+    assert "plan of" not in transcripts.markdown({"scene": make_scene().to_dict(), "messages": messages})
+    _, messages, _ = play(make_scene(), Script(lambda *_: "Well."), max_rounds=3)
+    assert all("reasoning" not in m for m in messages)
+
+
+@pytest.mark.skipif("reasoning_content" not in inspect.getsource(endpoint), reason="endpoints do not read it")
+def test_reasoning_of_an_endpoint_reaches_nobody(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+    """A server that sends it beside the content: in transcripts.jsonl, and not on the screen, in the script or in a request."""
+
+    def answer(body, number):
+        message = {"content": stage_answer(body, number), "reasoning_content": "my secret plan"}
+        return 200, {"choices": [{"message": message, "finish_reason": "stop"}]}, {}
+
+    out = tmp_path / "a"
+    args = [
+        "--scene",
+        f"{three_scenes}:0",
+        "--actor",
+        "openai:m",
+        "--max-rounds",
+        4,
+        "--script",
+        "--out",
+        out,
+    ]
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        code, screen, err = script("simulate", *args)
+    assert code == 0 and "secret plan" not in screen + err + (out / "script.md").read_text()
+    assert server.requests and not any("secret plan" in str(request.body) for request in server.requests)
+    messages = read_lines(out)[0]["messages"]
+    assert len(messages) == 7 and all(m["reasoning"] == "my secret plan" for m in messages)
+
+
+def test_a_journal_without_reasoning_is_read(tmp_path):
+    """Journals of before there was any."""
+    path, scene = tmp_path / "replies.jsonl", make_scene()
+    path.write_text(
+        json.dumps({f"{scene.key}|0.0|actor": [1, {"text": "x", "finish_reason": "stop"}]}) + "\n"
+    )
+    reply, run = Journal(path).take(scene, SimpleNamespace(occasion="0.0|actor"))
+    assert (reply.text, reply.reasoning, run) == ("x", "", 1)
+
+
+def test_a_scene_that_is_forgotten_is_asked_for_again(tmp_path):
+    """And no other, though its name begins alike."""
+    one, other = make_scene(), make_scene(i_c=11)
+    call, journal = SimpleNamespace(occasion="0.0|actor"), Journal(tmp_path / "replies.jsonl")
+    for scene in (one, other, make_scene(i_c=1)):
+        journal.keep([(SimpleNamespace(scene=scene, call=call), Reply("y", "stop"))])
+    journal.forget(make_scene(i_c=1))
+    journal = Journal(tmp_path / "replies.jsonl")
+    assert journal.take(one, call) and journal.take(other, call) and not journal.take(make_scene(i_c=1), call)
+
+
+# ---- settings and places ---------------------------------------------------------------------------------
+
+
+def test_what_requests_had_to_change_is_recorded(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+    """In each transcript, by role, as it is after the run; how a checkpoint's chats are written is among the settings."""
+
+    class Model(Script):
+        chat_format_reason = "stage: tokenizer_config.json says so"
+
+    def opened(spec, **options):
+        model = Model(lambda *_: "Yes.")
+        model.adaptations = []
+        model.say = lambda *_: model.adaptations.__setitem__(slice(None), [f"{spec}: no seed"]) or "Yes."
+        return model
+
+    monkeypatch.setattr(simulate, "open_model", opened)
+    args = ["--scene", f"{three_scenes}:0", "--actor", "x", "--next-speaker", "y", "--max-rounds", 2]
+    assert script("simulate", *args, "--out", tmp_path / "a")[0] == 0
+    [line] = read_lines(tmp_path / "a")
+    assert line["adaptations"] == {
+        "actor": ["x: no seed"],
+        "environment": ["x: no seed"],
+        "next_speaker": ["y: no seed"],
+    }
+    settings = json.loads((tmp_path / "a" / "settings.json").read_text())
+    assert settings["actor_chat_format"] == Model.chat_format_reason and settings == line["settings"]
+
+
+def test_chat_format_and_dtype_are_passed_on(script, three_scenes, tiny_actor, tmp_path, monkeypatch):  # noqa: F811
+    """To the checkpoints: the dtype is part of what the model is; an endpoint has neither, which is one line."""
+    monkeypatch.setattr(
+        simulate, "Protocol", lambda **kw: Protocol(max_tokens=8, next_speaker_tokens=4, **kw)
+    )
+    args = ["--scene", f"{three_scenes}:0", "--max-rounds", 1, "--out", tmp_path / "a"]
+    more = ["--dtype", "bfloat16", "--chat-format", "stage"]
+    assert script("simulate", *args, "--actor", tiny_actor, *more)[0] == 0
+    assert read_lines(tmp_path / "a")[0]["settings"]["actor_identity"].endswith("bfloat16")
+    wrong = [*args[:-1], tmp_path / "b", "--actor", tiny_actor, "--chat-format", "chatml"]
+    assert "chatml" in usage_error(script("simulate", *wrong))  # its tokenizer has no such markers
+    with Server(stage_answer) as server:
+        server.use(monkeypatch)
+        line = usage_error(script("simulate", *args[:-1], tmp_path / "c", "--actor", "openai:m", *more))
+    assert "--chat-format" in line and not server.requests and not (tmp_path / "c").exists()
+
+
+def test_answers_of_an_endpoint_are_beside_the_run(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+    """In the run's own directory, which stderr names, and nowhere under the checkout's out/."""
+    args = ["--scene", f"{three_scenes}:0", "--actor", "openai:m", "--max-rounds", 2]
+    with Server(stage_answer) as server:
+        server.use(monkeypatch)
+        code, _, err = script("simulate", *args, "--out", tmp_path / "a")
+        assert code == 0 and str(tmp_path / "a" / "answers") in err
+        assert len([*(tmp_path / "a" / "answers").rglob("*.json")]) == len(server.requests) > 2
+        assert not files.OUT.exists()
+        assert script("simulate", *args)[0] == 0
+    [directory] = (files.OUT / "plays").iterdir()
+    assert (directory / "answers").is_dir() and [*files.OUT.iterdir()] == [files.OUT / "plays"]
+
+
+def test_an_evaluation_of_next_speakers_goes_where_out_says(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+    """Its JSON and the answers, which a second run does not ask for again; what it cannot do is refused."""
+    args = ["--next-speaker-eval", three_scenes, "--next-speaker", "openai:m"]
+    with Server(lambda *_: "Environment") as server:
+        server.use(monkeypatch)
+        _, screen, _ = script("simulate", *args, "--out", tmp_path / "e")
+        asked = len(server.requests)
+        assert (
+            script("simulate", *args, "--out", tmp_path / "e")[0] == 0 and len(server.requests) == asked > 10
+        )
+        assert json.loads((tmp_path / "e" / "next_speaker.json").read_text()) == json.loads(screen)
+        assert (tmp_path / "e" / "answers").is_dir() and not files.OUT.exists()
+        for more in (["--script"], ["--resume", "--out", tmp_path / "e"]):
+            assert more[0] in usage_error(script("simulate", *args, *more))
+    assert len(server.requests) == asked
+
+
+def test_a_closed_pipe_tells_how_to_go_on(three_scenes, tmp_path, monkeypatch):  # noqa: F811
+    """`| head -1`: the play stops without a traceback, and stderr names --resume; the rest can be played."""
+    with Server(lambda body, n: stage_answer(body, n) * 2000) as server:
+        server.use(monkeypatch)
+        args = [sys.executable, ROOT / "simulate.py", "--scene", f"{three_scenes}:0", "--actor", "openai:m"]
+        args += ["--max-rounds", "4", "--out", tmp_path / "a"]
+        run = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        run.stdout.readline()
+        run.stdout.close()
+        err = run.stderr.read()
+        run.wait(60)
+        assert "--resume" in err and str(tmp_path / "a") in err and "Traceback" not in err, err
+        again = subprocess.run([*args, "--resume"], stdout=subprocess.DEVNULL, cwd=tmp_path, timeout=60)
+    assert again.returncode == 0 and len(read_lines(tmp_path / "a")) == 1
+
+
+def test_progress_is_a_line_now_and_then_without_a_terminal(monkeypatch, capsys):
+    """Every ten seconds at most."""
+    clock = iter([0, 5, 11, 12, 22, 23])
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(terminal, "progress", lambda *_: contextlib.nullcontext(Progress(disable=True)))
+    with terminal.reporting(9, "scenes") as update:
+        for done in (1, 2, 3):
+            update(done, f"playing {done}")
+    assert capsys.readouterr().err.splitlines() == ["playing 2, 2 of 9 scenes"]
 
 
 # ---- what is shown and written ------------------------------------------------------------------------------------------
@@ -838,7 +1050,9 @@ def test_prompts_name_the_length_at_play():
 @pytest.mark.parametrize(
     "said",
     ["Ada Lee: Yes, I will.\nAda: No.", "Ada: No.\nAda Lee: Yes, I will.", "Yes.\nada (nods): No.\n- Ada Lee (rises): I will.",
-     "Yes, " + "over and over again we go " * 7 + "and that is all.", "Well.\nAda", "Well.\nAdam is here: look."],
+     "Yes, " + "over and over again we go " * 7 + "and that is all.", "Well.\nAda", "Well.\nAdam is here: look.",
+     "Lee: Yes.\nZoe: No.\nLee: Well.", "Yes. Ben: No.", "Yes, we goAda Lee: [why] Well.", "Yes.\nZoe (nods): No.", "Ben? Not Ben",
+     "Note: Yes.", "Yes.\nMr. Zed von Lee (old", "Yes.\nZoe: well, yes."],
 )  # fmt: skip
 def test_what_was_shown_is_what_is_played(said, monkeypatch, capsys):
     """Letter by letter, with a name that begins another one: nothing of another's line shows, and all of the turn does."""
@@ -846,8 +1060,8 @@ def test_what_was_shown_is_what_is_played(said, monkeypatch, capsys):
     call = SimpleNamespace(agent="Ada Lee", role="actor")
     capsys.readouterr()
     for n in range(len(said)):
-        shown.hear(call, said[: n + 1])
+        shown.on_text(call, said[: n + 1])
     played = replies.clean_reply(said, "Ada Lee", shown.cast)
-    shown.show({"role": "Ada Lee", "content": played})
+    shown.on_message({"role": "Ada Lee", "content": played})
     out = capsys.readouterr().out
     assert out.endswith(f"{played}\n\n") and "No." not in out.replace(played, "")
