@@ -22,8 +22,6 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-
 from checkpoint import DTYPES
 from common import terminal
 from common.files import UsageError, make_dir, write_whole
@@ -40,7 +38,6 @@ from play.transcripts import ANSWERS, REPLIES, SCRIPT, TRANSCRIPTS, Transcripts,
 from tokenizer import CHAT_FORMATS
 
 ROLES = ("actor", "environment", "next_speaker")
-COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
 
 
 def parse_args():
@@ -65,18 +62,16 @@ def parse_args():
     add(
         "--out",
         metavar="DIR",
-        help="directory for the results (default for plays: a new one under out/plays)",
+        help="directory for the results (default, for plays: a new one under out/plays)",
     )
-    add(
-        "--resume", action="store_true", help="with --out: go on with an interrupted run of the same settings"
-    )
+    add("--resume", action="store_true", help="with --out: go on with an interrupted run")
     add("--script", action="store_true", help=f"write {SCRIPT} as well, the scenes to be read")
     add("--max-rounds", type=int, default=20, metavar="N", help="(default: %(default)s)")
     add("--continue-from", type=int, default=0, metavar="K", help="begin with the first K original messages")
     add(
         "--without-thoughts",
         action="store_true",
-        help="actors are asked for no thoughts and see none of theirs",
+        help="ask actors for no thoughts, and show them none of theirs",
     )
     shown = "thoughts on the screen; the transcript has them in any case (default: show)"
     add("--thoughts", choices=["show", "hide"], default="show", help=shown)
@@ -133,15 +128,9 @@ def protocol_of(args):
     SamplingParams(
         args.temperature, seed=args.seed
     )  # values out of range are refused before anything is written
-    return Protocol(
-        **PROTOCOLS[args.protocol],
-        max_rounds=args.max_rounds,
-        next_speaker_mode=args.next_speaker_mode,
-        temperature=args.temperature,
-        thoughts=not args.without_thoughts,
-        continue_from=args.continue_from,
-        seed=args.seed,
-    )
+    names = ("max_rounds", "next_speaker_mode", "temperature", "continue_from", "seed")
+    options = {name: getattr(args, name) for name in names}
+    return Protocol(thoughts=not args.without_thoughts, **options, **PROTOCOLS[args.protocol])
 
 
 def open_roles(args, roles, answers):
@@ -196,32 +185,29 @@ def play_scenes(scenes, models, protocol, transcripts, args):
     stage = Stage(missing[0], args.thoughts == "show") if len(scenes) == 1 and missing else None
     counts, started = Counter(), time.monotonic()
     no_progress = contextlib.nullcontext(lambda *_: None)  # a bar would wipe what is being spoken
-    with no_progress if stage else terminal.reporting(len(scenes), "scenes", *COLUMNS) as update:
-
-        def show_progress():
-            speed = counts["tokens"] / max(1e-9, time.monotonic() - started)
-            ended = len(transcripts.finished) + len(transcripts.failed)
-            update(ended, f"playing, {counts['rounds']} rounds, {speed:,.0f} tokens/s")
+    with no_progress if stage else terminal.reporting(len(scenes), "scenes") as update:
 
         def on_message(scene, message):
             counts["rounds"] += 1
             if stage:
                 stage.on_message(message)
-            show_progress()
 
         def on_reply(reply):
             counts["tokens"] += reply.completion_tokens
-
-        def on_end(*finished):
-            transcripts.add_finished(*finished)
-            show_progress()
-
-        def on_failure(*failed):
-            transcripts.add_failed(*failed)
-            show_progress()
+            speed = counts["tokens"] / max(1e-9, time.monotonic() - started)
+            ended = len(transcripts.finished) + len(transcripts.failed)
+            update(ended, f"playing, {counts['rounds']} rounds, {speed:,.0f} tokens/s")
 
         perform(
-            *(missing, models, protocol, on_message, on_end, on_failure, on_reply),
+            *(
+                missing,
+                models,
+                protocol,
+                on_message,
+                transcripts.add_finished,
+                transcripts.add_failed,
+                on_reply,
+            ),
             on_text=stage.on_text if stage else None,
             journal=Journal(transcripts.directory / REPLIES),
             side_by_side=args.side_by_side,

@@ -86,11 +86,11 @@ def progress(*columns, **kwargs):
 
 
 @contextlib.contextmanager
-def reporting(total, what, *columns):
+def reporting(total, what):
     """Yields `update(completed, description)`, which moves a progress bar; where stderr is no terminal, it prints
     the description and "COMPLETED of TOTAL WHAT" as a plain line, at most every EVERY seconds."""
     printed = time.monotonic()
-    with progress(*columns) as bar:
+    with progress() as bar:
         task = bar.add_task("", total=total)
 
         def update(completed, description):

@@ -28,10 +28,9 @@ class LiveScene:
 
 
 class Journal:
-    """The replies of a run on disk as they come, so that a resumed run asks for none of them again; with path
-    None, nowhere.
+    """The replies of a run, on disk as they come, so that a resumed run asks for none of them again.
 
-    run: the number of this run, from 1; each resumption is one more.
+    path None: nothing is kept. run: the number of this run, from 1; each resumption is one more.
     """
 
     def __init__(self, path=None):

@@ -109,9 +109,7 @@ class Performance:
         self.dialogue = []  # what agents read: {character, message, sampled ids, decision}
         self.stats = dict.fromkeys(("empty", "fallbacks", "original"), 0)
         self.speaker = self.cast[0]
-        self.decision = {
-            "name": self.speaker
-        }  # what the next-speaker model reads as its own answer before the turn
+        self.decision = {"name": self.speaker}  # the answer the next-speaker model reads before the next turn
         self.error = None  # of the last reply that failed
 
     def rounds(self):
@@ -161,14 +159,14 @@ class Performance:
 
     def choose_next_speaker(self, index):
         """Passes the turn on; False where the scene ends."""
-        originals, end_is_valid = self.originals, index >= self.protocol.end_from_round
-        if self.protocol.own_lines and index + 1 < len(originals):
-            self.messages.append({"role": NEXT_SPEAKER, "content": originals[index + 1]["character"]})
+        if self.protocol.own_lines and index + 1 < len(self.originals):
+            following = self.originals[index + 1]["character"]
+            self.messages.append({"role": NEXT_SPEAKER, "content": following})
             return True
         reply = yield from self.next_speaker_reply(index)
         name = self.protocol.named(reply.text, self.cast)
         message = {"role": NEXT_SPEAKER, "content": name, **recorded(reply)}
-        if name == END_CHAT and end_is_valid:
+        if name == END_CHAT and index >= self.protocol.end_from_round:
             self.messages.append(message)
             return False
         if name in self.cast and name != self.speaker:
@@ -192,9 +190,7 @@ class Performance:
             follows = self.scene.dialogues[index + 1 : index + 2]
             return Reply(follows[0]["character"] if follows else END_CHAT, "original")
         has_spoken = self.dialogue and self.dialogue[-1]["character"] == self.speaker
-        if (
-            self.protocol.silence_passes and not has_spoken
-        ):  # who said nothing is passed over without a question
+        if self.protocol.silence_passes and not has_spoken:  # passed over without a question
             return Reply("", "silence")
         choices = None
         if self.protocol.next_speaker_mode == "choices":
@@ -209,14 +205,12 @@ class Performance:
 
     def draw_speaker(self, index):
         """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and
-        the Environment, else of the cast, without the current and the last speaker; None where nobody is
-        left."""
+        the Environment, else of the cast, without the current and the last speaker; None if nobody is left.
+        """
         self.stats["fallbacks"] += 1
         excluded = {self.speaker}
-        if (
-            self.protocol.silence_passes and self.dialogue
-        ):  # the last to speak, if the current speaker said nothing
-            excluded.add(self.dialogue[-1]["character"])
+        if self.protocol.silence_passes and self.dialogue:
+            excluded.add(self.dialogue[-1]["character"])  # differs if the current speaker said nothing
         majors = [name for name in [*self.scene.major_characters, ENVIRONMENT] if name not in excluded]
         candidates = majors or [name for name in self.cast if name not in excluded]
         rng = random.Random(f"{self.protocol.seed}|{self.scene.key}|{index}")
@@ -244,8 +238,7 @@ def recorded(reply):
 
 
 def sampled_ids(reply):
-    """The ids of a reply, to be read again as they were sampled; None with reasoning, which is never read
-    again."""
+    """The ids of a reply, to be read again as sampled; None with reasoning, which nobody reads again."""
     return None if reply.reasoning else reply.ids
 
 
@@ -253,8 +246,7 @@ def sampled_ids(reply):
 
 
 def agents_chat(scene, character, dialogue, thoughts=True):
-    """The chat of an actor or the Environment: built as in training, own turns with the ids they were sampled
-    as."""
+    """The chat of an actor or the Environment, built as in training; own turns carry their sampled ids."""
     options = {**prompts.AT_PLAY, "thoughts": thoughts}
     chat = [{"role": "system", "content": system_prompt(scene, character, options, concise=True)}]
     chat += perspective(dialogue, character, thoughts)
@@ -268,8 +260,7 @@ def agents_chat(scene, character, dialogue, thoughts=True):
 
 
 def next_speakers_chat(scene, dialogue):
-    """The chat of the next-speaker model: built as in training, with its own answers where turns have a
-    `decision`."""
+    """The chat of the next-speaker model, built as in training; its answers are the turns' `decision`s."""
     system = prompts.next_speaker(scene)
     decisions = [turn.get("decision") or {"name": turn["character"]} for turn in dialogue]
     chat = next_speaker_perspective(dialogue, [decision["name"] for decision in decisions])

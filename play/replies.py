@@ -100,8 +100,7 @@ def parse_next_speaker(text, cast):
 
 
 def _json_value(text):
-    """The string in a JSON object in the text whose key means the next speaker, else its first string, else
-    None."""
+    """In a JSON object in the text, the string under a key for the next speaker, else the first; or None."""
     found = re.search(r"\{.*\}", text, re.DOTALL)
     try:
         value = json.loads(found[0]) if found else None
@@ -222,14 +221,14 @@ def settled(text, cast):
     """The beginning of a growing reply that no further text can turn into somebody else's line."""
     names = [straighten(name) for name in cast]
     *lines, line = straighten(text).split("\n")
+    # the last line may be about to become a head
     head = rf"[-*#>\s]*(?P<name>(?i:{any_of(names)})|{WORDS})?[*\s]*(\([^)]*\)?)?[*\s]*[:\uff1a]?[*\s]*"
     begun, start = re.fullmatch(head, line), line.strip("-*#> \t").casefold()
-    folded = [name.casefold() for name in names]
-    is_name = begun and (
-        not begun["name"] or looks_like_a_name(begun["name"]) or begun["name"].casefold() in folded
-    )
-    if is_name or any(name.startswith(start) for name in folded):
+    word = begun and begun["name"]
+    may_be_name = not word or looks_like_a_name(word) or word.casefold() in map(str.casefold, names)
+    if (begun and may_be_name) or any(name.casefold().startswith(start) for name in names):
         return text[: len(text) - len(line)]
+    # its last characters may be the beginning of a name
     for length in range(min(len(line), max(map(len, names)) + 3), 0, -1):
         if any(f"{name}: [".startswith(line[-length:]) for name in names):
             return text[:-length]
