@@ -1,7 +1,8 @@
-"""The two protocols side by side, how answers are read, which tokens stay as they were sampled, and what runs leave behind."""
+"""The two protocols side by side, how answers are read, which tokens stay as they were sampled, and what runs
+leave behind."""
 
+# ruff: noqa: F401, F811 (fixtures of another file)
 import contextlib
-import inspect
 import io
 import json
 import os
@@ -21,13 +22,13 @@ from conftest import ROOT, usage_error
 from rich.console import Console
 from rich.progress import Progress
 from test_llm import Script, Server
-from test_simulate import (  # noqa: F401
+from test_simulate import (
     in_turn,
     make_scene,
     play,
     read_lines,
     stage_answer,
-    three_scenes,  # noqa: F811
+    three_scenes,
     who,
     without_seconds,
 )
@@ -40,7 +41,7 @@ from data.chats import END_CHAT
 from data.scenes import load_scenes, straighten
 from engine.params import SamplingParams
 from evals import next_speaker
-from llm import Reply, endpoint, local
+from llm import Reply, local
 from play import protocol, replies, transcripts
 from play.perform import Journal, perform
 from play.protocol import PROTOCOLS, Protocol
@@ -58,7 +59,7 @@ def _out(monkeypatch, tmp_path):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-# ---- the release, trap by trap ------------------------------------------------------------------------------------------
+# ---- the release, trap by trap -----------------------------------------------------------------------------
 
 
 def test_the_release_tells_no_motivation():
@@ -70,8 +71,8 @@ def test_the_release_tells_no_motivation():
 
 @pytest.mark.parametrize("answer", ["Zed", "<END CHAT>", "Ada"])
 def test_the_release_keeps_an_invalid_name_and_sends_its_prompt_again(answer):
-    """The next-speaker model reads its own invalid name where the paper's reads who was chosen, and, as a user turn, its system
-    prompt; transcript and chance are otherwise alike."""
+    """The next-speaker model reads its own invalid name where the paper's reads who was chosen, and, as a
+    user turn, its system prompt; transcript and chance are otherwise alike."""
     for rules in (RELEASE, {}):
         next_speaker = Script(lambda *_: answer)
         _, messages, stats = play(
@@ -88,7 +89,8 @@ def test_the_release_keeps_an_invalid_name_and_sends_its_prompt_again(answer):
 
 
 def test_the_releases_empty_reply_counts():
-    """It is a message without words, in no chat, and its speaker is followed by whom the model names; the paper passes over."""
+    """It is a message without words, in no chat, and its speaker is followed by whom the model names; the
+    paper passes over."""
     actor = Script(lambda messages, _: "" if who(messages + [{"content": ""}]) == "Ada" else "Yes.")
     for rules in (RELEASE, {}):
         rules = {**rules, "motivations": True}
@@ -141,8 +143,8 @@ def test_the_release_reads_bare_names_only(answer):
 
 
 def test_the_releases_original_lines_come_from_wrong_mouths(shared):
-    """With k = 3 its forced first speaker says lines that are not his: on the 100 scenes at hand 55 to 61 of 300, by seed (103
-    of 600 are recorded for both halves of the test set); none in the paper's protocol."""
+    """With k = 3 its forced first speaker says lines that are not his: on the 100 scenes at hand 55 to 61 of
+    300, by seed (103 of 600 are recorded for both halves of the test set); none in the paper's protocol."""
     scenes = load_scenes(shared / "coser" / "test" / "id.json")
 
     def wrong(rules, seed):
@@ -183,7 +185,7 @@ def test_the_presets_differ_in_nothing_else():
     )
 
 
-# ---- how answers are read -----------------------------------------------------------------------------------------------
+# ---- how answers are read ----------------------------------------------------------------------------------
 
 CAST = ["Fitzwilliam Darcy", "Mr Bennet", "Mrs Bennet", "Lizzy", "Environment", "The Old Man"]
 ANSWERS = [
@@ -270,7 +272,8 @@ def test_names_in_scripts_without_spaces_are_found_within_a_sentence(answer, exp
 
 
 def test_what_recorded_models_answered_is_read(shared):
-    """Of the decisions GPT-4o's, CoSER-8B's and LLaMA-3.1-8B's runs recorded, all that name one of the cast are read so."""
+    """Of the decisions GPT-4o's, CoSER-8B's and LLaMA-3.1-8B's runs recorded, all that name one of the cast
+    are read so."""
     scenes = {scene.key: scene for scene in load_scenes(shared / "coser" / "test" / "id.json")}
     read = 0
     for file in sorted((shared / "coser" / "gca").glob("*.simulation.json")):
@@ -296,11 +299,12 @@ def test_any_text_is_read_without_a_mishap():
         assert parse_next_speaker(text, CAST) in {*CAST, END_CHAT, None}
 
 
-# ---- one of the cast, by its probability --------------------------------------------------------------------------------
+# ---- one of the cast, by its probability -------------------------------------------------------------------
 
 
 def test_choices_are_the_cast_and_their_probabilities_are_kept():
-    """The speaker is no choice, the end is one from the sixth round on; the decision has all probabilities."""
+    """The speaker is no choice, the end is one from the sixth round on; the decision has all
+    probabilities."""
     asked = []
 
     class Chooser(Script):
@@ -330,12 +334,13 @@ def test_choices_are_the_cast_and_their_probabilities_are_kept():
 
 def test_choices_of_a_checkpoint_are_its_own_probabilities(
     script,
-    three_scenes,  # noqa: F811
+    three_scenes,
     tiny_actor,
     tmp_path,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
-    """From the command line: what is recorded is what the model gives each name after the recorded chat, token by token."""
+    """From the command line: what is recorded is what the model gives each name after the recorded chat,
+    token by token."""
     monkeypatch.setattr(simulate, "Protocol", lambda **kw: Protocol(max_tokens=16, **kw))
     args = [
         "--scene",
@@ -361,7 +366,7 @@ def test_choices_of_a_checkpoint_are_its_own_probabilities(
     assert decision["content"] == max(probabilities, key=probabilities.get)
 
 
-def test_choices_need_a_local_model(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_choices_need_a_local_model(script, three_scenes, tmp_path, monkeypatch):
     """An endpoint gives no probabilities; nothing is asked."""
     with Server(stage_answer) as server:
         server.use(monkeypatch)
@@ -379,10 +384,10 @@ def test_choices_need_a_local_model(script, three_scenes, tmp_path, monkeypatch)
     assert not server.requests
 
 
-# ---- next speakers against the books ------------------------------------------------------------------------------------
+# ---- next speakers against the books -----------------------------------------------------------------------
 
 
-def test_an_evaluation_that_nobody_answers_is_an_error(script, three_scenes, monkeypatch):  # noqa: F811
+def test_an_evaluation_that_nobody_answers_is_an_error(script, three_scenes, monkeypatch):
     """And no score of zero."""
     with Server(lambda *_: (400, {"error": {"message": "no such option"}}, {})) as server:
         server.use(monkeypatch)
@@ -392,8 +397,9 @@ def test_an_evaluation_that_nobody_answers_is_an_error(script, three_scenes, mon
     assert "none of" in line and "no such option" in line
 
 
-def test_next_speaker_evaluation_counts_what_it_says(script, three_scenes, monkeypatch):  # noqa: F811
-    """An endpoint that is right every second time gets that share; the baselines are those of a count by hand."""
+def test_next_speaker_evaluation_counts_what_it_says(script, three_scenes, monkeypatch):
+    """An endpoint that is right every second time gets that share; the baselines are those of a count by
+    hand."""
     scenes = load_scenes(three_scenes)
     lines = {scene.scenario: [turn["character"] for turn in scene.dialogues] for scene in scenes}
     right = []
@@ -436,7 +442,8 @@ def test_next_speaker_evaluation_counts_what_it_says(script, three_scenes, monke
 
 
 def test_the_last_other_speaker_is_right_as_often_as_published(shared):
-    """About 65% on the test set: 746 of the 1,142 next speakers of its half at hand; a model that repeats it gets the same."""
+    """About 65% on the test set: 746 of the 1,142 next speakers of its half at hand; a model that repeats it
+    gets the same."""
     scenes = load_scenes(shared / "coser" / "test" / "id.json")
 
     def last_other(messages, _):
@@ -447,11 +454,12 @@ def test_the_last_other_speaker_is_right_as_often_as_published(shared):
     assert (counts["total"], counts["last_other"], counts["correct"]) == (1142, 746, 746)
 
 
-# ---- tokens as sampled --------------------------------------------------------------------------------------------------
+# ---- tokens as sampled -------------------------------------------------------------------------------------
 
 
 def test_ids_of_a_message_stand_as_they_are(stage_tokenizer):
-    """In every chat format that has them: the ids replace the encoding of the content, under the same mask."""
+    """In every chat format that has them: the ids replace the encoding of the content, under the same
+    mask."""
     messages = [
         {"role": "user", "content": "a b"},
         {"role": "assistant", "content": "the ferry", "ids": [300, 301, 302]},
@@ -475,7 +483,8 @@ def test_ids_of_a_message_stand_as_they_are(stage_tokenizer):
     ],
 )
 def test_as_much_of_a_reply_is_kept_as_sampled_as_the_turn_says(tiny_actor, content, kept):
-    """The tokens up to where the turn says something else, then an encoding; the text is that of the turn in any case."""
+    """The tokens up to where the turn says something else, then an encoding; the text is that of the turn in
+    any case."""
     model = llm.open_model(tiny_actor)
     sampled = [
         i for c in " well said\n\n" for i in model.tokenizer.encode(c)
@@ -490,8 +499,8 @@ def test_as_much_of_a_reply_is_kept_as_sampled_as_the_turn_says(tiny_actor, cont
 
 
 def test_every_agents_tokens_are_read_once(tiny_actor, stage):
-    """On a real engine: what it says it read is what the scenes count, and at most 2% above the least possible, which is what
-    rendering each agent's last chat gives."""
+    """On a real engine: what it says it read is what the scenes count, and at most 2% above the least
+    possible, which is what rendering each agent's last chat gives."""
     model = llm.open_model(tiny_actor)
     asking, stepping, prompts_of, last = model.ask, model.step, {}, {}
 
@@ -515,12 +524,13 @@ def test_every_agents_tokens_are_read_once(tiny_actor, stage):
     assert model.engine.stats["prefilled"] <= prefilled <= 1.02 * sum(last.values())
 
 
-# ---- runs that are cut off, fail, or meet -------------------------------------------------------------------------------
+# ---- runs that are cut off, fail, or meet ------------------------------------------------------------------
 
 
 def killed(args, at, tear):
-    """Runs the command line in a child that is killed with SIGKILL at its at-th write to the disk; tear: half of the last
-    line of that write is lost. True where it was killed, False where it came to its end before."""
+    """Runs the command line in a child that is killed with SIGKILL at its at-th write to the disk; tear: half
+    of the last line of that write is lost. True where it was killed, False where it came to its end
+    before."""
     pid = os.fork()
     if pid == 0:
         count, fsync = 0, os.fsync
@@ -549,9 +559,9 @@ def killed(args, at, tear):
     return os.WIFSIGNALED(status)
 
 
-def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
-    """25 kill points over all writes of a run, half of them in the middle of a line: --resume ends with the same bytes but for
-    the seconds, and asks again for the calls in flight at most."""
+def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(script, three_scenes, tmp_path, monkeypatch):
+    """25 kill points over all writes of a run, half of them in the middle of a line: --resume ends with the
+    same bytes but for the seconds, and asks again for the calls in flight at most."""
     args = ["--scene", f"{three_scenes}:all", "--actor", "openai:m", "--max-rounds", 4, "--out"]
     with Server(stage_answer) as server:
         server.use(monkeypatch)
@@ -578,8 +588,9 @@ def test_a_run_killed_anywhere_goes_on_as_if_it_had_not_been(script, three_scene
 
 
 def test_errors_that_a_play_goes_on_past_are_in_the_journal(tmp_path):
-    """With the release's rules a failed reply is an empty line: a resumed run has it again, and not the answer of a healthier
-    server, after which all others would stand in a history that never was. With the paper's it ends the scene: asked again."""
+    """With the release's rules a failed reply is an empty line: a resumed run has it again, and not the
+    answer of a healthier server, after which all others would stand in a history that never was. With the
+    paper's it ends the scene: asked again."""
     scene, call = make_scene(), SimpleNamespace(occasion="0.0|actor")
     live, failed = SimpleNamespace(scene=scene, call=call), Reply("", "error", error="busy")
     for errors in (True, False):
@@ -588,7 +599,8 @@ def test_errors_that_a_play_goes_on_past_are_in_the_journal(tmp_path):
 
 
 def test_a_journal_torn_twice_is_read(tmp_path):
-    """What a kill left of a line is gone before the next is written, so a second kill finds a journal that can be read."""
+    """What a kill left of a line is gone before the next is written, so a second kill finds a journal that
+    can be read."""
     scene, call = make_scene(), SimpleNamespace(occasion="0.0|actor")
     live, path = SimpleNamespace(scene=scene, call=call), tmp_path / "replies.jsonl"
     path.write_text('{"a|0": [1, {"text": "x", "finish_reason": "stop"}]}\n{"b|0": [1, {"te')
@@ -600,7 +612,7 @@ def test_a_journal_torn_twice_is_read(tmp_path):
     )
 
 
-def test_a_killed_run_of_a_checkpoint_goes_on_too(script, three_scenes, tiny_actor, tmp_path, monkeypatch):  # noqa: F811
+def test_a_killed_run_of_a_checkpoint_goes_on_too(script, three_scenes, tiny_actor, tmp_path, monkeypatch):
     """The same with a real engine, whose cache is gone with the run: its counts come out the same as well."""
     monkeypatch.setattr(
         simulate, "Protocol", lambda **kw: Protocol(max_tokens=12, next_speaker_tokens=4, **kw)
@@ -629,8 +641,9 @@ def test_a_killed_run_of_a_checkpoint_goes_on_too(script, three_scenes, tiny_act
         assert without_seconds(read_lines(tmp_path / f"at{at}")) == whole
 
 
-def test_a_scene_that_fails_stops_no_other(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
-    """A prompt that the endpoint refuses: told with the count and the reason, the others finished; --resume tries again."""
+def test_a_scene_that_fails_stops_no_other(script, three_scenes, tmp_path, monkeypatch):
+    """A prompt that the endpoint refuses: told with the count and the reason, the others finished; --resume
+    tries again."""
     scenes = load_scenes(three_scenes)
     refused = [True]
 
@@ -662,7 +675,8 @@ def test_a_scene_that_fails_stops_no_other(script, three_scenes, tmp_path, monke
 
 
 def test_a_prompt_over_the_context_is_an_error_of_its_own(tiny_actor):
-    """Of three conversations the one that is too long comes back with an error; the others are answered as ever."""
+    """Of three conversations the one that is too long comes back with an error; the others are answered as
+    ever."""
     model = llm.open_model(tiny_actor)
     long = [{"role": "user", "content": "word " * 9000}]
     short = [{"role": "user", "content": "hello"}]
@@ -672,9 +686,9 @@ def test_a_prompt_over_the_context_is_an_error_of_its_own(tiny_actor):
     assert one.error is None and one.text
 
 
-def test_two_runs_never_share_files(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
-    """Without --out each run gets a directory of its own, named after its settings; one that is in use is left alone, and so is
-    one whose scenes or model are others now."""
+def test_two_runs_never_share_files(script, three_scenes, tmp_path, monkeypatch):
+    """Without --out each run gets a directory of its own, named after its settings; one that is in use is
+    left alone, and so is one whose scenes or model are others now."""
     with Server(stage_answer) as server:
         server.use(monkeypatch)
         args = ["--scene", f"{three_scenes}:0", "--actor", "openai:m", "--max-rounds", 1]
@@ -694,7 +708,8 @@ def test_two_runs_never_share_files(script, three_scenes, tmp_path, monkeypatch)
 
 
 def test_another_checkpoint_at_the_same_path_is_another_model(script, tiny_actor, tmp_path, monkeypatch):
-    """The settings hold a hash of its files, so --resume does not go on with other weights; the same elsewhere are the same."""
+    """The settings hold a hash of its files, so --resume does not go on with other weights; the same
+    elsewhere are the same."""
     monkeypatch.setattr(
         simulate, "Protocol", lambda **kw: Protocol(max_tokens=4, next_speaker_tokens=2, **kw)
     )
@@ -714,11 +729,12 @@ def test_another_checkpoint_at_the_same_path_is_another_model(script, tiny_actor
     assert "identity" in usage_error(script("simulate", *args, "--resume"))
 
 
-# ---- reasoning -------------------------------------------------------------------------------------------
+# ---- reasoning ---------------------------------------------------------------------------------------------
 
 
 def test_reasoning_is_in_the_transcript_and_nowhere_else():
-    """Of an actor, the Environment and the next-speaker model: beside their messages, in no chat, and its ids in none."""
+    """Of an actor, the Environment and the next-speaker model: beside their messages, in no chat, and its ids
+    in none."""
 
     class Thinker(Script):
         def chat(self, conversations, params, openings=None, on_reply=lambda: None):
@@ -741,9 +757,10 @@ def test_reasoning_is_in_the_transcript_and_nowhere_else():
     assert all("reasoning" not in m for m in messages)
 
 
-@pytest.mark.skipif("reasoning_content" not in inspect.getsource(endpoint), reason="endpoints do not read it")
-def test_reasoning_of_an_endpoint_reaches_nobody(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
-    """A server that sends it beside the content: in transcripts.jsonl, and not on the screen, in the script or in a request."""
+@pytest.mark.skipif(not hasattr(llm.reply, "split_reasoning"), reason="endpoints do not read it")
+def test_reasoning_of_an_endpoint_reaches_nobody(script, three_scenes, tmp_path, monkeypatch):
+    """A server that sends it beside the content: in transcripts.jsonl, and not on the screen, in the script
+    or in a request."""
 
     def answer(body, number):
         message = {"content": stage_answer(body, number), "reasoning_content": "my secret plan"}
@@ -791,11 +808,12 @@ def test_a_scene_that_is_forgotten_is_asked_for_again(tmp_path):
     assert journal.take(one, call) and journal.take(other, call) and not journal.take(make_scene(i_c=1), call)
 
 
-# ---- settings and places ---------------------------------------------------------------------------------
+# ---- settings and places -----------------------------------------------------------------------------------
 
 
-def test_what_requests_had_to_change_is_recorded(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
-    """In each transcript, by role, as it is after the run; how a checkpoint's chats are written is among the settings."""
+def test_what_requests_had_to_change_is_recorded(script, three_scenes, tmp_path, monkeypatch):
+    """In each transcript, by role, as it is after the run; how a checkpoint's chats are written is among the
+    settings."""
 
     class Model(Script):
         chat_format_reason = "stage: tokenizer_config.json says so"
@@ -819,8 +837,9 @@ def test_what_requests_had_to_change_is_recorded(script, three_scenes, tmp_path,
     assert settings["actor_chat_format"] == Model.chat_format_reason and settings == line["settings"]
 
 
-def test_chat_format_and_dtype_are_passed_on(script, three_scenes, tiny_actor, tmp_path, monkeypatch):  # noqa: F811
-    """To the checkpoints: the dtype is part of what the model is; an endpoint has neither, which is one line."""
+def test_chat_format_and_dtype_are_passed_on(script, three_scenes, tiny_actor, tmp_path, monkeypatch):
+    """To the checkpoints: the dtype is part of what the model is; an endpoint has neither, which is one
+    line."""
     monkeypatch.setattr(
         simulate, "Protocol", lambda **kw: Protocol(max_tokens=8, next_speaker_tokens=4, **kw)
     )
@@ -836,7 +855,7 @@ def test_chat_format_and_dtype_are_passed_on(script, three_scenes, tiny_actor, t
     assert "--chat-format" in line and not server.requests and not (tmp_path / "c").exists()
 
 
-def test_answers_of_an_endpoint_are_beside_the_run(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_answers_of_an_endpoint_are_beside_the_run(script, three_scenes, tmp_path, monkeypatch):
     """In the run's own directory, which stderr names, and nowhere under the checkout's out/."""
     args = ["--scene", f"{three_scenes}:0", "--actor", "openai:m", "--max-rounds", 2]
     with Server(stage_answer) as server:
@@ -850,7 +869,7 @@ def test_answers_of_an_endpoint_are_beside_the_run(script, three_scenes, tmp_pat
     assert (directory / "answers").is_dir() and [*files.OUT.iterdir()] == [files.OUT / "plays"]
 
 
-def test_an_evaluation_of_next_speakers_goes_where_out_says(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_an_evaluation_of_next_speakers_goes_where_out_says(script, three_scenes, tmp_path, monkeypatch):
     """Its JSON and the answers, which a second run does not ask for again; what it cannot do is refused."""
     args = ["--next-speaker-eval", three_scenes, "--next-speaker", "openai:m"]
     with Server(lambda *_: "Environment") as server:
@@ -867,7 +886,7 @@ def test_an_evaluation_of_next_speakers_goes_where_out_says(script, three_scenes
     assert len(server.requests) == asked
 
 
-def test_a_closed_pipe_tells_how_to_go_on(three_scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_a_closed_pipe_tells_how_to_go_on(three_scenes, tmp_path, monkeypatch):
     """`| head -1`: the play stops without a traceback, and stderr names --resume; the rest can be played."""
     with Server(lambda body, n: stage_answer(body, n) * 2000) as server:
         server.use(monkeypatch)
@@ -894,7 +913,7 @@ def test_progress_is_a_line_now_and_then_without_a_terminal(monkeypatch, capsys)
     assert capsys.readouterr().err.splitlines() == ["playing 2, 2 of 9 scenes"]
 
 
-# ---- what is shown and written ------------------------------------------------------------------------------------------
+# ---- what is shown and written -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("thoughts", ["show", "hide"])
@@ -933,7 +952,8 @@ def test_a_scene_streams_what_is_played(script, tiny_actor, stage, tmp_path, mon
 
 
 def test_a_turn_is_wrapped_at_words(stage, monkeypatch):
-    """On a terminal no line is wider than it or begins with the space it was broken at, and no word is lost."""
+    """On a terminal no line is wider than it or begins with the space it was broken at, and no word is
+    lost."""
     file = io.StringIO()
     monkeypatch.setattr(
         terminal, "stdout", Console(file=file, force_terminal=True, width=40, highlight=False)
@@ -948,7 +968,7 @@ def test_a_turn_is_wrapped_at_words(stage, monkeypatch):
     assert len(lines) > 20 and all(len(line) <= 40 and not line.startswith(" ") for line in lines)
 
 
-def test_a_script_is_markdown_in_which_nothing_said_is_markup(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_a_script_is_markdown_in_which_nothing_said_is_markup(script, three_scenes, tmp_path, monkeypatch):
     """Names, thoughts and actions are set apart; stars, brackets and HTML of a reply stay text."""
     evil = "[I am *bold*] (bows) <script>alert(1)</script> # no heading _x_ ![i](http://x) &lt; | `code`"
     with Server(
@@ -978,7 +998,7 @@ def test_a_script_is_markdown_in_which_nothing_said_is_markup(script, three_scen
     assert "*(bows)*" in text
 
 
-def test_scenes_by_range_and_limit(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_scenes_by_range_and_limit(script, three_scenes, tmp_path, monkeypatch):
     """FILE:0-1 are two scenes, FILE:all with --limit 1 and FILE with --limit 2 the first ones."""
     with Server(stage_answer) as server:
         server.use(monkeypatch)
@@ -1022,7 +1042,8 @@ def test_a_slow_endpoint_holds_up_its_own_scene_alone():
 
 
 def test_a_long_turn_holds_up_its_own_scene_alone():
-    """The same of a local model: a scene goes on as soon as its own reply is there, whatever else is being spoken."""
+    """The same of a local model: a scene goes on as soon as its own reply is there, whatever else is being
+    spoken."""
     scenes, ended = [make_scene(i_p=0, scenario="Slow."), make_scene(i_p=1, scenario="Quick.")], []
 
     class Model(Script):
@@ -1049,13 +1070,17 @@ def test_prompts_name_the_length_at_play():
 
 @pytest.mark.parametrize(
     "said",
-    ["Ada Lee: Yes, I will.\nAda: No.", "Ada: No.\nAda Lee: Yes, I will.", "Yes.\nada (nods): No.\n- Ada Lee (rises): I will.",
-     "Yes, " + "over and over again we go " * 7 + "and that is all.", "Well.\nAda", "Well.\nAdam is here: look.",
-     "Lee: Yes.\nZoe: No.\nLee: Well.", "Yes. Ben: No.", "Yes, we goAda Lee: [why] Well.", "Yes.\nZoe (nods): No.", "Ben? Not Ben",
+    ["Ada Lee: Yes, I will.\nAda: No.", "Ada: No.\nAda Lee: Yes, I will.",
+     "Yes.\nada (nods): No.\n- Ada Lee (rises): I will.",
+     "Yes, " + "over and over again we go " * 7 + "and that is all.", "Well.\nAda",
+     "Well.\nAdam is here: look.",
+     "Lee: Yes.\nZoe: No.\nLee: Well.", "Yes. Ben: No.", "Yes, we goAda Lee: [why] Well.",
+     "Yes.\nZoe (nods): No.", "Ben? Not Ben",
      "Note: Yes.", "Yes.\nMr. Zed von Lee (old", "Yes.\nZoe: well, yes."],
 )  # fmt: skip
 def test_what_was_shown_is_what_is_played(said, monkeypatch, capsys):
-    """Letter by letter, with a name that begins another one: nothing of another's line shows, and all of the turn does."""
+    """Letter by letter, with a name that begins another one: nothing of another's line shows, and all of the
+    turn does."""
     shown = Stage(make_scene(speaking_characters=["Ada", "Ada Lee", "Ben"]))
     call = SimpleNamespace(agent="Ada Lee", role="actor")
     capsys.readouterr()
