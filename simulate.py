@@ -1,15 +1,16 @@
-"""Puts a scene on stage: one model plays every character, one the world around them, one says who is next.
+"""Plays a scene: one model plays every character, one the world around them, one names the next speaker.
 
-    python simulate.py --list                                            the bundled scenes
-    python simulate.py --scene the-last-ferry/1                          watch one, played by the stage actor
-    python simulate.py --scene test.json:all --actor DIR --out DIR       a whole test file, all scenes side by side
-    python simulate.py --next-speaker-eval test.json --next-speaker DIR  how often it names who really speaks next
+    python simulate.py --list                                         the bundled scenes
+    python simulate.py --scene the-last-ferry/1                       watch one, played by the stage actor
+    python simulate.py --scene test.json:all --actor DIR --out DIR    a whole test file, many scenes at once
+    python simulate.py --next-speaker-eval test.json --actor DIR      how often it names the real next speaker
 
-The rules are in protocol.py. `--out DIR` gets `settings.json`, all that decides the result; `transcripts.jsonl`, a scene as
-soon as it is finished, in the order of the file at the end; `failures.jsonl` with scenes that could not be finished, if any;
-and until then `replies.jsonl`, every reply as it comes, so that `--resume` asks for none of them again and ends with what an
-uninterrupted run would have written. The same settings and seed give the same bytes on a CPU, but for the last value of a line,
-`stats.seconds`: to compare two files of transcripts, drop it (`sed 's/"seconds": [0-9.]*}}$//'`).
+The rules are in play/protocol.py. `--out DIR` gets `settings.json` with all that decides the result;
+`transcripts.jsonl` with each scene as soon as it ends, in the order of the file at last; `failures.jsonl`
+with scenes that could not be finished, if any; `answers/` with the answers of endpoints, if any; and until
+the end `replies.jsonl`, every reply as it comes, so that `--resume` asks for none of them again and ends with
+what an uninterrupted run would have written. The same settings and seed give the same bytes on a CPU, but for
+the last value of a line, `stats.seconds`: drop it to compare two files (`sed 's/"seconds": [0-9.]*}}$//'`).
 """
 
 import contextlib
@@ -17,12 +18,13 @@ import hashlib
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-
-from common import files, terminal
-from common.files import UsageError, append_line, write_lines, write_whole
+from checkpoint import DTYPES
+from common import terminal
+from common.files import UsageError, make_dir, write_whole
 from data.scenes import find_scenes, load_stage
 from engine.params import SamplingParams
 from evals.next_speaker import evaluate_next_speaker
@@ -32,271 +34,232 @@ from llm.local import default_actor
 from play.perform import SIDE_BY_SIDE, Journal, perform
 from play.protocol import PROTOCOLS, Protocol
 from play.stage import Stage
-from play.transcripts import FAILURES, REPLIES, SCRIPT, TRANSCRIPTS, begin, held, markdown, output_directory
+from play.transcripts import ANSWERS, REPLIES, SCRIPT, TRANSCRIPTS, Transcripts, default_directory, locked
+from tokenizer import CHAT_FORMATS
 
-
-def main_next_speaker_eval(args):
-    scenes = find_scenes(args.next_speaker_eval, args.limit, "all")
-    model = open_roles(args, ["next_speaker"])["next_speaker"]
-    protocol = Protocol(
-        next_speaker_mode=args.next_speaker_mode,
-        temperature=args.temperature,
-        seed=args.seed,
-        **PROTOCOLS[args.protocol],
-    )
-    longest = max(len(scene.dialogues) for scene in scenes) - 1
-    with terminal.progress() as bar:
-        task = bar.add_task("message by message", total=longest)
-        counts = evaluate_next_speaker(scenes, model, protocol, lambda i, _: bar.update(task, completed=i))
-    total = counts["total"]
-    if not total:
-        raise UsageError(f"{args.next_speaker_eval}: no second message in it, so nobody to name")
-    shares = {
-        name: round(100 * counts[name] / total, 2)
-        for name in ("correct", "last_other", "uniform", "answered")
-    }
-    terminal.note(
-        f"{model.name}: {shares['correct']}% of {total:,} next speakers of {len(scenes)} scenes; the last other speaker: "
-        f"{shares['last_other']}%; uniform over the cast: {shares['uniform']}%"
-    )
-    about = {"model": model.identity, "mode": args.next_speaker_mode, "scenes": len(scenes)}
-    print(json.dumps(about | counts | {"percent": shares}))
-
-
-def open_roles(args, roles=("actor", "environment", "next_speaker")):
-    """{role: model} of the command line, one model for roles with the same endpoint or directory."""
-    options = dict(
-        answers=files.OUT / "answers", concurrency=args.concurrency, per_minute=args.requests_per_minute
-    )
-    opened, models = {}, {}
-    for role in roles:
-        spec = str(getattr(args, role) or args.actor or args.default)
-        same = os.path.realpath(spec) if os.path.isdir(spec) else spec
-        models[role] = opened.setdefault(same, opened.get(same) or open_model(spec, **options))
-    if args.next_speaker_mode == "choices" and not models["next_speaker"].local:
-        raise UsageError(
-            "--next-speaker-mode choices needs the probabilities of a local model; name one with --next-speaker"
-        )
-    return models
+ROLES = ("actor", "environment", "next_speaker")
 
 
 def parse_args():
     parser = terminal.Parser(__doc__, "python simulate.py --scene the-last-ferry/1 --max-rounds 6")
     add = parser.add_argument
-    add(
-        "--scene",
-        help="a bundled scene (see --list), or FILE, FILE:INDEX, FILE:FIRST-LAST, FILE:all of a book or test file",
-    )
-    add("--list", action="store_true", help="the bundled scenes")
-    add(
-        "--next-speaker-eval",
-        metavar="FILE",
-        help="how often the next-speaker model is right on these scenes (as --scene)",
-    )
-    add("--limit", type=int, metavar="N", help="only the first N scenes of them")
-    add(
-        "--actor",
-        metavar="M",
-        help="checkpoint directory, openai:MODEL or openai:MODEL@URL (default: a stage actor)",
-    )
+    file_forms = "FILE, FILE:INDEX, FILE:FIRST-LAST or FILE:all of a book or test file"
+    add("--scene", help=f"a bundled scene (see --list), or {file_forms}")
+    add("--list", action="store_true", help="print the names of the bundled scenes")
+    evaluation = "measure how often the next-speaker model is right on these scenes (as --scene)"
+    add("--next-speaker-eval", metavar="FILE", help=evaluation)
+    add("--limit", type=int, metavar="N", help="only the first N scenes")
+    spec = "a checkpoint directory, openai:MODEL or openai:MODEL@URL"
+    add("--actor", metavar="M", help=f"who plays the characters: {spec} (default: a stage actor)")
     add("--environment", metavar="M", help="who narrates the world (default: the actor)")
     add("--next-speaker", metavar="M", help="who names the next speaker (default: the actor)")
-    add(
-        "--next-speaker-mode",
-        choices=["text", "choices"],
-        default="text",
-        help="choices: one of the cast by its probability",
-    )
-    add(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="paper",
-        help="release: as the code released with the paper plays",
-    )
+    by_probability = "choices: one of the cast, by its probability (default: text)"
+    add("--next-speaker-mode", choices=["text", "choices"], default="text", help=by_probability)
+    add("--chat-format", choices=CHAT_FORMATS, help="of checkpoints (default: what each says)")
+    add("--dtype", choices=DTYPES, help="of checkpoints (default: bfloat16 on a GPU, else float32)")
+    preset = "release: as the code released with the paper plays (default: paper)"
+    add("--protocol", choices=PROTOCOLS, default="paper", help=preset)
     add(
         "--out",
         metavar="DIR",
-        help="directory for the transcripts (default: one under out/plays, named after the settings)",
+        help="directory for the results (default, for plays: a new one under out/plays)",
     )
-    add(
-        "--resume", action="store_true", help="with --out: go on with an interrupted run of the same settings"
-    )
+    add("--resume", action="store_true", help="with --out: go on with an interrupted run")
     add("--script", action="store_true", help=f"write {SCRIPT} as well, the scenes to be read")
-    add("--max-rounds", type=int, default=20)
+    add("--max-rounds", type=int, default=20, metavar="N", help="(default: %(default)s)")
+    add("--continue-from", type=int, default=0, metavar="K", help="begin with the first K original messages")
     add(
-        "--continue-from", type=int, default=0, metavar="K", help="the first K messages are the original ones"
+        "--without-thoughts",
+        action="store_true",
+        help="ask actors for no thoughts, and show them none of theirs",
     )
-    add("--without-thoughts", action="store_true", help="actors are asked for none, and do not see their own")
-    add(
-        "--thoughts",
-        choices=["show", "hide"],
-        default="show",
-        help="on the screen; the transcript has them in any case",
-    )
+    shown = "thoughts on the screen; the transcript has them in any case (default: show)"
+    add("--thoughts", choices=["show", "hide"], default="show", help=shown)
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
-    add("--seed", type=int, default=0)
-    add(
-        "--side-by-side",
-        type=int,
-        default=SIDE_BY_SIDE,
-        metavar="N",
-        help="scenes on stage at once (default: %(default)s)",
-    )
-    add(
-        "--concurrency",
-        type=int,
-        default=CONCURRENCY,
-        metavar="N",
-        help=f"requests to an endpoint at once ({CONCURRENCY})",
-    )
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    at_once = "scenes played at once (default: %(default)s)"
+    add("--side-by-side", type=int, default=SIDE_BY_SIDE, metavar="N", help=at_once)
+    requests = "concurrent requests to an endpoint (default: %(default)s)"
+    add("--concurrency", type=int, default=CONCURRENCY, metavar="N", help=requests)
     add("--requests-per-minute", type=float, metavar="N", help="to an endpoint, at most")
     args = parser.parse_args()
     if bool(args.scene) + args.list + bool(args.next_speaker_eval) != 1:
-        raise UsageError("give --scene NAME or FILE, or --list to see the bundled ones")
+        raise UsageError("give --scene NAME or FILE, or --list to see the bundled scenes")
     if args.max_rounds < 1 or args.continue_from < 0 or not args.temperature >= 0:
         raise UsageError("--max-rounds is at least 1, --continue-from and --temperature at least 0")
+    if args.next_speaker_eval and (args.resume or args.script):
+        raise UsageError("--resume and --script belong to --scene; --next-speaker-eval plays nothing")
     if args.resume and not args.out:
-        raise UsageError("--resume goes with --out: which run should go on?")
+        raise UsageError("--resume needs --out DIR, the run to go on with")
     for name in ("limit", "side_by_side", "concurrency", "requests_per_minute"):
         if (value := getattr(args, name)) is not None and not value > 0:
-            raise UsageError(f"--{name.replace('_', '-')} is more than 0, not {value}")
+            raise UsageError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
     return args
 
 
 def main():
     args = parse_args()
     if args.list:
-        for name, scene in load_stage().items():
-            held_out = "" if scene.tag == "train" else "  (held out)"
-            terminal.stdout.print(f"{name:28} {scene.book}: {scene.topic}{held_out}", markup=False)
-        return
-    args.default = None
-    if not args.actor and not (args.next_speaker_eval and args.next_speaker):
-        args.default = default_actor()
+        return list_scenes()
+    needs_default = not args.actor and not (args.next_speaker_eval and args.next_speaker)
+    args.default = str(default_actor()) if needs_default else None
     if args.next_speaker_eval:
-        return main_next_speaker_eval(args)
+        return evaluate(args)
     scenes = find_scenes(args.scene, args.limit)
-    models = open_roles(args)
-    protocol = Protocol(
-        **PROTOCOLS[args.protocol],
-        max_rounds=args.max_rounds,
-        next_speaker_mode=args.next_speaker_mode,
-        temperature=args.temperature,
-        thoughts=not args.without_thoughts,
-        continue_from=args.continue_from,
-        seed=args.seed,
-    )
-    SamplingParams(args.temperature, seed=args.seed)  # one that cannot be is told before anything is written
+    protocol = protocol_of(args)
+    out = Path(args.out) if args.out else default_directory(args.scene, vars(args))
+    models = open_roles(args, ROLES, out / ANSWERS)
+    settings = settings_of(models, scenes, args.protocol, protocol)
+    with locked(make_dir(out)):
+        transcripts = Transcripts(out, settings, models, args.resume)
+        with resumable(transcripts, len(scenes)):
+            play_scenes(scenes, models, protocol, transcripts, args)
+        transcripts.complete(scenes, args.script)
+    summarise(transcripts, models)
+
+
+def list_scenes():
+    for name, scene in load_stage().items():
+        held_out = "" if scene.tag == "train" else "  (held out)"
+        terminal.stdout.print(f"{name:28} {scene.book}: {scene.topic}{held_out}", markup=False)
+
+
+def protocol_of(args):
+    SamplingParams(
+        args.temperature, seed=args.seed
+    )  # values out of range are refused before anything is written
+    names = ("max_rounds", "next_speaker_mode", "temperature", "continue_from", "seed")
+    options = {name: getattr(args, name) for name in names}
+    return Protocol(thoughts=not args.without_thoughts, **options, **PROTOCOLS[args.protocol])
+
+
+def open_roles(args, roles, answers):
+    """{role: model} of the command line; roles with the same endpoint or directory share a model. answers: a
+    directory."""
+    options = dict(answers=answers, concurrency=args.concurrency, per_minute=args.requests_per_minute)
+    options |= dict(chat_format=args.chat_format, dtype=args.dtype)
+    opened, models = {}, {}
+    for role in roles:
+        spec = str(getattr(args, role) or args.actor or args.default)
+        place = os.path.realpath(spec) if os.path.isdir(spec) else spec
+        if place not in opened:
+            opened[place] = open_model(spec, **options)
+        models[role] = opened[place]
+    if args.next_speaker_mode == "choices" and not models["next_speaker"].local:
+        raise UsageError("--next-speaker-mode choices needs a local model; name one with --next-speaker")
+    if (args.chat_format or args.dtype) and not any(model.local for model in models.values()):
+        raise UsageError("--chat-format and --dtype are for checkpoints; an endpoint applies its own")
+    return models
+
+
+def settings_of(models, scenes, preset, protocol):
+    """All that decides the result of a run."""
     settings = {role: model.name for role, model in models.items()}
     settings |= {f"{role}_identity": model.identity for role, model in models.items()}
+    for role, model in models.items():
+        if reason := getattr(model, "chat_format_reason", None):
+            settings[f"{role}_chat_format"] = reason
     contents = json.dumps([scene.to_dict() for scene in scenes], sort_keys=True)
-    settings |= {
-        "scenes": hashlib.sha256(contents.encode()).hexdigest()[:16],
-        "protocol": args.protocol,
-        **asdict(protocol),
-    }
-    with held(out := output_directory(args, settings)):
-        done = begin(out, settings, args.resume)
-        run(scenes, models, protocol, settings, out, done, args)
+    digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
+    return settings | {"scenes": digest, "protocol": preset, **asdict(protocol)}
 
 
-def run(scenes, models, protocol, settings, out, done, args):
-    """Plays what is missing, and puts the transcripts in order."""
-    played = {(line["book"], line["i_p"], line["i_c"]) for line in done}
-    left = [scene for scene in scenes if (scene.book, scene.i_p, scene.i_c) not in played]
-    alone = Stage(left[0], args.thoughts == "show") if len(scenes) == 1 and left else None
-    failures, rounds, decoded, begun, told = [], 0, 0, time.monotonic(), time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with (
-        contextlib.nullcontext() if alone else terminal.progress(*columns) as bar
-    ):  # a bar would wipe what is being spoken
-        task = (
-            None
-            if alone
-            else bar.add_task(f"playing {len(scenes)} scenes", total=len(scenes), completed=len(done))
-        )
+@contextlib.contextmanager
+def resumable(transcripts, total):
+    """Tells, when a run stops before its end, what is kept and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, UsageError, BrokenPipeError) as error:
+        kept = f"{len(transcripts.finished)} of {total} scenes are in {transcripts.directory}"
+        hint = f"{kept}; the same command with --out {transcripts.directory} --resume plays the rest"
+        if isinstance(error, BrokenPipeError):
+            terminal.note(f"stopped, since nobody reads the output any more. {hint}")
+            raise
+        reason = f"{error}. " if str(error) else ""
+        raise type(error)(reason + hint) from None
 
-        def update():
-            nonlocal told
-            if alone:
-                return
-            speed = decoded / max(1e-9, time.monotonic() - begun)
-            what = f"playing, {rounds} rounds, {speed:,.0f} tokens/s"
-            bar.update(task, description=what, completed=len(done) + len(failures))
-            if not terminal.stderr.is_terminal and time.monotonic() - told > terminal.EVERY:
-                told = time.monotonic()
-                terminal.note(f"{what}, {len(done)} of {len(scenes)} scenes")
+
+def play_scenes(scenes, models, protocol, transcripts, args):
+    """Plays the scenes without a transcript: a single one on the terminal, several behind a progress bar."""
+    missing = transcripts.missing(scenes)
+    stage = Stage(missing[0], args.thoughts == "show") if len(scenes) == 1 and missing else None
+    counts, started = Counter(), time.monotonic()
+    no_progress = contextlib.nullcontext(lambda *_: None)  # a bar would wipe what is being spoken
+    with no_progress if stage else terminal.reporting(len(scenes), "scenes") as update:
 
         def on_message(scene, message):
-            nonlocal rounds
-            rounds += 1
-            if alone:
-                alone.show(message)
-            update()
+            counts["rounds"] += 1
+            if stage:
+                stage.on_message(message)
 
         def on_reply(reply):
-            nonlocal decoded
-            decoded += reply.completion_tokens
+            counts["tokens"] += reply.completion_tokens
+            speed = counts["tokens"] / max(1e-9, time.monotonic() - started)
+            ended = len(transcripts.finished) + len(transcripts.failed)
+            update(ended, f"playing, {counts['rounds']} rounds, {speed:,.0f} tokens/s")
 
-        def line_of(scene, messages, stats):
-            line = {
-                "book": scene.book,
-                "i_p": scene.i_p,
-                "i_c": scene.i_c,
-                "scene": scene.to_dict(),
-                "settings": settings,
-            }
-            return line | {"messages": messages, "stats": stats}
-
-        def on_end(scene, messages, stats, seconds):
-            done.append(line_of(scene, messages, {**stats, "seconds": round(seconds, 3)}))
-            append_line(out / TRANSCRIPTS, done[-1])
-            update()
-
-        def on_failure(scene, messages, error):
-            failures.append(line_of(scene, messages, {}) | {"error": error})
-            append_line(out / FAILURES, failures[-1])
-            update()
-
-        hooks = dict(on_message=on_message, on_end=on_end, on_failure=on_failure, on_reply=on_reply)
-        try:
-            journal = Journal(out / REPLIES)
-            hear = alone.hear if alone else None
-            perform(
-                left, models, protocol, **hooks, on_text=hear, journal=journal, side_by_side=args.side_by_side
-            )
-            if failures:
-                raise UsageError(
-                    f"{len(failures)} scene(s) could not be finished; the first: {failures[0]['error']}"
-                )
-        except (KeyboardInterrupt, UsageError) as error:
-            why = str(error) + ". " if str(error) else ""
-            kept = f"{len(done)} of {len(scenes)} scenes are in {out}"
-            raise type(error)(
-                f"{why}{kept}; the same command with --out {out} --resume plays the rest"
-            ) from None
-    order = {(scene.book, scene.i_p, scene.i_c): i for i, scene in enumerate(scenes)}
-    done.sort(key=lambda line: order.get((line["book"], line["i_p"], line["i_c"]), len(order)))
-    write_lines(out / TRANSCRIPTS, done)
-    (out / REPLIES).unlink(missing_ok=True)
-    if args.script:
-        with write_whole(out / SCRIPT) as file:
-            file.write("\n".join(markdown(line) for line in done))
-    counted = ("prefilled", "least", "decoded", "empty", "fallbacks")
-    total = {name: sum(line["stats"][name] for line in done) for name in counted}
-    if total["empty"] or total["fallbacks"]:
-        terminal.note(
-            f"turns without a word: {total['empty']}; next speakers drawn, as nobody was named: {total['fallbacks']}"
+        perform(
+            *(
+                missing,
+                models,
+                protocol,
+                on_message,
+                transcripts.add_finished,
+                transcripts.add_failed,
+                on_reply,
+            ),
+            on_text=stage.on_text if stage else None,
+            journal=Journal(transcripts.directory / REPLIES),
+            side_by_side=args.side_by_side,
         )
-    least = (
-        f" ({total['prefilled'] / total['least']:.3f} of the least possible)"
-        if total["least"] and all(m.local for m in models.values())
-        else ""
+    if failed := transcripts.failed:
+        raise UsageError(f"{len(failed)} scene(s) could not be finished; the first: {failed[0]['error']}")
+
+
+def summarise(transcripts, models):
+    total = Counter()
+    for line in transcripts.finished:
+        total.update({name: count for name, count in line["stats"].items() if name != "seconds"})
+    if total["empty"] or total["fallbacks"]:
+        drawn = f"next speakers drawn at random, as nobody was named: {total['fallbacks']}"
+        terminal.note(f"turns without a word: {total['empty']}; {drawn}")
+    least, all_local = "", all(model.local for model in models.values())
+    if total["least"] and all_local:
+        least = f" ({total['prefilled'] / total['least']:.3f} of the least possible)"
+    if not all_local:
+        terminal.note(f"the answers of the endpoints are kept in {transcripts.directory / ANSWERS}")
+    where, tokens = (
+        transcripts.directory,
+        f"{total['decoded']:,} tokens generated, {total['prefilled']:,} prefilled",
     )
+    count = f"{len(transcripts.finished)} scene(s) in {where / TRANSCRIPTS}"
+    terminal.note(f"{count}: {tokens}{least}. Next: python judge.py {where}")
+
+
+def evaluate(args):
+    """Prints how often the next-speaker model is right, as JSON; with --out in a file as well, beside kept
+    answers."""
+    scenes = find_scenes(args.next_speaker_eval, args.limit, "all")
+    out = make_dir(args.out) if args.out else None
+    model = open_roles(args, ["next_speaker"], out and out / ANSWERS)["next_speaker"]
+    counts = evaluate_next_speaker(scenes, model, protocol_of(args))
+    total = counts["total"]
+    if not total:
+        raise UsageError(
+            f"{args.next_speaker_eval}: no scene has a second message, so there is nobody to name"
+        )
+    names = ("correct", "last_other", "uniform", "answered")
+    percent = {name: round(100 * counts[name] / total, 2) for name in names}
     terminal.note(
-        f"{len(done)} scene(s) in {out / TRANSCRIPTS}: {total['decoded']:,} tokens spoken, {total['prefilled']:,} read{least}. "
-        f"Next: python judge.py {out}"
+        f"{model.name}: {percent['correct']}% of {total:,} next speakers of {len(scenes)} scenes; "
+        f"the last other speaker: {percent['last_other']}%; uniform over the cast: {percent['uniform']}%"
     )
+    about = {"model": model.identity, "mode": args.next_speaker_mode, "scenes": len(scenes)}
+    result = json.dumps(about | counts | {"percent": percent})
+    print(result)
+    if out:
+        with write_whole(out / "next_speaker.json") as file:
+            file.write(result + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The terminal: argument parsing, one-line errors, notes, progress bars, harmless text."""
 
 import argparse
+import contextlib
 import os
 import sys
+import time
 from unicodedata import category
 
 from rich.console import Console
@@ -76,6 +78,24 @@ def progress(*columns, **kwargs):
     default = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     options = dict(console=stderr, transient=True, disable=not stderr.is_terminal)
     return Progress(*(columns or default), **options, **kwargs)
+
+
+@contextlib.contextmanager
+def reporting(total, what):
+    """Yields `update(completed, description)`, which moves a progress bar; where stderr is no terminal, it prints
+    the description and "COMPLETED of TOTAL WHAT" as a plain line, at most every EVERY seconds."""
+    printed = time.monotonic()
+    with progress() as bar:
+        task = bar.add_task("", total=total)
+
+        def update(completed, description):
+            nonlocal printed
+            bar.update(task, completed=completed, description=description)
+            if not stderr.is_terminal and time.monotonic() - printed > EVERY:
+                printed = time.monotonic()
+                note(f"{description}, {completed:,} of {total:,} {what}")
+
+        yield update
 
 
 def plain(text):

@@ -1,4 +1,4 @@
-"""How often a model names who really speaks next."""
+"""Measures how often a model names who really speaks next."""
 
 from common import terminal
 from common.files import UsageError
@@ -7,46 +7,25 @@ from engine.params import SamplingParams
 from play.protocol import next_speakers_chat
 
 
-def evaluate_next_speaker(scenes, model, protocol, on_batch=lambda *_: None):
-    """How often a model names the real next speaker, teacher-forced: for every message but the first it reads the real ones
-    before it. Returns {correct, answered, failed, total, last_other, uniform}: counts, and for `uniform` an expected one.
+def evaluate_next_speaker(scenes, model, protocol):
+    """Counts how often the model names the real next speaker: for each message but the first, it reads the
+    real ones before.
 
-    Baselines: the last other speaker (the last to speak before the current one who is not the current one; at the second
-    message there is none, which counts as wrong), and uniform over the cast without the current speaker. A message by the
-    one who has just spoken is left out, since by the protocol nobody follows himself.
+    Returns {correct, answered (with a name that is valid), failed, total, last_other, uniform}; `uniform` is
+    an expected count. Baselines: the last other speaker (the last before the current one who is somebody
+    else; at the second message there is none, which counts as wrong), and uniform over the cast without the
+    current speaker. A message by the one who has just spoken is left out, since by the protocol nobody
+    follows themselves. UsageError if no question was answered.
     """
-    counts, errors = dict.fromkeys(("correct", "answered", "failed", "total", "last_other", "uniform"), 0), []
-    for i in range(1, max(len(scene.dialogues) for scene in scenes)):
-        batch = []
-        for scene in scenes:
-            names = [turn["character"] for turn in scene.dialogues[: i + 1]]
-            if len(names) > i and names[i] != names[i - 1]:
-                cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
-                batch.append((scene, cast, names))
-                others = [name for name in names[:i] if name != names[i - 1]]
-                counts["last_other"] += bool(others) and others[-1] == names[i]
-                counts["uniform"] += 1 / (len(cast) - 1)
-        params = []
-        for _, cast, names in batch:
-            choices = (
-                [name for name in cast if name != names[i - 1]]
-                if protocol.next_speaker_mode == "choices"
-                else None
-            )
-            shared = dict(max_tokens=protocol.next_speaker_tokens, seed=protocol.seed)
-            params.append(SamplingParams(protocol.temperature, choices=choices, **shared))
-        replies = (
-            model.chat([next_speakers_chat(scene, scene.dialogues[:i]) for scene, _, _ in batch], params)
-            if batch
-            else []
-        )
-        for (_, cast, names), reply in zip(batch, replies, strict=True):
-            named = protocol.named(reply.text, cast)
-            counts["total"] += 1
-            errors += [reply.error] if reply.error is not None else []
-            counts["answered"] += named in cast and named != names[i - 1]
-            counts["correct"] += named == names[i]
-        on_batch(i, counts)
+    counts = dict.fromkeys(("correct", "answered", "failed", "total", "last_other", "uniform"), 0)
+    errors, longest = [], max(len(scene.dialogues) for scene in scenes)
+    with terminal.reporting(longest - 1, "messages of each scene") as update:
+        for index in range(1, longest):
+            asked = [scene for scene in scenes if speaker_changes(scene, index)]
+            if asked:
+                count_baselines(asked, index, counts)
+                errors += count_answers(asked, index, model, protocol, counts)
+            update(index, "naming next speakers")
     counts["failed"] = len(errors)
     if errors and len(errors) == counts["total"]:
         raise UsageError(f"none of {len(errors)} questions was answered; the first: {errors[0]}")
@@ -55,3 +34,42 @@ def evaluate_next_speaker(scenes, model, protocol, on_batch=lambda *_: None):
             f"{len(errors)} of {counts['total']} questions were not answered; the first: {errors[0]}"
         )
     return counts
+
+
+def speaker_changes(scene, index):
+    turns = scene.dialogues[index - 1 : index + 1]
+    return len(turns) == 2 and turns[0]["character"] != turns[1]["character"]
+
+
+def speakers(scene, index):
+    """(the cast, who speaks before message `index`, its speaker)"""
+    cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
+    return cast, [turn["character"] for turn in scene.dialogues[:index]], scene.dialogues[index]["character"]
+
+
+def count_baselines(scenes, index, counts):
+    for scene in scenes:
+        cast, before, speaker = speakers(scene, index)
+        others = [name for name in before if name != before[-1]]
+        counts["last_other"] += others[-1:] == [speaker]
+        counts["uniform"] += 1 / (len(cast) - 1)
+
+
+def count_answers(scenes, index, model, protocol, counts):
+    """Asks the model who speaks message `index` of each scene, all at once; returns the errors."""
+    params, errors = [], []
+    for scene in scenes:
+        cast, before, _ = speakers(scene, index)
+        choices = [name for name in cast if name != before[-1]]
+        shared = dict(max_tokens=protocol.next_speaker_tokens, seed=protocol.seed)
+        shared["choices"] = choices if protocol.next_speaker_mode == "choices" else None
+        params.append(SamplingParams(protocol.temperature, **shared))
+    replies = model.chat([next_speakers_chat(scene, scene.dialogues[:index]) for scene in scenes], params)
+    for scene, reply in zip(scenes, replies, strict=True):
+        cast, before, speaker = speakers(scene, index)
+        named = protocol.named(reply.text, cast)
+        counts["total"] += 1
+        counts["answered"] += named in cast and named != before[-1]
+        counts["correct"] += named == speaker
+        errors += [reply.error] if reply.error is not None else []
+    return errors

@@ -21,11 +21,11 @@ from llm.reply import Reply
 __all__ = ["Reply", "default_actor", "open_model"]
 
 
-def open_model(spec, **options):
+def open_model(spec, chat_format=None, dtype=None, **options):
     """`openai:MODEL`, `openai:MODEL@URL` or a checkpoint directory -> a model with `name`, `local`, `identity` and `chat`; one
     that is local also has `ask`, `step`, `spoken` and `drop`.
 
-    options: those of Endpoint (answers, concurrency, per_minute); a checkpoint has no use for them.
+    chat_format, dtype: of a checkpoint. options: those of Endpoint (answers, concurrency, per_minute).
     """
     spec = str(spec)
     if spec.startswith("openai:"):
@@ -35,4 +35,4 @@ def open_model(spec, **options):
                 f"{spec}: write openai:MODEL or openai:MODEL@URL, with a URL that begins with http:// or https://"
             )
         return Endpoint(model, f"http{url}" if url else None, **options)
-    return Local(spec)
+    return Local(spec, dtype, chat_format)

@@ -40,8 +40,8 @@ class Local:
 
     local = True
 
-    def __init__(self, directory):
-        self.name, self.engine = str(directory), load_engine(directory)
+    def __init__(self, directory, dtype=None, chat_format=None):
+        self.name, self.engine = str(directory), load_engine(directory, dtype, chat_format)
         self.tokenizer = self.engine.tokenizer
         self.identity = (
             f"{fingerprint(find_model(directory))} {self.engine.device.type} {self.engine.kv.dtype}"

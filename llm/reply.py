@@ -9,6 +9,7 @@ class Reply:
 
     ids: its tokens as sampled, by a local model. probabilities: {choice: p} where choices were given. error: why there is none
     (text is empty then). own_tokens: how many of the prompt's tokens stand as this model sampled them in earlier replies.
+    reasoning: what the model thought before the text, apart from it.
     """
 
     text: str
@@ -20,3 +21,4 @@ class Reply:
     probabilities: dict | None = None
     error: str | None = None
     own_tokens: int = 0
+    reasoning: str = ""

@@ -1,12 +1,14 @@
-"""The rules of a performance: who acts, what each agent has read, who is next, what of a reply is played.
+"""The rules of a performance: who acts, what each agent has read, who is next, and what of a reply is played.
 
-Given-circumstance acting (coser paper, section 4.3): each agent has a chat of its own, in which it reads the others without
-their thoughts. A round is one turn of the current speaker, then the next-speaker model names who follows. `play` is the
-performance of one scene as a coroutine that asks for replies and never asks a model itself; all in here is pure.
+Given-circumstance acting (CoSER paper, section 4.3): each agent has its own chat, in which it reads the
+others without their thoughts. A round is one turn of the current speaker, after which the next-speaker model
+names who follows. `play` is a coroutine that asks for replies and never calls a model itself; everything here
+is pure.
 
-Two presets. `paper` is the protocol as published; `release` differs in the five places where the code released with it does
-something else that changes results. Its other traps (a fallback that differs from run to run, results written only at the end,
-output paths that leave out settings, a failing server asked forever) change no rule of the play, and neither preset has them.
+There are two presets. `paper` is the protocol as published. `release` differs in five places where the code
+released with the paper does something else that changes results. Its other faults (a fallback speaker that
+differs from run to run, results written only at the end, output paths that leave out settings, endless
+requests to a failing server) change no rule of play, and neither preset has them.
 """
 
 import hashlib
@@ -18,62 +20,57 @@ from data import prompts
 from data.chats import END_CHAT, NEXT_SPEAKER, next_speaker_perspective, perspective, system_prompt
 from data.scenes import ENVIRONMENT
 from engine.params import SamplingParams
+from llm.reply import Reply
 from play.replies import clean_reply, parse_next_speaker
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What decides how a scene is played; the last five fields are what `release` turns off.
+    """How a scene is played. The last five fields are True in the paper's protocol and False in the
+    release's.
 
-    The release's fallback draws from the same candidates as ours (major characters and Environment, else the cast, without
-    the current speaker), but in the order of a `set`, so another one in each run; here it is seeded in both.
+    When the next-speaker model names nobody, both draw from the same candidates: major characters and
+    Environment, else the cast, without the current speaker. The release draws from a Python `set`, in another
+    order in each run; here it is seeded.
     """
 
     max_rounds: int = 20
     end_from_round: int = 5  # an <END CHAT> before this round index is an invalid name
-    max_tokens: int = 512  # of an actor's turn
+    max_tokens: int = 512  # of a turn
     next_speaker_tokens: int = 32
-    next_speaker_mode: str = "text"  # or "choices": one of the cast by its probability
+    next_speaker_mode: str = "text"  # or "choices": a member of the cast, by probability
     temperature: float = 0.0
-    retry_temperature: float = 1.0  # when the first try came out empty
+    retry_temperature: float = 1.0  # after an empty first try
     thoughts: bool = True
-    continue_from: int = 0  # so many messages are the original ones
+    continue_from: int = 0  # the number of original messages to begin with
     seed: int = 0
-    motivations: bool = (
-        True  # off: actors are told none (the release looks for a key its test set does not have)
-    )
-    own_lines: bool = (
-        True  # original lines are said by those who said them; off: by whoever the play has come to
-    )
-    chosen_in_history: bool = (
-        True  # after an invalid name the next-speaker model reads who was chosen instead; off: it reads
-    )
-    # the invalid name, and its system prompt again as a user turn
-    silence_passes: bool = (
-        True  # one who says nothing is passed over, a failed reply ends the scene with an error; off: either
-    )
-    # is an empty message, which counts
-    names_in_any_form: bool = (
-        True  # a name is read out of what is wrapped around it; off: it is the answer up to a first colon
-    )
+    # Actors read their motivation. Release: none (it looks for a key that its test set does not have).
+    motivations: bool = True
+    # Original messages are spoken by their own speakers. Release: by whoever is the current speaker.
+    own_lines: bool = True
+    # After an invalid name the next-speaker model's history has who was chosen instead. Release: it has the
+    # invalid name, and the system prompt once more in the user turn that follows.
+    chosen_in_history: bool = True
+    # Who says nothing is passed over, and a failed reply fails the scene. Release: both are an empty message.
+    silence_passes: bool = True
+    # A name is found whatever is wrapped around it. Release: it is the answer up to the first colon.
+    names_in_any_form: bool = True
 
     def named(self, text, cast):
         """The name in an answer of the next-speaker model."""
         return parse_next_speaker(text, cast) if self.names_in_any_form else text.split(":")[0].strip()
 
 
-OFF = ("motivations", "own_lines", "chosen_in_history", "silence_passes", "names_in_any_form")
-
-
-PROTOCOLS = {"paper": {}, "release": dict.fromkeys(OFF, False)}
+RELEASE = ("motivations", "own_lines", "chosen_in_history", "silence_passes", "names_in_any_form")
+PROTOCOLS = {"paper": {}, "release": dict.fromkeys(RELEASE, False)}
 
 
 @dataclass
 class Call:
-    """What a scene waits for: one reply of the model in a role (`actor`, `environment` or `next_speaker`)."""
+    """A request for one reply of the model in a role (`actor`, `environment` or `next_speaker`)."""
 
     role: str
-    agent: str  # who speaks, or NSP
+    agent: str  # whose chat this is: a character, the Environment or NEXT_SPEAKER
     occasion: str  # unique within the scene: round, try, role
     messages: list
     params: SamplingParams
@@ -81,171 +78,189 @@ class Call:
 
 
 class SceneFailed(Exception):
-    """A reply that a scene cannot go on without did not come; the message says why."""
+    """The scene cannot go on, or is not worth keeping; the message says why."""
+
+
+class NobodySpoke(SceneFailed):
+    """The models had turns to speak in, and none of them said a word."""
 
 
 def play(scene, protocol):
-    """The performance of a scene as a coroutine, which returns `(messages, stats)`.
+    """A coroutine that plays a scene and returns `(messages, stats)`.
 
-    It yields a Call, to be sent `(reply, number of the run in which it came)`, and a message dict for all that is said, so that
-    whoever drives the scene can show it at once. messages: `{role, content}` in order, next-speaker decisions included as role
-    NSP, with the model's `answer` where it named no one who could be next, and `probabilities` where it chose. stats are token
-    counts: `decoded`; `prefilled`, which the model read for this scene's agents; `cached`, which it did not need to (what it
-    knew from another agent's chat counts as read, what a resumed run reads again does not: so they do not depend on the
-    company); `least`, which it could not have done without: of each agent's chat at its last call, all tokens but those it had
-    sampled itself.
+    It yields a Call, to be sent the Reply, and each spoken message as a dict, so that the caller can show it
+    at once. messages: `{role, content}` in order, next-speaker decisions included as role NSP, with the
+    model's `answer` where it named nobody who could be next and `probabilities` where it chose; with the
+    model's `reasoning`, where there is any, which no other chat ever holds. stats count turns: `empty`,
+    `fallbacks` (next speakers drawn at random), `original`.
     """
-    scene = scene if protocol.motivations else replace(scene, motivations={})
-    cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
-    dialogue, messages, last = [], [], {}
-    stats = dict.fromkeys(("prefilled", "decoded", "cached", "least", "empty", "fallbacks", "original"), 0)
-    speaker = cast[0]
-    decision = {
-        "name": speaker
-    }  # how the turn to come was given to its speaker: a part of it, once it is in the dialogue
+    return Performance(scene, protocol).rounds()
 
-    def say(content, sampled=None):
-        messages.append({"role": speaker, "content": content})
+
+class Performance:
+    """One scene being played: its transcript so far, who speaks, and how the turn came to the speaker."""
+
+    def __init__(self, scene, protocol):
+        self.protocol = protocol
+        self.scene = scene if protocol.motivations else replace(scene, motivations={})
+        self.cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
+        self.originals = scene.dialogues[: protocol.continue_from]
+        self.messages = []  # the transcript
+        self.dialogue = []  # what agents read: {character, message, sampled ids, decision}
+        self.stats = dict.fromkeys(("empty", "fallbacks", "original"), 0)
+        self.speaker = self.cast[0]
+        self.decision = {"name": self.speaker}  # the answer the next-speaker model reads before the next turn
+        self.error = None  # of the last reply that failed
+
+    def rounds(self):
+        for index in range(self.protocol.max_rounds):
+            if index < len(self.originals):
+                yield self.original_turn(self.originals[index])
+            else:
+                yield from self.turn(index)
+            if index == self.protocol.max_rounds - 1 or not (yield from self.choose_next_speaker(index)):
+                break
+        if self.stats["empty"] and len(self.dialogue) == self.stats["original"]:
+            reason = f"; the last error: {self.error}" if self.error else ""
+            raise NobodySpoke(f"nobody said a word in {self.stats['empty']} turn(s){reason}")
+        return self.messages, self.stats
+
+    # ---- turns
+
+    def original_turn(self, turn):
+        if self.protocol.own_lines:
+            self.speaker = turn["character"]
+            self.decision = {"name": self.speaker}
+        self.stats["original"] += 1
+        return self.say(turn["message"], Reply("", "original"))
+
+    def turn(self, index):
+        role = "environment" if self.speaker == ENVIRONMENT else "actor"
+        chat = agents_chat(self.scene, self.speaker, self.dialogue, self.protocol.thoughts)
+        for attempt, temperature in enumerate((self.protocol.temperature, self.protocol.retry_temperature)):
+            params = SamplingParams(temperature, max_tokens=self.protocol.max_tokens)
+            reply = yield from self.ask(role, chat, params, f"{index}.{attempt}")
+            content = clean_reply(reply.text, self.speaker, self.cast)
+            if content:
+                break
+        self.stats["empty"] += not content
+        if content or not self.protocol.silence_passes:
+            yield self.say(content, reply)
+
+    def say(self, content, reply):
+        """The message of the current speaker, which all agents read from now on."""
+        self.messages.append({"role": self.speaker, "content": content, **recorded(reply)})
         if content:
-            dialogue.append(
-                {"character": speaker, "message": content, "sampled": sampled, "decision": decision}
-            )
-        return messages[-1]
+            turn = {"character": self.speaker, "message": content, "sampled": sampled_ids(reply)}
+            self.dialogue.append({**turn, "decision": self.decision})
+        return self.messages[-1]
 
-    def ask(role, agent, chat, max_tokens, temperature, occasion, choices=None):
-        digest = hashlib.sha256(f"{protocol.seed}|{scene.key}|{occasion}|{role}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "big")
-        params = SamplingParams(temperature, max_tokens=max_tokens, seed=seed, choices=choices)
-        opening = "" if role == "next_speaker" else f"{agent}:"
-        reply, run = yield Call(role, agent, f"{occasion}|{role}", chat, params, opening)
-        if reply.error is not None:
-            if protocol.silence_passes:
-                raise SceneFailed(reply.error)
-            return reply
-        cached = cached_tokens(reply, *last.get(agent, (None, run)), run)
-        last[agent] = reply, run
-        stats["prefilled"] += reply.prompt_tokens - cached
-        stats["cached"] += cached
-        stats["decoded"] += reply.completion_tokens
+    # ---- who is next
+
+    def choose_next_speaker(self, index):
+        """Passes the turn on; False where the scene ends."""
+        if self.protocol.own_lines and index + 1 < len(self.originals):
+            following = self.originals[index + 1]["character"]
+            self.messages.append({"role": NEXT_SPEAKER, "content": following})
+            return True
+        reply = yield from self.next_speaker_reply(index)
+        name = self.protocol.named(reply.text, self.cast)
+        message = {"role": NEXT_SPEAKER, "content": name, **recorded(reply)}
+        if name == END_CHAT and index >= self.protocol.end_from_round:
+            self.messages.append(message)
+            return False
+        if name in self.cast and name != self.speaker:
+            answer = name if self.protocol.chosen_in_history else reply.text.strip()
+            self.speaker, self.decision = name, {"name": answer, "sampled": sampled_ids(reply)}
+        else:
+            self.speaker = self.draw_speaker(index)
+            if self.speaker is None:
+                return False
+            self.decision = {"name": self.speaker}
+            if not self.protocol.chosen_in_history:
+                invalid = {"name": name or reply.text.strip(), "invalid": True}
+                self.decision = {**invalid, "sampled": sampled_ids(reply)}
+            message |= {"content": self.decision["name"], "answer": reply.text}
+        self.messages.append(message)
+        return True
+
+    def next_speaker_reply(self, index):
+        """The answer to who is next; an empty Reply where there is nothing to ask."""
+        if index < len(self.originals) and not self.protocol.own_lines:
+            follows = self.scene.dialogues[index + 1 : index + 2]
+            return Reply(follows[0]["character"] if follows else END_CHAT, "original")
+        has_spoken = self.dialogue and self.dialogue[-1]["character"] == self.speaker
+        if self.protocol.silence_passes and not has_spoken:  # passed over without a question
+            return Reply("", "silence")
+        choices = None
+        if self.protocol.next_speaker_mode == "choices":
+            choices = [name for name in self.cast if name not in (self.speaker, END_CHAT)]
+            choices += [END_CHAT] * (index >= self.protocol.end_from_round)
+            if not choices:
+                return Reply("", "alone")
+        limit = self.protocol.next_speaker_tokens
+        params = SamplingParams(self.protocol.temperature, max_tokens=limit, choices=choices)
+        chat = next_speakers_chat(self.scene, self.dialogue)
+        return (yield from self.ask("next_speaker", chat, params, f"{index}"))
+
+    def draw_speaker(self, index):
+        """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and
+        the Environment, else of the cast, without the current and the last speaker; None if nobody is left.
+        """
+        self.stats["fallbacks"] += 1
+        excluded = {self.speaker}
+        if self.protocol.silence_passes and self.dialogue:
+            excluded.add(self.dialogue[-1]["character"])  # differs if the current speaker said nothing
+        majors = [name for name in [*self.scene.major_characters, ENVIRONMENT] if name not in excluded]
+        candidates = majors or [name for name in self.cast if name not in excluded]
+        rng = random.Random(f"{self.protocol.seed}|{self.scene.key}|{index}")
+        return rng.choice(candidates) if candidates else None
+
+    # ---- asking
+
+    def ask(self, role, chat, params, occasion):
+        """The Reply of the model in a role, with a seed of this occasion's own."""
+        digest = hashlib.sha256(f"{self.protocol.seed}|{self.scene.key}|{occasion}|{role}".encode()).digest()
+        params = replace(params, seed=int.from_bytes(digest[:4], "big"))
+        is_actor = role != "next_speaker"
+        agent, opening = (self.speaker, f"{self.speaker}:") if is_actor else (NEXT_SPEAKER, "")
+        reply = yield Call(role, agent, f"{occasion}|{role}", chat, params, opening)
+        self.error = reply.error or self.error
+        if reply.error is not None and self.protocol.silence_passes:
+            raise SceneFailed(reply.error)
         return reply
 
-    for index in range(protocol.max_rounds):
-        given = index < min(protocol.continue_from, len(scene.dialogues))
-        follows = (
-            scene.dialogues[index + 1]["character"] if given and index + 1 < len(scene.dialogues) else None
-        )
-        if given:
-            speaker = scene.dialogues[index]["character"] if protocol.own_lines else speaker
-            decision = {"name": speaker} if protocol.own_lines else decision
-            stats["original"] += 1
-            yield say(scene.dialogues[index]["message"])
-            if (
-                protocol.own_lines
-                and follows
-                and index + 1 < min(protocol.continue_from, protocol.max_rounds)
-            ):
-                messages.append({"role": NEXT_SPEAKER, "content": follows})
-                continue
-        else:
-            role = "environment" if speaker == ENVIRONMENT else "actor"
-            chat = agents_chat(scene, speaker, dialogue, protocol.thoughts)
-            content = ""
-            for attempt, temperature in enumerate((protocol.temperature, protocol.retry_temperature)):
-                reply = yield from ask(
-                    role, speaker, chat, protocol.max_tokens, temperature, f"{index}.{attempt}"
-                )
-                content = clean_reply(reply.text, speaker, cast)
-                if content:
-                    break
-            stats["empty"] += not content
-            if content or not protocol.silence_passes:
-                yield say(content, reply.ids)
-        if index == protocol.max_rounds - 1:
-            break
-        text, reply = "", None
-        if given and not protocol.own_lines:
-            text = follows or END_CHAT
-        elif not protocol.silence_passes or (dialogue and dialogue[-1]["character"] == speaker):
-            # one who said nothing is passed over without a question
-            choices = None
-            if protocol.next_speaker_mode == "choices":
-                choices = [name for name in cast if name not in (speaker, END_CHAT)]
-                choices += [END_CHAT] * (index >= protocol.end_from_round)
-            if choices != []:  # else there is nobody to ask about
-                reply = yield from ask(
-                    "next_speaker",
-                    NEXT_SPEAKER,
-                    next_speakers_chat(scene, dialogue),
-                    protocol.next_speaker_tokens,
-                    protocol.temperature,
-                    f"{index}",
-                    choices,
-                )
-                text = reply.text
-        named = protocol.named(text, cast)
-        message = {"role": NEXT_SPEAKER, "content": named}
-        if reply is not None and reply.probabilities is not None:
-            message["probabilities"] = reply.probabilities
-        sampled = reply.ids if reply is not None else None
-        if named == END_CHAT and index >= protocol.end_from_round:
-            messages.append(message)
-            break
-        if named in cast and named != speaker:
-            said = named if protocol.chosen_in_history else text.strip()
-            speaker, decision = named, {"name": said, "sampled": sampled}
-        else:
-            stats["fallbacks"] += 1
-            without = {speaker}
-            if protocol.silence_passes and dialogue:  # another one, if the speaker had nothing to say
-                without.add(dialogue[-1]["character"])
-            speaker = fall_back(scene, cast, without, f"{protocol.seed}|{scene.key}|{index}")
-            if speaker is None:
-                break
-            invalid = named or text.strip()
-            decision = (
-                {"name": speaker}
-                if protocol.chosen_in_history
-                else {"name": invalid, "sampled": sampled, "invalid": True}
-            )
-            message |= {"content": decision["name"], "answer": text}
-        messages.append(message)
-    stats["least"] = sum(reply.prompt_tokens - reply.own_tokens for reply, _ in last.values())
-    return messages, stats
+
+def recorded(reply):
+    """What a transcript's message keeps of a reply besides its content."""
+    kept = {} if reply.probabilities is None else {"probabilities": reply.probabilities}
+    return {**kept, "reasoning": reply.reasoning} if reply.reasoning else kept
 
 
-def cached_tokens(reply, before, run_before, run):
-    """How many of a reply's prompt tokens its agent had in the cache: as measured, but no more than its call before had left
-    there, and as much as that where the call before came in a run that was interrupted since."""
-    if reply.ids is None:  # an endpoint's own count
-        return reply.cached_tokens
-    left = 0
-    if before is not None:
-        kept = reply.own_tokens - before.own_tokens  # of what it sampled then
-        unread = (
-            kept == len(before.ids) and before.finish_reason == "length"
-        )  # the last token was never an input
-        left = min(before.prompt_tokens + kept - unread, reply.prompt_tokens - 1)
-    return left if run != run_before else min(reply.cached_tokens, left)
+def sampled_ids(reply):
+    """The ids of a reply, to be read again as sampled; None with reasoning, which nobody reads again."""
+    return None if reply.reasoning else reply.ids
+
+
+# ---- chats -------------------------------------------------------------------------------------------------
 
 
 def agents_chat(scene, character, dialogue, thoughts=True):
-    """The chat of an actor or the Environment: built as in training, own turns with the ids they were sampled as."""
+    """The chat of an actor or the Environment, built as in training; own turns carry their sampled ids."""
     options = {**prompts.AT_PLAY, "thoughts": thoughts}
     chat = [{"role": "system", "content": system_prompt(scene, character, options, concise=True)}]
     chat += perspective(dialogue, character, thoughts)
-    runs = [
-        list(turns)
-        for own, turns in itertools.groupby(dialogue, lambda turn: turn["character"] == character)
-        if own
-    ]
-    for message, turns in zip([m for m in chat if m["role"] == "assistant"], runs, strict=True):
-        if turns[0].get("sampled"):
-            message |= {"opening": f"{character}:", "sampled": turns[0]["sampled"]}
+    by_speaker = itertools.groupby(dialogue, lambda turn: turn["character"] == character)
+    own_turns = [next(turns) for own, turns in by_speaker if own]  # the first turn of each assistant message
+    own_messages = [message for message in chat if message["role"] == "assistant"]
+    for message, turn in zip(own_messages, own_turns, strict=True):
+        if turn.get("sampled"):
+            message |= {"opening": f"{character}:", "sampled": turn["sampled"]}
     return chat
 
 
 def next_speakers_chat(scene, dialogue):
-    """The chat of the next-speaker model: built as in training; its answers are those it gave, for turns with a `decision`."""
+    """The chat of the next-speaker model, built as in training; its answers are the turns' `decision`s."""
     system = prompts.next_speaker(scene)
     decisions = [turn.get("decision") or {"name": turn["character"]} for turn in dialogue]
     chat = next_speaker_perspective(dialogue, [decision["name"] for decision in decisions])
@@ -255,11 +270,3 @@ def next_speakers_chat(scene, dialogue):
         if decision.get("invalid"):
             shown["content"] = f"{system}\n\n{shown['content']}"
     return [{"role": "system", "content": system}, *chat]
-
-
-def fall_back(scene, cast, without, seed):
-    """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and the Environment, else
-    of the cast; nobody (None) where all of them are in `without`."""
-    candidates = [name for name in [*scene.major_characters, ENVIRONMENT] if name not in without]
-    candidates = candidates or [name for name in cast if name not in without]
-    return random.Random(seed).choice(candidates) if candidates else None

@@ -1,102 +1,255 @@
-"""What of a reply is played, and which name a next-speaker answer holds."""
+"""Reads replies: the actor's own part of a turn, and the name in a next-speaker answer."""
 
 import json
 import re
+from collections import deque
 
+from data.brackets import BracketParser
 from data.chats import END_CHAT
-from data.scenes import straighten
+from data.scenes import ENVIRONMENT, straighten
 
-LABEL = r"\b(?:next|speaker|answer|name|character)\b[^\n.]{0,40}?(?:\bis\b|\bbe\b|[:=\u2013\u2014-])"
+# ---- names -------------------------------------------------------------------------------------------------
+
+HONORIFICS = set(re.findall(r"\w+", "mr mrs ms miss sir dr lady lord madam master"))
+TITLES = HONORIFICS | {"the", "and", "old", "young"}  # words that identify nobody
+
+# Thai, Lao, Burmese, Khmer, kana and Chinese characters: scripts that put no spaces between words
+UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
 
 
+def words_of(name):
+    return re.findall(r"\w+", name.casefold())
+
+
+def any_of(names):
+    """A regular expression for one of the names, the longest that fits."""
+    return "|".join(re.escape(straighten(name)) for name in sorted(set(names), key=len, reverse=True))
+
+
+def whole(name):
+    """A regular expression for a name as a whole word; in scripts without spaces, anywhere."""
+    before = "" if re.match(f"[{UNSPACED}]", name) else rf"(?<![^\W{UNSPACED}])"
+    after = "" if re.search(rf"[{UNSPACED}]\Z", name) else rf"(?![^\W{UNSPACED}])"
+    return before + re.escape(name) + after
+
+
+def meant_by(name, cast):
+    """The members of the cast that another form of a name fits best: `Darcy`, `Mr Darcy` or `Fitzwilliam` for
+    `Mr. Fitzwilliam Darcy`, `Grace Landry` for `Grace`."""
+    words, fits = words_of(name), {}
+    for member in cast:
+        own = words_of(member)
+        titles = [HONORIFICS & {*words}, HONORIFICS & {*own}]
+        if all(titles) and titles[0].isdisjoint(titles[1]):
+            continue
+        shared = {*words} & {*own}
+        shorter = {*words} <= {*own} | TITLES and shared - TITLES
+        if shorter or (own and words[: len(own)] == own and {*own} - TITLES):
+            fits[member] = len(shared)
+    return [member for member, shared in fits.items() if shared == max(fits.values())]
+
+
+# ---- the next speaker --------------------------------------------------------------------------------------
+
+LABEL = (
+    r"(?:\b(?:next|speaker|answer|name|character)\b[^\n.]{0,40}?(?:\bis\b|\bbe\b|[:=\u2013\u2014-])"
+    r"|(?:\u4e0b\u4e00|\u6b21\u306e)[^\n\u3002]{0,12}?[\u662f\u306f\u4e3a\u70ba:\uff1a])"  # next ... is
+)
 OPINION = r"\b(?:think|choose|pick|say)\b(?: that)?(?: it(?:'s| is))?"
-
-
-STOPS = r"(?=\s*(?:$|\n|[^\w\s]|(?:because|since|as|is|should|will|would|next)\b))"  # behind a name that is the answer
-
-
-TITLES = frozenset(re.findall(r"\w+", "mr mrs ms miss sir dr lady lord madam master the and old young"))
+STOPS = (
+    r"(?=\s*(?:$|\n|[^\w\s]|(?:because|since|as|is|should|will|would|next)\b))"  # what may follow an answer
+)
 
 
 def parse_next_speaker(text, cast):
-    """A name of the cast, END_CHAT, or None, out of whatever a model wrapped around it.
+    """A name of the cast, END_CHAT, or None, whatever a model wrapped around it.
 
-    In this order: the value in a JSON object; what follows `Next speaker:` or `I think`; what the answer, or its last line,
-    begins with, a reason after it aside; END_CHAT anywhere; the last whole name in it; in an answer of a few words, a part of a
-    name that only one of the cast has (`Darcy`, `Mr. Bennet`).
+    Tried in order: the value in a JSON object; what follows `Next speaker:` or `I think`; the name that the
+    answer or its last line begins with, if the name stands alone or a reason follows; END_CHAT anywhere; the
+    last whole name in the answer; in an answer of up to eight words, part of a name that only one member of
+    the cast has (`Darcy`, `Mr. Bennet`).
     """
     if text.strip() in cast:
         return text.strip()
     text = straighten(text).strip()
-    if value := _json_value(text):
-        text = value
-    names = "|".join(
-        re.escape(straighten(name)) for name in sorted(cast, key=len, reverse=True)
-    )  # the longest that fits
-    one = rf"(?<!\w)({names}|end[ _-]?chat)(?!\w)"
-    begins = rf"[\W_]*{one}{STOPS}"
+    text = _json_value(text) or text
+    known = {straighten(name).casefold(): name for name in reversed(cast)}
+    end = whole("end chat").replace(r"\ ", "[ _-]?")
+    names = sorted(map(straighten, cast), key=len, reverse=True)
+    name = rf"({'|'.join([*map(whole, names), end])})"
+    alone = rf"\A[\W_]*{name}{STOPS}"
     found = (
-        re.findall(rf"(?:{LABEL}|{OPINION})[\W_]*{one}", text, re.IGNORECASE)
-        or re.findall(rf"\A{begins}", text, re.IGNORECASE)
-        or re.findall(rf"\A{begins}", text.rsplit("\n", 1)[-1], re.IGNORECASE)
-        or re.findall(r"(?<!\w)(end[ _-]?chat)(?!\w)", text, re.IGNORECASE)
-        or re.findall(one, text, re.IGNORECASE)
+        re.findall(rf"(?:{LABEL}|{OPINION})[\W_]*{name}", text, re.IGNORECASE)
+        or re.findall(alone, text, re.IGNORECASE)
+        or re.findall(alone, text.rsplit("\n", 1)[-1], re.IGNORECASE)
+        or re.findall(f"({end})", text, re.IGNORECASE)
+        or re.findall(name, text, re.IGNORECASE)
     )
     if found:
-        known = {straighten(name).casefold(): name for name in reversed(cast)}
-        return known.get(
-            found[-1].casefold(), END_CHAT if re.match("end", found[-1], re.IGNORECASE) else None
-        )
-    words = re.findall(r"\w+", text.casefold())
-    if len(words) > 8:
+        is_end = re.match("end", found[-1], re.IGNORECASE)
+        return known.get(found[-1].casefold(), END_CHAT if is_end else None)
+    words = set(words_of(text))
+    if len(words_of(text)) > 8:
         return None
-    parts = {name: set(re.findall(r"\w+", name.casefold())) & set(words) for name in cast}
-    scores = sorted(((len(part), name) for name, part in parts.items() if part - TITLES), reverse=True)
-    return scores[0][1] if scores and (len(scores) == 1 or scores[0][0] > scores[1][0]) else None
+    shared = {member: words & {*words_of(member)} for member in cast}
+    scores = sorted(((len(part), member) for member, part in shared.items() if part - TITLES), reverse=True)
+    unique = len(scores) == 1 or (scores and scores[0][0] > scores[1][0])
+    return scores[0][1] if unique else None
 
 
 def _json_value(text):
-    """The string in a JSON object in the text that a key calls the next speaker, or the only one; None where there is none."""
+    """In a JSON object in the text, the string under a key for the next speaker, else the first; or None."""
     found = re.search(r"\{.*\}", text, re.DOTALL)
     try:
         value = json.loads(found[0]) if found else None
     except (ValueError, RecursionError):
         return None
     strings = {key: v for key, v in value.items() if isinstance(v, str)} if isinstance(value, dict) else {}
-    fitting = [
-        v for key, v in strings.items() if re.search("next|speaker|name|character|answer", key, re.IGNORECASE)
-    ]
-    return (fitting or [*strings.values(), None])[0]
+    named = [v for k, v in strings.items() if re.search("next|speaker|name|character|answer", k, re.I)]
+    return (named or [*strings.values(), None])[0]
+
+
+# ---- the actor's own part ----------------------------------------------------------------------------------
+
+WORD = r"(?:(?:[^\W\d_]\.)+|(?i:mrs?|ms|dr|st|capt|prof)\.|[^\W\d_][\w'-]*)"
+WORDS = rf"{WORD}(?:[ \t]+{WORD}){{0,3}}"  # what may be a name; see `looks_like_a_name`
+PARTICLES = set(re.findall(r"\w+", "of the de la von van du da le al bin"))
+# words that stand, capitalised, at the beginning of a line and before a colon, and are nobody's name
+ORDINARY_WORDS = """
+    a action actions advice aloud also although and another answer because besides but caution chapter
+    choice clue conclusion correct date day dear decision dialog dialogue either emotion enough epilogue
+    evidence exactly example explanation fact facts fate feedback feeling fifth finally first fourth friends
+    from furthermore gentlemen goal good hear her hint his home honestly however i idea ideas if imagine
+    important in indeed inner instead is issue it item ladies last lastly legend lesson let letter line list
+    listen location look maybe meaning message mind mission monologue moral motto my nb never news no nor
+    note notes notice now oath objection objective observe ok okay on one only option or order other our
+    part perhaps picture place plan please poem point poison possibly postscript premise price prologue
+    promise proof prophecy proverb ps question questions quickly quote reason recall remember reminder reply
+    report response result results riddle rule rules rumor scene second secret secretly see setting seven
+    short sign simple simply six sky smell so solution song sorry sound spell stage step still stop story
+    subject summary surely suspect task tell ten that the then theory there therefore these they thing
+    things think third this those thought thoughts three time tip title to together total translation true
+    truly truth two understand up urgent verse voice vow wait warning watch we weather well what when where
+    which whispers who why wish word words yes yet you your
+"""
+NO_NAMES = set(re.findall(r"\w+", ORDINARY_WORDS))
 
 
 def clean_reply(text, character, cast):
-    """What an actor's reply adds to the play: its own part without its name, and without what it repeats."""
-    names = "|".join(
-        re.escape(straighten(name)) for name in sorted({*cast, character}, key=len, reverse=True)
-    )
-    heads = rf"^[ \t]*[-*#>]*[ \t]*({names})[*]*[ \t]*(\([^)\n]*\))?[ \t]*[:\uff1a][*]*[ \t]*"
-    own, begin, mine = [], 0, True
-    for head in re.finditer(
-        heads, straighten(text), re.MULTILINE | re.IGNORECASE
-    ):  # of the same length as the text
-        own += [text[begin : head.start()]] if mine else []
-        begin, mine = head.end(), head[1].casefold() == straighten(character).casefold()
-        own += [text[slice(*head.span(2))]] if mine and head[2] else []
-    own += [text[begin:]] if mine else []
+    """What a reply adds to the play: the actor's own part, without the name in front, without repetition."""
+    own, start, is_own = [], 0, True
+    heads = speaker_heads(straighten(text), character, cast)  # straightening keeps positions
+    for head, next_is_own in heads:
+        if is_own:
+            own.append(text[start : head.start()])
+        start, is_own = head.end(), next_is_own
+        if is_own and head.groupdict().get("action"):
+            own.append(text[slice(*head.span("action"))])
+    if is_own:
+        own.append(text[start:])
     return cut_repetition("\n".join(part.strip() for part in own if part.strip()))
 
 
-def cut_repetition(text):
-    """Cuts what a model stuck in a loop says: long runs of letters, phrases said five times over, passages said again.
+def speaker_heads(text, character, cast):
+    """Yields (match, whether the character itself is meant) where a speaker's name introduces a line.
 
-    A run of 100 letters or more keeps 20; of a sequence of 5 to 30 words five times in a row the first is kept; at the second
-    occurrence of 15 words the rest goes.
+    1. A line that begins with a name of the cast, any action in parentheses, and a colon.
+    2. The same with another form of such a name (`meant_by`).
+    3. The same with up to four capitalised words, if somebody's words follow: a person outside the cast. Not
+       in a turn of the Environment, which may narrate one, and not for ordinary words (`Note:`).
+    4. Within a line, after the end of a sentence, a name of the cast and a colon.
+    5. Within a line, without a space before it, a name of the cast, a colon and a bracket: a turn begun anew.
+
+    Rules 2 to 4 do not hold within quotation marks or brackets.
+    """
+    cast, character = [straighten(name) for name in cast], straighten(character)
+
+    def find(before, name, after):
+        return re.finditer(rf"{before}(?P<name>{name}){after}", text, re.MULTILINE)
+
+    def is_own(head):
+        return head["name"].casefold() == character.casefold()
+
+    names, colon = any_of([*cast, character]), r"[*]*[ \t]*[:\uff1a][*]*[ \t]*"
+    line_start, action = r"^[ \t]*[-*#>]*[ \t]*", r"[*]*[ \t]*(?P<action>\([^)\n]*\))?"
+    sentence_end = r"(?:(?<=[.!?\u2026)\]\"*])[ \t]+[*]*|(?<=[\u3002\uff01\uff1f])[ \t]*)"
+    found = [(head, is_own(head)) for head in find(line_start, f"(?i:{names})", action + colon)]
+    for head in find(line_start, WORDS, action + colon):
+        if looks_like_a_name(head["name"]) and not is_enclosed(text[: head.start()]):
+            if meant := meant_by(head["name"], cast):
+                found.append((head, character in meant))
+            elif character != ENVIRONMENT and introduces_a_person(head, text):
+                found.append((head, False))
+    after_sentences = find(sentence_end, names, colon)
+    found += [(head, is_own(head)) for head in after_sentences if not is_enclosed(text[: head.start()])]
+    stuck_names = find(r"(?<=[^\s\-'(\[\"])", names, r"[ \t]*:[ \t]*(?=[\[(])")
+    found += [(head, is_own(head)) for head in stuck_names]
+    end = 0
+    for head, own in sorted(found, key=lambda pair: pair[0].start()):  # of two at a place, by the first rule
+        if head.start() >= end:
+            end = head.end()
+            yield head, own
+
+
+def is_enclosed(before):
+    """Whether a bracket or a quotation mark is open after this text."""
+    parser = BracketParser()
+    deque(parser.feed(before), maxlen=0)
+    return bool(parser.thoughts or parser.actions or before.count('"') % 2)
+
+
+def looks_like_a_name(words):
+    first, *others = words.split()
+    return first[0].isupper() and all(word[0].isupper() or word in PARTICLES for word in others)
+
+
+def introduces_a_person(head, text):
+    """Whether words that look like a name introduce what somebody says: no ordinary word among them, and a
+    sentence, a bracket or a quotation follows in the line; the line before does not announce it as a
+    quotation."""
+    before = text[: head.start()].rstrip()
+    following = text[head.end() : head.end() + 1]
+    words = {word.replace(".", "") for word in head["name"].casefold().split()}
+    is_person = not (words & NO_NAMES - PARTICLES or words <= TITLES)
+    speaks = following.isupper() or (following and following in '"([')
+    return is_person and speaks and not before.endswith(":")
+
+
+def settled(text, cast):
+    """The beginning of a growing reply that no further text can turn into somebody else's line."""
+    names = [straighten(name) for name in cast]
+    *lines, line = straighten(text).split("\n")
+    # the last line may be about to become a head
+    head = rf"[-*#>\s]*(?P<name>(?i:{any_of(names)})|{WORDS})?[*\s]*(\([^)]*\)?)?[*\s]*[:\uff1a]?[*\s]*"
+    begun, start = re.fullmatch(head, line), line.strip("-*#> \t").casefold()
+    word = begun and begun["name"]
+    may_be_name = not word or looks_like_a_name(word) or word.casefold() in map(str.casefold, names)
+    if (begun and may_be_name) or any(name.casefold().startswith(start) for name in names):
+        return text[: len(text) - len(line)]
+    # its last characters may be the beginning of a name
+    for length in range(min(len(line), max(map(len, names)) + 3), 0, -1):
+        if any(f"{name}: [".startswith(line[-length:]) for name in names):
+            return text[:-length]
+    return text
+
+
+# ---- repetition --------------------------------------------------------------------------------------------
+
+
+def cut_repetition(text):
+    """Cuts what a model stuck in a loop says.
+
+    A run of 100 letters or more keeps 20. Of a sequence of 5 to 30 words that stands five times in a row the
+    first is kept. At the second occurrence of a passage of 15 words the text ends.
     """
     text = re.sub(r"[A-Za-z]{100,}", lambda run: run[0][:20], text)
     while True:
         spans = [match.span() for match in re.finditer(r"\S+", text)]
         words = [text[first:last] for first, last in spans]
-        found = next(((i, n) for i in range(len(words)) for n in range(5, 31) if repeated(words, i, n)), None)
+        places = ((start, size) for start in range(len(words)) for size in range(5, 31))
+        found = next((place for place in places if stands_five_times(words, *place)), None)
         if found is None:
             break
         start, size = found
@@ -113,8 +266,6 @@ def cut_repetition(text):
     return text
 
 
-def repeated(words, start, size):
-    """Whether so many words from here stand there five times in a row."""
-    return (
-        start + 5 * size <= len(words) and words[start : start + 5 * size] == words[start : start + size] * 5
-    )
+def stands_five_times(words, start, size):
+    phrase = words[start : start + size]
+    return start + 5 * size <= len(words) and words[start : start + 5 * size] == phrase * 5

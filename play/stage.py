@@ -1,4 +1,4 @@
-"""The terminal as a stage: colours, styles, lines as they are spoken."""
+"""The terminal as a stage: colours, styles, turns shown while they are spoken."""
 
 import re
 
@@ -8,51 +8,46 @@ from rich.text import Text
 from common import terminal
 from data.brackets import ACTION, SPEECH, THOUGHT, BracketParser
 from data.chats import NEXT_SPEAKER
-from data.scenes import ENVIRONMENT, straighten
-from play.replies import clean_reply
+from data.scenes import ENVIRONMENT
+from play.replies import clean_reply, settled
 
 STYLES = {SPEECH: "", ACTION: "italic", THOUGHT: "dim"}  # of a message's channels on a terminal
+COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 
 
 class Stage:
-    """The terminal as a stage: a colour for each character, thoughts dim (or not shown), actions in italics."""
-
-    COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
+    """Shows one scene: each character in its colour, actions in italics, thoughts dim, or not at all with
+    thoughts=False."""
 
     def __init__(self, scene, thoughts=True):
         self.cast, self.thoughts = [*scene.speaking_characters, ENVIRONMENT], thoughts
         actors = [name for name in scene.speaking_characters if name != ENVIRONMENT]
-        self.styles = {name: f"bold {self.COLOURS[i % len(self.COLOURS)]}" for i, name in enumerate(actors)}
-        self.shown = ""
-        terminal.stdout.rule(
-            Text(terminal.plain(scene.book)), style="dim"
-        ) if terminal.stdout.is_terminal else terminal.put(scene.book + "\n")
-        terminal.stdout.print(terminal.plain(scene.scenario) + "\n", style="italic", markup=False)
+        self.styles = {name: f"bold {COLOURS[i % len(COLOURS)]}" for i, name in enumerate(actors)}
+        self.shown = ""  # of the current turn
+        if terminal.stdout.is_terminal:
+            terminal.stdout.rule(Text(terminal.plain(scene.book)), style="dim")
+            terminal.stdout.print(terminal.plain(scene.scenario) + "\n", style="italic", markup=False)
+        else:
+            terminal.put(f"{scene.book}\n{scene.scenario}\n\n")
 
-    def hear(self, call, said):
-        """What has been spoken of a turn: what will surely stay of it is shown, so no line that may be another's."""
-        *lines, line = said.split("\n")
-        start = straighten(line).strip("-*#> \t").casefold()
-        names = [straighten(name).casefold() for name in self.cast]
-        after = r"[*\s]*(\([^)]*\)?\s*)?"
-        beginning = any(
-            name.startswith(start) or re.fullmatch(re.escape(name) + after, start) for name in names
-        )
-        sure = clean_reply("\n".join(lines) if beginning else said, call.agent, self.cast)
-        self.put(call.agent, re.sub(r"\S+$", "", sure))  # whole words, so that they can be wrapped
+    def on_text(self, call, text):
+        """Shows what will surely be played of a turn that is still being generated, in whole words."""
+        played = clean_reply(settled(text, self.cast), call.agent, self.cast)
+        self.put(call.agent, re.sub(r"\S+$", "", played))
 
-    def show(self, message):
-        """A turn as it is played."""
-        if message["role"] != NEXT_SPEAKER:
-            if not message["content"].startswith(self.shown):  # something in the middle has been cut since
-                terminal.put("\n")
-                self.shown = ""
-            self.put(message["role"], message["content"])
-            terminal.put("\n\n")
+    def on_message(self, message):
+        """Shows a turn as it is played."""
+        if message["role"] == NEXT_SPEAKER:
+            return
+        if not message["content"].startswith(self.shown):  # what was shown has been cut since: begin anew
+            terminal.put("\n")
             self.shown = ""
+        self.put(message["role"], message["content"])
+        terminal.put("\n\n")
+        self.shown = ""
 
     def put(self, name, text):
-        """Shows how a turn goes on; nothing where the end of it has been cut since."""
+        """Shows what a turn's text adds to what is shown of it; nothing if that is not its beginning."""
         if not text.startswith(self.shown) or len(text) == len(self.shown):
             return
         if not self.shown:

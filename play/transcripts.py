@@ -1,4 +1,4 @@
-"""The directory of a run: settings, transcripts, the journal, the script to read."""
+"""The directory of a run: settings, transcripts, failures, and the script to read."""
 
 import contextlib
 import fcntl
@@ -11,41 +11,29 @@ import re
 from pathlib import Path
 
 from common import files, terminal
-from common.files import UsageError, make_dir, read_json, read_lines, write_lines, write_whole
+from common.files import UsageError, append_line, read_json, read_lines, write_lines, write_whole
 from data.brackets import SPEECH, BracketParser
 from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT, load_stage
 
-TRANSCRIPTS, SETTINGS, REPLIES, FAILURES = (
-    "transcripts.jsonl",
-    "settings.json",
-    "replies.jsonl",
-    "failures.jsonl",
-)
-
-
-SCRIPT = "script.md"
-
-
+TRANSCRIPTS, FAILURES, SETTINGS = "transcripts.jsonl", "failures.jsonl", "settings.json"
+REPLIES, ANSWERS, SCRIPT = "replies.jsonl", "answers", "script.md"
 TRANSCRIPT_KEYS = ("book", "i_p", "i_c", "scene", "settings", "messages", "stats")
 
 
-def output_directory(args, settings):
-    """The directory of this run: `--out`, or a new one under out/plays, named after what is played and the settings."""
-    if args.out:
-        return make_dir(args.out)
-    name = args.scene if args.scene in load_stage() else Path(args.scene).name
+def default_directory(scene_spec, options):
+    """A path under out/plays that does not exist yet, named after what is played and a hash of the
+    options."""
+    name = scene_spec if scene_spec in load_stage() else Path(scene_spec).name
     name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    for number in itertools.count(1):
-        directory = files.OUT / "plays" / f"{name}.{digest}.{number}"
-        if not directory.exists():
-            return make_dir(directory)
+    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
+    paths = (files.OUT / "plays" / f"{name}.{digest}.{number}" for number in itertools.count(1))
+    return next(path for path in paths if not path.exists())
 
 
 @contextlib.contextmanager
-def held(directory):
-    """Keeps a second run out of a directory for as long as this one is in it."""
+def locked(directory):
+    """Keeps other runs out of a directory; UsageError if one is in it."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,55 +46,89 @@ def held(directory):
         os.close(descriptor)
 
 
-def begin(out, settings, resume):
-    """The lines of the run that this directory holds; UsageError where it is none that can go on."""
-    done = read_lines(out / TRANSCRIPTS, TRANSCRIPT_KEYS)
-    begun = (out / SETTINGS).exists()
-    if (done or begun) and not resume:
-        raise UsageError(
-            f"{out}: holds a run already; add --resume to go on with it, or choose another --out"
-        )
-    if done or begun:
-        old = read_json(out / SETTINGS)
-        known = {
-            name for name in settings if f"{name}_identity" in settings
-        }  # what a model is, not where it lies
-        if changed := sorted(
-            name for name in {*settings, *old} - known if settings.get(name) != old.get(name)
-        ):
+class Transcripts:
+    """The transcripts of a run, written to its directory as scenes end.
+
+    `finished` and `failed` are lines, the finished ones of earlier runs included. UsageError if the directory
+    holds a run that this one may not go on with: without resume any, else one with other settings.
+    """
+
+    def __init__(self, directory, settings, models, resume):
+        self.directory, self.settings, self.models = directory, settings, models
+        self.finished, self.failed = read_lines(directory / TRANSCRIPTS, TRANSCRIPT_KEYS), []
+        if self.finished or (directory / SETTINGS).exists():
+            if not resume:
+                hint = "add --resume to go on with it, or choose another --out"
+                raise UsageError(f"{directory}: holds a run already; {hint}")
+            self._check_settings(read_json(directory / SETTINGS))
+        with write_whole(directory / SETTINGS) as file:
+            json.dump(settings, file, indent=1)
+        write_lines(directory / TRANSCRIPTS, self.finished)  # without the torn line a kill may have left
+        (directory / FAILURES).unlink(missing_ok=True)
+
+    def _check_settings(self, old):
+        identified = {
+            name for name in self.settings if f"{name}_identity" in self.settings
+        }  # wherever they lie
+        names = sorted({*self.settings, *old} - identified)
+        if changed := [name for name in names if self.settings.get(name) != old.get(name)]:
+            changed = ", ".join(changed)
             raise UsageError(
-                f"{out}: was played with other settings ({', '.join(changed)}); choose another --out"
+                f"{self.directory}: was played with other settings ({changed}); choose another --out"
             )
-    with write_whole(out / SETTINGS) as file:
-        json.dump(settings, file, indent=1)
-    write_lines(out / TRANSCRIPTS, done)  # without the torn line a kill may have left
-    (out / FAILURES).unlink(missing_ok=True)
-    return done
+
+    def missing(self, scenes):
+        finished = {(line["book"], line["i_p"], line["i_c"]) for line in self.finished}
+        return [scene for scene in scenes if (scene.book, scene.i_p, scene.i_c) not in finished]
+
+    def add_finished(self, scene, messages, stats, seconds):
+        self.finished.append(self._line(scene, messages, {**stats, "seconds": round(seconds, 3)}))
+        append_line(self.directory / TRANSCRIPTS, self.finished[-1])
+
+    def add_failed(self, scene, messages, error):
+        self.failed.append(self._line(scene, messages, {}) | {"error": error})
+        append_line(self.directory / FAILURES, self.failed[-1])
+
+    def _line(self, scene, messages, stats):
+        """A scene's line; `adaptations`: what requests to an endpoint had to leave out or rename, by role, if
+        anything."""
+        line = {"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, "scene": scene.to_dict()}
+        adaptations = {role: getattr(model, "adaptations", []) for role, model in self.models.items()}
+        adaptations = {role: list(changes) for role, changes in adaptations.items() if changes}
+        line |= {"settings": self.settings} | ({"adaptations": adaptations} if adaptations else {})
+        return line | {"messages": messages, "stats": stats}
+
+    def complete(self, scenes, script=False):
+        """Puts the lines in the order of the scenes, and drops the journal; script: writes the Markdown
+        script too."""
+        order = {(scene.book, scene.i_p, scene.i_c): i for i, scene in enumerate(scenes)}
+        self.finished.sort(key=lambda line: order.get((line["book"], line["i_p"], line["i_c"]), len(order)))
+        write_lines(self.directory / TRANSCRIPTS, self.finished)
+        (self.directory / REPLIES).unlink(missing_ok=True)
+        if script:
+            with write_whole(self.directory / SCRIPT) as file:
+                file.write("\n".join(map(markdown, self.finished)))
 
 
 def markdown(line):
     """A played scene as Markdown, in which nothing that was said is markup or HTML."""
-
-    def plain(text):
-        text = re.sub(
-            r"([\\`*_\[\]#|~])", r"\\\1", html.escape(terminal.plain(" ".join(text.split())), quote=False)
-        )
-        return re.sub(r"^(\d*)([-+.)])", r"\1\\\2", text)  # no list, no line
-
     scene = line["scene"]
-    parts = [
-        f"## {plain(scene['book'])}",
-        f"*{plain(scene['scenario'])}*" if scene["scenario"].strip() else "",
-    ]
+    scenario = f"*{escaped(scene['scenario'])}*" if scene["scenario"].strip() else ""
+    parts = [f"## {escaped(scene['book'])}", scenario]
     for message in line["messages"]:
         if message["role"] == ENVIRONMENT:
-            parts.append(f"> {plain(message['content'])}")
+            parts.append(f"> {escaped(message['content'])}")
         elif message["role"] != NEXT_SPEAKER:
-            spans = itertools.groupby(BracketParser().feed(message["content"]), lambda span: span[1])
-            text = [("".join(part for part, _ in group), channel) for channel, group in spans]
-            text = [
-                f"*{plain(part)}*" if channel != SPEECH and part.strip() else plain(part)
-                for part, channel in text
-            ]
-            parts.append(f"**{plain(message['role'])}:** {' '.join(filter(None, text))}")
+            spans = []
+            for channel, group in itertools.groupby(BracketParser().feed(message["content"]), lambda s: s[1]):
+                text = "".join(part for part, _ in group)
+                spans.append(f"*{escaped(text)}*" if channel != SPEECH and text.strip() else escaped(text))
+            parts.append(f"**{escaped(message['role'])}:** {' '.join(filter(None, spans))}")
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def escaped(text):
+    """Text as one line of Markdown that shows it literally."""
+    text = html.escape(terminal.plain(" ".join(text.split())), quote=False)
+    text = re.sub(r"([\\`*_\[\]#|~])", r"\\\1", text)
+    return re.sub(r"^(\d*)([-+.)])", r"\1\\\2", text)  # not the beginning of a list or a rule

@@ -1,4 +1,5 @@
-"""The bundled stories: that there is enough of them, that each scene has all it needs, and that no line stands twice."""
+"""The bundled stories: that there is enough of them, that each scene has all it needs, and that no line
+stands twice."""
 
 import json
 import re
@@ -35,7 +36,8 @@ def test_there_are_stories_enough():
 
 
 def test_the_stage_is_read_without_a_repair(stage):
-    """Every conversation is there under its name, `story/number` from 1, and nothing was mended or dropped on the way."""
+    """Every conversation is there under its name, `story/number` from 1, and nothing was mended or dropped on
+    the way."""
     report = Report()
     assert load_scenes(STAGE, report) == list(stage.values()) and not +report
     numbers = {
@@ -47,7 +49,8 @@ def test_the_stage_is_read_without_a_repair(stage):
 
 
 def test_every_scene_has_its_circumstances(stage):
-    """Scenario, topic, plot summary; a profile and a motivation of each who speaks, no two motivations the same."""
+    """Scenario, topic, plot summary; a profile and a motivation of each who speaks, no two motivations the
+    same."""
     for scene in stage.values():
         assert scene.scenario and scene.topic and scene.plot_summary
         cast = set(scene.speaking_characters) - {"Environment"}
@@ -58,7 +61,8 @@ def test_every_scene_has_its_circumstances(stage):
 
 
 def test_every_scene_has_thoughts_actions_and_an_environment(stage):
-    """Half of the characters' messages or more have a thought, some an action; the Environment speaks and thinks nothing."""
+    """Half of the characters' messages or more have a thought, some an action; the Environment speaks and
+    thinks nothing."""
     for name, scene in stage.items():
         own = [turn["message"] for turn in scene.dialogues if turn["character"] != "Environment"]
         world = [turn["message"] for turn in scene.dialogues if turn["character"] == "Environment"]
@@ -68,7 +72,8 @@ def test_every_scene_has_thoughts_actions_and_an_environment(stage):
 
 
 def test_messages_are_well_formed(stage):
-    """Brackets are closed and not nested, something is said or done to be seen, and no message begins with its own name."""
+    """Brackets are closed and not nested, something is said or done to be seen, and no message begins with
+    its own name."""
     for scene in stage.values():
         for turn in scene.dialogues:
             message = turn["message"]
@@ -80,7 +85,8 @@ def test_messages_are_well_formed(stage):
 
 @pytest.mark.parametrize("story", STORIES.values(), ids=STORIES)
 def test_the_last_tenth_of_plots_is_held_out(story):
-    """`split_plot_index` leaves out what lies behind 90% of the plots, one at least, and the reader follows it."""
+    """`split_plot_index` leaves out what lies behind 90% of the plots, one at least, and the reader follows
+    it."""
     plots = story["plots"]
     assert story["split_plot_index"] == len(plots) * 9 // 10 < len(plots)
 
@@ -94,7 +100,8 @@ def test_held_out_scenes_are_tagged_so(stage):
 
 
 def test_no_sentence_stands_twice():
-    """No sentence of three or more words is in the stories twice, in whatever place, case and punctuation aside."""
+    """No sentence of three or more words is in the stories twice, in whatever place, case and punctuation
+    aside."""
     places = defaultdict(list)
     for name, story in STORIES.items():
         for place, text in strings(story, name):
