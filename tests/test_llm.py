@@ -2,9 +2,14 @@
 
 import email.utils
 import http.server
+import itertools
 import json
 import random
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -15,10 +20,11 @@ import torch
 import checkpoint
 import llm
 from common import files
-from common.files import UsageError
+from common.files import ROOT, UsageError
 from generate import SamplingParams
 from llm import Reply, endpoint, local
 from llm.endpoint import Endpoint
+from llm.reply import REASONING_TOKENS, split_reasoning, spoken_so_far
 from tokenizer import load_tokenizer
 
 KEY = "sk-test-4f9c2e71d0"
@@ -93,7 +99,7 @@ class Script:
     `openings` are what its replies were to begin with, `batches` how many were asked for at a time.
     """
 
-    name, local, identity = "script", True, "script"
+    name, local, identity, adaptations = "script", True, "script", ()
 
     def __init__(self, say):
         self.say, self.asked, self.openings, self.batches, self.line = say, [], [], [], []
@@ -129,12 +135,10 @@ def pauses(monkeypatch):
     """The pauses between tries, recorded and not waited for."""
     slept = []
 
-    class Event(threading.Event):
-        def wait(self, seconds):
-            slept.append(seconds)
+    async def sleep(seconds):
+        slept.append(seconds)
 
-    kept = {name: getattr(threading, name) for name in ("Thread", "Lock", "Semaphore")}
-    monkeypatch.setattr(endpoint, "threading", SimpleNamespace(Event=Event, **kept))
+    monkeypatch.setattr(endpoint, "sleep", sleep)
     return slept
 
 
@@ -175,9 +179,9 @@ def test_body_and_headers_sent():
     first, second, third = server.requests
     assert first.path == "/v1/chat/completions"
     assert first.headers["Authorization"] == f"Bearer {KEY}"
-    expected = {"model": "m", "messages": messages, "temperature": 0.7, "top_p": 0.9, "max_tokens": 33}
-    assert first.body == {**expected, "stop": ["END", "\n\n"], "seed": 5}
-    assert second.body == {**expected, "temperature": 0, "top_p": 1.0, "max_tokens": 256}
+    expected = {"model": "m", "messages": messages, "temperature": 0.7, "max_tokens": 33}
+    assert first.body == {**expected, "top_p": 0.9, "stop": ["END", "\n\n"], "seed": 5}
+    assert second.body == {**expected, "temperature": 0, "max_tokens": 256}
     assert third.body == {**second.body, "seed": 0}
 
 
@@ -510,6 +514,440 @@ def test_so_many_requests_a_minute():
         replies = ask(server, [HELLO] * 5, per_minute=1200)
     assert [reply.text for reply in replies] == ["yes"] * 5 and len(times) == 6
     assert all(at - begun >= 0.05 * i - 0.01 for i, at in enumerate(sorted(times)))
+
+
+# ---- what an endpoint refuses -------------------------------------------------------------------------------------------
+
+
+def picky(refuses):
+    """A server that answers 400 as refuses(body) says, a message or (message, param), and "yes" where it says None."""
+
+    def answer(body, _):
+        refused = refuses(body)
+        if refused is None:
+            return "yes"
+        message, param = refused if isinstance(refused, tuple) else (refused, None)
+        return 400, {"error": {"message": message, "type": "invalid_request_error", "param": param}}, {}
+
+    return Server(answer)
+
+
+def reasoning_models(body):
+    """As OpenAI's reasoning models refuse."""
+    if "max_tokens" in body:
+        return (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. "
+            "Use 'max_completion_tokens' instead."
+        ), "max_tokens"
+    if body.get("temperature", 1) != 1:
+        return (
+            "Unsupported value: 'temperature' does not support 0 with this model. "
+            "Only the default (1) value is supported."
+        ), "temperature"
+    return None
+
+
+def test_refused_parameters_are_adapted_once_and_remembered(capsys):
+    """The models of OpenAI that reason: two refusals in all, whatever is asked later; told once each, and recorded."""
+    with picky(reasoning_models) as server:
+        model = Endpoint("m", server.url, KEY, concurrency=1)
+        assert model.adaptations == []
+        for _ in range(2):
+            replies = model.chat([HELLO] * 4, SamplingParams(0, max_tokens=33, seed=1))
+            assert [reply.text for reply in replies] == ["yes"] * 4
+        again = Endpoint("m", server.url, KEY, concurrency=1)
+        assert again.chat([HELLO], SamplingParams(0))[0].text == "yes"
+        other = Endpoint("n", server.url, KEY, concurrency=1)
+        assert other.adaptations == []
+    assert len(server.requests) == 9 + 2
+    body = {"model": "m", "messages": HELLO, "max_completion_tokens": 33, "seed": 1}
+    assert [request.body for request in server.requests[2:10]] == [body] * 8
+    expected = ["max_tokens is sent as max_completion_tokens", "temperature is left out"]
+    assert model.adaptations == again.adaptations == expected
+    told = " ".join(capsys.readouterr().err.split())
+    assert all(told.count(words) == 1 for words in expected) and "'temperature' does not support 0" in told
+
+
+def test_requests_in_flight_adapt_together():
+    """Eight that are refused at the same time are told of once, and all are answered."""
+    together = threading.Barrier(8)
+
+    def refuses(body):
+        if "max_tokens" in body:
+            together.wait(20)
+        return reasoning_models(body)
+
+    with picky(refuses) as server:
+        model = Endpoint("m", server.url, KEY)
+        replies = model.chat([HELLO] * 8, SamplingParams(0))
+    assert [reply.text for reply in replies] == ["yes"] * 8 and len(model.adaptations) == 2
+
+
+@pytest.mark.parametrize(
+    ("refuses", "sent", "adaptations"),
+    [
+        (
+            lambda b: b["max_tokens"] > 4096 and "max_tokens is too large: 9000. This model supports at most 4096",
+            {"max_tokens": 4096},
+            ["max_tokens is kept to 4096"],
+        ),
+        (
+            lambda b: b["seed"] >= 2**31 and ("Invalid 'seed': expected a value <= 2147483647", "seed"),
+            {"seed": 7},
+            ["seed is kept to 2147483647"],
+        ),
+        (
+            lambda b: "seed" in b and "Argument not supported on this model: seed",
+            {"seed": None},
+            ["seed is left out"],
+        ),
+        (
+            lambda b: "seed" in b and "Unknown parameter: 'seed'. Did you mean 'random_seed'?",
+            {"seed": None, "random_seed": 2**31 + 7},
+            ["seed is sent as random_seed"],
+        ),
+        (
+            lambda b: b["temperature"] > 1 and "temperature: range: 0..1",
+            {"temperature": 1},
+            ["temperature is kept from 0 and to 1"],
+        ),
+        (
+            lambda b: len(b["stop"]) > 4
+            and ("Invalid 'stop': array too long. Expected an array with maximum length 4, but got 6", "stop"),
+            {"stop": list("abcd")},
+            ["stop is kept to 4"],
+        ),
+        (
+            lambda b: "top_p" in b and "`temperature` and `top_p` cannot both be specified. Please use only one.",
+            {"top_p": None, "temperature": 1.5},
+            ["top_p is left out"],
+        ),
+        (
+            lambda b: any(name in b for name in ("top_k", "min_p", "repetition_penalty"))
+            and f"Unrecognized request argument supplied: {next(n for n in b if n in ('top_k', 'min_p', 'repetition_penalty'))}",
+            {"top_k": None, "min_p": None, "repetition_penalty": None},
+            ["top_k is left out", "min_p is left out", "repetition_penalty is left out"],
+        ),
+        (
+            lambda b: b.get("temperature", 9) < 9 and f"temperature must be at least {b['temperature'] + 1}",
+            {"temperature": None},  # never content: left out after one attempt
+            ["temperature is left out"],
+        ),
+    ],
+    ids=["large", "seed range", "seed", "renamed", "range", "list", "combination", "extras", "insatiable"],
+)  # fmt: skip
+def test_a_refused_parameter_is_renamed_narrowed_or_dropped(refuses, sent, adaptations):
+    """By the server's words; all else is sent as before."""
+    params = SamplingParams(1.5, 0.9, 40, 9000, tuple("abcdef"), 2**31 + 7, 0.1, 1.1)
+    with picky(lambda body: refuses(body) or None) as server:
+        model = Endpoint("m", server.url, KEY)
+        assert model.chat([HELLO], params)[0].text == "yes"
+    first, last = server.requests[0].body, server.requests[-1].body
+    expected = {name: value for name, value in {**first, **sent}.items() if value is not None}
+    assert last == expected and model.adaptations == adaptations
+
+
+def test_a_schema_is_sent_and_left_out_where_it_is_refused():
+    """As response_format."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    unavailable = "This response_format type is unavailable now"
+    with picky(lambda body: unavailable if "response_format" in body else None) as server:
+        model = Endpoint("m", server.url, KEY)
+        assert model.chat([HELLO], SamplingParams(0, json_schema=schema))[0].text == "yes"
+    sent = server.requests[0].body["response_format"]
+    assert sent["type"] == "json_schema" and sent["json_schema"]["schema"] == schema
+    assert "response_format" not in server.requests[1].body
+    assert model.adaptations == ["response_format is left out"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 8192 tokens. You requested 9000 tokens; reduce max_tokens.",
+        "'max_tokens' is too large: 512. This model's maximum context length is 8192 tokens.",
+        "The prompt about the temperature of a seed was flagged.",
+        "Invalid value for 'messages'.",
+        "",
+    ],
+)
+def test_a_refusal_of_the_prompt_changes_no_parameter(message):
+    """Too long, flagged: the Reply has the server's own words, and the next one is asked as the first."""
+    with picky(lambda _: message) as server:
+        model = Endpoint("m", server.url, KEY)
+        reply = model.chat([HELLO], SamplingParams(0, seed=1))[0]
+    assert message in reply.error and len(server.requests) == 1 and model.adaptations == []
+
+
+def test_what_an_endpoint_cannot_be_asked_for_is_refused_by_name():
+    """Rather than being left out without a word."""
+    with Server(lambda *_: "yes") as server:
+        model = Endpoint("m", server.url, KEY)
+        for name, value in (("choices", ["a", "b"]), ("stop_ids", (5,)), ("logprobs", True)):
+            with pytest.raises(UsageError, match=name):
+                model.chat([HELLO], SamplingParams(0, **{name: value}))
+    assert not server.requests
+
+
+def test_kept_answers_tell_what_was_adapted(tmp_path):
+    """A run from the answers on disk alone has the same record, and asks nothing again."""
+    with picky(reasoning_models) as server:
+        before = Endpoint("m", server.url, KEY, answers=tmp_path)
+        before.chat([HELLO], SamplingParams(0))
+        adaptations, asked = before.adaptations, len(server.requests)
+        before.address.changes.clear()
+        after = Endpoint("m", server.url, KEY, answers=tmp_path)
+        assert after.adaptations == [] and after.chat([HELLO], SamplingParams(0))[0].text == "yes"
+        assert after.adaptations == adaptations and len(server.requests) == asked == 3
+
+
+# ---- answers that are no plain completion -------------------------------------------------------------------------------
+
+
+def message(finish_reason="stop", **fields):
+    return {"choices": [{"message": {"role": "assistant", **fields}, "finish_reason": finish_reason}]}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "Rate limit exceeded: free-models-per-min", "code": 429},
+        {"message": "Rate limit exceeded", "code": "429"},
+        {"message": "Rate limit reached", "type": "rate_limit_error"},
+        {"message": "Rate limit reached", "code": "rate_limit_exceeded"},
+    ],
+)
+def test_a_rate_limit_under_200_is_waited_for(error, pauses):
+    """As often as 429 itself, not five times."""
+    with Server(lambda _, n: "at last" if n == 9 else (200, {"error": error}, {})) as server:
+        assert ask(server)[0].text == "at last"
+    assert len(server.requests) == 10
+
+
+@pytest.mark.parametrize(
+    ("payload", "requests"),
+    [
+        ({"error": {"message": "prompt was flagged", "code": 400}}, 1),
+        ({"error": {"message": "prompt was flagged", "type": "invalid_request_error"}}, 1),
+        ({"object": "error", "message": "prompt was flagged", "code": 400}, 1),
+        (
+            {
+                "choices": [
+                    {"error": {"message": "prompt was flagged", "code": 502}, "finish_reason": "error"}
+                ]
+            },
+            5,
+        ),
+        ({"error": {"message": "prompt was flagged", "code": 502}}, 5),
+        ({"error": "prompt was flagged"}, 5),
+        (message(content=None, refusal="prompt was flagged"), 1),
+        (message(content=[{"type": "refusal", "refusal": "prompt was flagged"}]), 1),
+    ],
+)
+def test_an_error_under_200_counts_as_what_it_says(payload, requests, pauses):
+    """Its code is the status; the line has its words."""
+    with Server(lambda *_: (200, payload, {})) as server:
+        line = refusal(server)
+    assert "prompt was flagged" in line and len(server.requests) == requests
+
+
+def test_a_wrong_key_under_200_ends_the_run(pauses):
+    """As 401 does."""
+    with Server(lambda *_: (200, {"error": {"message": "no credits", "code": 401}}, {})) as server:
+        with pytest.raises(UsageError, match="no credits"):
+            ask(server)
+
+
+def test_a_filter_is_told_of():
+    """Withheld whole it is an error; what was said before it cut in is a reply."""
+    with Server(lambda *_: (200, message("content_filter", content=None), {})) as server:
+        assert "content filter" in refusal(server) and len(server.requests) == 1
+    with Server(lambda *_: (200, message("content_filter", content="I was"), {})) as server:
+        assert ask(server) == [Reply("I was", "content_filter")]
+
+
+def test_the_words_of_a_proxy_are_told(pauses):
+    """HTML under 200, and what else is no completion, is quoted without its tags."""
+    html = b"<html><head><title>Sign in</title></head><body>to the <b>proxy</b></body></html>"
+    for payload, words in ((html, "Sign in to the proxy"), ({"choices": []}, "without choices")):
+        with Server(lambda *_, payload=payload: (200, payload, {})) as server:
+            line = refusal(server)
+        assert words in line and "no chat completion" in line and "<" not in line
+
+
+def test_parts_of_a_message_are_joined():
+    """A content that is a list of parts of text."""
+    parts = [{"type": "text", "text": "Good "}, {"type": "output_text", "text": "evening."}]
+    with Server(lambda *_: (200, message(content=parts), {})) as server:
+        assert ask(server) == [Reply("Good evening.", "stop")]
+
+
+# ---- reasoning ----------------------------------------------------------------------------------------------------------
+
+SECRET, SPEECH = "I secretly plan\n\nto leave.", "Good evening.\n\n(bows)"
+RAW = {
+    "think": f"<think>\n{SECRET}\n</think>\n\n{SPEECH}",
+    "thinking": f"<Thinking>{SECRET}</THINKING>{SPEECH}",
+    "reasoning": f"  <reasoning>{SECRET}</reasoning>\n{SPEECH}",
+    "mistral": f"[THINK]{SECRET}[/THINK]{SPEECH}",
+    "opened in the prompt": f"{SECRET}\n</think>\n\n{SPEECH}",
+    "that mentions a tag": f"I open <think> first.\n{SECRET}</think>{SPEECH}",
+    "that mentions a closing tag": f"<think>{SECRET} then </think> {SECRET}</think>{SPEECH}",
+    "harmony": f"<|channel|>analysis<|message|>{SECRET}<|end|><|start|>assistant<|channel|>final<|message|>{SPEECH}<|return|>",
+    "harmony, opened": f"{SECRET}<|end|><|start|>assistant<|channel|>final<|message|>{SPEECH}",
+    "harmony with a comment": f"<|channel|>analysis<|message|>{SECRET}<|end|><|start|>assistant<|channel|>commentary"
+    f"<|message|>{SECRET}<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>{SPEECH}",
+    "harmony without markers": f"analysis{SECRET}assistantfinal{SPEECH}",
+}
+UNFINISHED = {
+    "think": f"<think>\n{SECRET}",
+    "thinking": f"\n<THINKING>{SECRET}",
+    "harmony": f"<|channel|>analysis<|message|>{SECRET}",
+    "harmony without markers": f"analysis{SECRET}",
+}
+
+
+@pytest.mark.parametrize("form", RAW)
+def test_reasoning_is_told_apart(form):
+    """In every form, all of it and nothing else; in what is shown while it comes as well."""
+    reasoning, text = split_reasoning(RAW[form])
+    assert text == SPEECH and "secretly" in reasoning and "bows" not in reasoning
+    assert not re.search(r"</?think>|<\|", text)
+    if "opened" not in form and "mentions" not in form:
+        for n in range(len(RAW[form]) + 1):
+            assert SPEECH.startswith(spoken_so_far(RAW[form][:n]).strip()), RAW[form][:n]
+
+
+@pytest.mark.parametrize("form", UNFINISHED)
+def test_unfinished_reasoning_is_all_reasoning(form):
+    """Nothing is said then."""
+    assert split_reasoning(UNFINISHED[form]) == (SECRET, "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Good evening.",
+        " I [think of him] say <b>no</b>.\n",
+        'He wrote <think> on the wall,\nand "<reasoning>" below.',
+        "[think it over] Well.",
+        "I was thinking. </b>",
+        "analysis of the evidence, Watson.",
+        "Analysis: none. The final word.",
+        "<thinker> is my name",
+        '{"flaws": [{"instance": "<think>"}]}',
+    ],
+)
+def test_speech_is_left_as_it_is(text):
+    """A tag in the middle of a line is only mentioned; nothing is stripped where there is no reasoning."""
+    assert split_reasoning(text) == ("", text) and spoken_so_far(text) == text
+
+
+def test_reasoning_in_the_middle_is_not_said():
+    """Between two lines, or closed on the line where it opens."""
+    for raw in ("Good evening.\n<think>\nsecret\n</think>\nSit.", "Good evening. <think>secret</think> Sit."):
+        reasoning, text = split_reasoning(raw)
+        assert reasoning == "secret" and text.split() == ["Good", "evening.", "Sit."]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"content": RAW["think"]}, (SPEECH, SECRET)),
+        ({"content": SPEECH, "reasoning_content": SECRET}, (SPEECH, SECRET)),
+        ({"content": SPEECH, "reasoning": SECRET, "reasoning_content": SECRET}, (SPEECH, SECRET)),
+        ({"content": SPEECH, "reasoning": None}, (SPEECH, "")),
+        ({"content": None, "reasoning_content": SECRET}, ("", SECRET)),
+        ({"reasoning": SECRET}, ("", SECRET)),
+        (
+            {
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": SECRET}]},
+                    {"type": "text", "text": SPEECH},
+                ]
+            },
+            (SPEECH, SECRET),
+        ),
+    ],
+)
+def test_an_endpoints_reasoning_is_kept_apart(fields, expected):
+    """In the text, in fields beside it, in parts."""
+    with Server(lambda *_: (200, message(**fields), {})) as server:
+        reply = ask(server)[0]
+    assert (reply.text, reply.reasoning) == expected and reply.error is None
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_model_that_reasons_gets_room(hidden):
+    """Cut off inside its reasoning it is asked once more with room for it, and has it from then on."""
+
+    def answer(body, _):
+        if body["max_tokens"] >= 1000:
+            return "Ada"
+        return 200, message("length", content="" if hidden else "<think>\nWho could"), {}
+
+    with Server(answer) as server:
+        model = Endpoint("m", server.url, KEY, concurrency=1)
+        replies = model.chat([HELLO] * 3, SamplingParams(0, max_tokens=32))
+    assert [reply.text for reply in replies] == ["Ada"] * 3
+    more = 32 + REASONING_TOKENS
+    assert [request.body["max_tokens"] for request in server.requests] == [32, more, more, more]
+
+
+def test_room_for_reasoning_is_given_once():
+    """A model that never comes to an end is not asked a third time; the reply says nothing."""
+    with Server(lambda *_: (200, message("length", content="<think>Who could"), {})) as server:
+        reply = ask(server)[0]
+    assert (reply.text, reply.reasoning, reply.error) == ("", "Who could", None) and len(server.requests) == 2
+
+
+# ---- limits -------------------------------------------------------------------------------------------------------------
+
+
+def test_limits_hold_for_all_models_at_an_address():
+    """Two models at one address, asked at once, share its number of requests in flight and per minute."""
+    now, most, times, lock = [0], [0], [], threading.Lock()
+
+    def answer(*_):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+            times.append(time.monotonic())
+        time.sleep(0.15)
+        with lock:
+            now[0] -= 1
+        return "yes"
+
+    with Server(answer) as server:
+        models = [Endpoint(name, server.url, KEY, concurrency=2, per_minute=1200) for name in ("m", "n")]
+        futures = [model.submit(HELLO, SamplingParams(0)) for _ in range(5) for model in models]
+        assert [future.result().text for future in futures] == ["yes"] * 10
+    assert most[0] == 2 and all(b - a >= 0.03 for a, b in itertools.pairwise(sorted(times)))
+
+
+def test_ctrl_c_does_not_wait_for_an_answer(tmp_path):
+    """A process of its own, interrupted while it waits, is gone at once and prints no trace of what it waited for."""
+    program = (
+        "import sys; from common import terminal; from llm.endpoint import Endpoint; "
+        "from engine.params import SamplingParams; "
+        "model = Endpoint('m', sys.argv[1], 'key', concurrency=4); "
+        "chat = [{'role': 'user', 'content': 'hello'}]; "
+        "terminal.run(lambda: model.chat([chat] * 8, SamplingParams(0)))"
+    )
+    over = threading.Event()
+    with Server(lambda *_: over.wait(60) and None) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, server.url], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        while len(server.requests) < 4 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        code, error = process.wait(20), process.stderr.read()
+        took = time.monotonic() - begun
+        over.set()
+    assert code == 130 and took < 10 and error.strip() == "stopped.", error
+    assert len(server.requests) == 4
 
 
 # ---- answers kept on disk -----------------------------------------------------------------------------------------------

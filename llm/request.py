@@ -1,0 +1,221 @@
+"""A chat request as OpenAI-compatible servers take it, what a server's answer means, and how to do without a
+parameter it refuses.
+"""
+
+import json
+import re
+
+from common.files import UsageError
+from engine.params import SamplingParams
+from llm.reply import Reply, split_reasoning
+
+LONGEST_TEXT = 2**15  # characters
+
+# what may be changed in a request; of a combination that a server refuses, the first of these is left out
+CHANGEABLE = ("response_format", "top_k", "min_p", "repetition_penalty", "top_p", "stop",
+              "random_seed", "seed", "temperature", "max_completion_tokens", "max_tokens")  # fmt: skip
+NEW_NAMES = {"max_tokens": "max_completion_tokens", "seed": "random_seed"}
+
+_NUMBER = r"['\"]?(-?(?:0|[1-9]\d*)(?:\.\d+)?)"
+_RANGE = re.compile(
+    rf"(?:between|range|from|within|in)[^\w-]*{_NUMBER}\s*(?:and|to|\.\.+|,|-|\u2013)\s*{_NUMBER}",
+    re.IGNORECASE,
+)
+_HIGH = re.compile(
+    r"(?:<=?|at most|less than(?: or equal to)?|maximum(?: value| length)?(?: of| is)?|up to|exceed)"
+    rf"[^\w-]*{_NUMBER}",
+    re.IGNORECASE,
+)
+_LOW = re.compile(
+    rf"(?:>=|at least|greater than or equal to|minimum(?: value)?(?: of| is)?)[^\w-]*{_NUMBER}", re.IGNORECASE
+)
+_REFUSAL = re.compile(
+    r"support|recogni[sz]ed|unknown|unexpected|permitted|allowed|invalid|extra|deprecated|must|should|expected|range|between"
+    r"|at most|at least|maximum|minimum|\btoo\b|greater|less|both|available|compatible|[<>]|default",
+    re.IGNORECASE,
+)
+_TOO_LONG = re.compile(
+    r"context.{0,20}(?:length|window|size|limit)|prompt is too long|too many (?:input )?tokens", re.IGNORECASE
+)
+_COMBINED = re.compile(r"\b(?:both|together|combin\w+|only one|simultaneously)\b", re.IGNORECASE)
+
+
+def request_body(model, messages, params):
+    """The JSON of a request: temperature, max_tokens, and of the other settings those that differ from the
+    servers' default.
+
+    UsageError names what a server cannot be asked for.
+    """
+    for name in ("choices", "stop_ids", "logprobs"):
+        if getattr(params, name):
+            raise UsageError(
+                f"{name}: an endpoint cannot be asked for this; use a local model, or leave it out"
+            )
+    default = SamplingParams()
+    body = {
+        "model": model,
+        "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
+        "temperature": params.temperature,
+        "max_tokens": params.max_tokens,
+    }
+    for name in ("top_p", "top_k", "min_p", "repetition_penalty", "seed"):
+        if getattr(params, name) != getattr(default, name):
+            body[name] = getattr(params, name)
+    if params.stop:
+        body["stop"] = list(params.stop)
+    if params.json_schema is not None:
+        schema = {"name": "answer", "schema": params.json_schema, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return body
+
+
+# ---- parameters that a server refuses -----------------------------------------------------------------------
+
+
+def changed(body, changes):
+    """A body after changes, {parameter: None (left out), a new name, or [low, high]}, in their order."""
+    body = dict(body)
+    for name, change in changes.items():
+        if name in body:
+            value = body.pop(name)
+            if isinstance(change, str):
+                body[change] = value
+            elif change:
+                body[name] = _narrowed(value, *change, wraps="seed" in name)
+    return body
+
+
+def change_for(body, words):
+    """(parameter, change) for a body that was refused in these words; None where no change can help."""
+    places = {
+        name: found.start()
+        for name in CHANGEABLE
+        if name in body and (found := re.search(rf"(?<!\w){name}(?!\w)", words))
+    }
+    if not places or _TOO_LONG.search(words) or not _REFUSAL.search(words):
+        return None
+    if len(places) > 1 and _COMBINED.search(words):
+        return next(iter(places)), None
+    name = min(places, key=places.get)
+    new_name, limits = NEW_NAMES.get(name), _limits(words)
+    if new_name and (re.search(rf"(?<!\w){new_name}(?!\w)", words) or (name == "max_tokens" and not limits)):
+        return name, new_name
+    narrowed = limits and _narrowed(body[name], *limits, wraps="seed" in name)
+    return name, limits if narrowed not in (None, [], body[name]) else None
+
+
+def _limits(words):
+    """[low, high] that a server names, None for one that it does not; None where it names neither."""
+    if found := _RANGE.search(words):
+        return [json.loads(found[1]), json.loads(found[2])]
+    low, high = (found and json.loads(found[1]) for found in (_LOW.search(words), _HIGH.search(words)))
+    return None if low is None and high is None else [low, high]
+
+
+def _narrowed(value, low, high, wraps):
+    """A value within a range: a list is cut, a seed wraps around (so that seeds still differ)."""
+    if isinstance(value, dict):
+        return None
+    if isinstance(value, list):
+        return value[:high] if isinstance(high, int) else None
+    if wraps and high is not None:
+        return value % (high + 1)
+    value = value if high is None else min(value, high)
+    return value if low is None else max(value, low)
+
+
+def describe(name, change):
+    """A change in words."""
+    if isinstance(change, str):
+        return f"{name} is sent as {change}"
+    if change is None:
+        return f"{name} is left out"
+    return f"{name} is kept " + " and ".join(
+        f"{side} {limit}" for side, limit in zip(("from", "to"), change, strict=True) if limit is not None
+    )
+
+
+# ---- answers -------------------------------------------------------------------------------------------------
+
+
+def status_and_error(status, answer, text):
+    """(status, words for an error message, words in which parameters are named) of an answer.
+
+    answer: its JSON, None if it is none. An error under status 200 gives the status that its code or type says.
+    """
+    error = None
+    if isinstance(answer, dict):
+        choice = next(iter(answer["choices"]), None) if isinstance(answer.get("choices"), list) else None
+        error = answer.get("error") or (choice.get("error") if isinstance(choice, dict) else None)
+        error = error or (answer if answer.get("object") == "error" or status != 200 else None)
+    if error is None and status == 200:
+        return status, "", ""
+    fields = error if isinstance(error, dict) else {"message": error}
+    if status == 200:
+        code, kind = str(fields.get("code")), f"{fields.get('code')} {fields.get('type')}"
+        if code.isdigit() and 400 <= int(code) < 600:
+            status = int(code)
+        else:
+            status = (
+                429 if "rate_limit" in kind else 400 if "invalid" in kind or "unsupported" in kind else 500
+            )
+    words = fields.get("message") or re.sub(r"<[^<>]*>", " ", text)
+    metadata = fields.get("metadata")  # a router's: the words of the server behind it
+    details = [fields.get("detail"), metadata.get("raw") if isinstance(metadata, dict) else None]
+    details = [detail if isinstance(detail, str) else json.dumps(detail) for detail in details if detail]
+    return status, str(words), " ".join([str(fields.get("param") or ""), str(words), *details])
+
+
+def read_reply(answer):
+    """The Reply in the JSON of an answer. ValueError says what it is where it is no chat completion."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if choices == []:
+        raise ValueError("an answer without choices, no chat completion")
+    try:
+        message, finish_reason = choices[0]["message"], str(choices[0].get("finish_reason") or "stop")
+        parts = _parts(message.get("content"))
+        parts += [("reasoning", message.get(name)) for name in ("reasoning_content", "reasoning")]
+        parts += [("refusal", message.get("refusal"))]
+        parts = [(kind, part) for kind, part in parts if isinstance(part, str) and part]
+        if not parts and "content" not in message:
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError("an answer that is no chat completion") from None
+    reasoning, text = split_reasoning("".join(part for kind, part in parts if kind.endswith("text")))
+    reasoning = [reasoning, *dict.fromkeys(part for kind, part in parts if kind in ("reasoning", "thinking"))]
+    refusal = " ".join(part for kind, part in parts if kind == "refusal")
+    error = f"the model refused: {refusal}" if refusal else None
+    if finish_reason == "content_filter" and not text.strip():
+        error = error or "the content filter withheld the answer"
+    if error:
+        text, finish_reason = "", "error"
+    reply = Reply(_clean(text), finish_reason, *_counts(answer.get("usage")), error=error)
+    reply.reasoning = _clean("\n".join(filter(None, reasoning)))
+    return reply
+
+
+def _parts(content):
+    """[(kind, text)] of a message's content: null, a string, or a list of parts (or lists)."""
+    if content is None or isinstance(content, str):
+        return [("text", content)]
+    if not isinstance(content, list):
+        raise ValueError
+    pairs = []
+    for part in content:
+        kind = part["type"]
+        pairs += [(kind, text) for _, text in _parts(part.get(kind) or part.get("text"))]
+    return pairs
+
+
+def _clean(text):
+    """Of bounded length, and without halves of surrogate pairs."""
+    return text[:LONGEST_TEXT].encode("utf-8", errors="replace").decode()
+
+
+def _counts(usage):
+    """Prompt, completion and cached tokens; 0 for what is no count."""
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    counts = usage.get("prompt_tokens"), usage.get("completion_tokens"), cached
+    return [count if type(count) is int and count >= 0 else 0 for count in counts]
