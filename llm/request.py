@@ -73,7 +73,7 @@ def request_body(model, messages, params):
 
 
 def changed(body, changes):
-    """A body after changes, {parameter: None (left out), a new name, or [low, high]}, in their order."""
+    """A body after {parameter: None (left out), a new name, or [low, high]}, applied in order."""
     body = dict(body)
     for name, change in changes.items():
         if name in body:
