@@ -2,20 +2,25 @@
 
 import email.utils
 import http.server
+import io
 import itertools
 import json
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
+from conftest import random_config, random_model
 
 import checkpoint
 import llm
@@ -24,8 +29,8 @@ from common.files import ROOT, UsageError
 from generate import SamplingParams
 from llm import Reply, endpoint, local
 from llm.endpoint import Endpoint
-from llm.reply import REASONING_TOKENS, split_reasoning, spoken_so_far
-from tokenizer import load_tokenizer
+from llm.reply import REASONING_TOKENS, open_tag, split_reasoning, spoken_so_far
+from tokenizer import QWEN2_PATTERN, load_tokenizer
 
 KEY = "sk-test-4f9c2e71d0"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -1191,6 +1196,148 @@ def test_a_chat_marker_ends_a_turn(tiny_actor):
     reply = model.chat([HELLO], SamplingParams(0, max_tokens=8))[0]
     assert (reply.ids, reply.finish_reason) == (whole.ids[:n], "stop")
     assert reply.text == model.tokenizer.decode(whole.ids[:n])
+
+
+@pytest.fixture
+def reasoner(tmp_path):
+    """A checkpoint that answers "<think>plan</think>Hi" to everything, tags as added tokens: each token determines the next."""
+    chain = ["<think>", *"plan", "</think>", *"Hi", "<|im_end|>"]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    ids = {token: i for i, token in enumerate([*alphabet, *specials])} | {"\n": alphabet.index("\u010a")}
+    config = random_config(
+        0, vocab_size=len(alphabet) + 4, hidden_size=32, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = random_model(replace(config, head_dim=8, tie_word_embeddings=False, max_position_embeddings=8192))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if parameter.ndim == 1 else 0.0)
+            for i, (token, following) in enumerate(
+                zip(["\n", ":", *chain], [chain[0], *chain, ""], strict=False)
+            ):
+                if "embed_tokens" in name:
+                    parameter[ids[token], i] = 1.0
+                if "lm_head" in name and following:
+                    parameter[ids[following], i] = 1.0
+    checkpoint.save_model(model, tmp_path / "reasoner")
+    hf = {
+        "added_tokens": [{"id": ids[name], "content": name, "special": "im" in name} for name in specials],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": QWEN2_PATTERN},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        },
+        "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate(alphabet)}, "merges": []},
+    }
+    (tmp_path / "reasoner" / "tokenizer.json").write_text(json.dumps(hf))
+    return tmp_path / "reasoner"
+
+
+@pytest.mark.parametrize("opening", ["", "Ada:"])
+def test_a_local_models_reasoning_is_kept_apart(reasoner, opening):
+    """In the reply, in what is shown while it is spoken, and in the prompts that follow."""
+    model = llm.open_model(reasoner)
+    model.ask("key", HELLO, SamplingParams(0, max_tokens=60), opening)
+    shown, done = set(), []
+    while not done:
+        done = model.step()
+        shown |= set() if done else {model.spoken("key")}
+    [(_, reply)] = done
+    assert (reply.text, reply.reasoning, reply.finish_reason) == ("Hi", "plan", "stop")
+    assert shown <= {"", "H", "Hi"} and model.tokenizer.decode(reply.ids) == "<think>plan</think>Hi"
+    said = {"role": "assistant", "content": f"{opening}Hi", "opening": opening, "sampled": reply.ids}
+    plain = {"role": "assistant", "content": f"{opening}Hi"}
+    prompts = [model.prompt([*HELLO, own, *HELLO], opening) for own in (said, plain)]
+    assert prompts[0] == prompts[1] and prompts[0][1] == 0
+
+
+def test_a_local_model_that_reasons_gets_room(reasoner):
+    """Cut off inside its reasoning it is asked once more, and has the room from then on."""
+    model = llm.open_model(reasoner)
+    asked, add = [], model.engine.add
+    model.engine.add = lambda ids, params: asked.append(params.max_tokens) or add(ids, params)
+    for _ in range(2):
+        replies = model.chat([HELLO] * 2, SamplingParams(0, max_tokens=3))
+        assert [(reply.text, reply.reasoning) for reply in replies] == [("Hi", "plan")] * 2
+    assert asked == [3, 3] + [3 + REASONING_TOKENS] * 4
+
+
+def test_a_chat_shows_no_reasoning(reasoner, script, monkeypatch):
+    """generate.py prints what is said, and its next prompt holds no more."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Good day\nAnd?\n"))
+    options = ["--model", reasoner, "--temperature", 0, "--dtype", "float32", "--stats"]
+    code, out, err = script("generate", "--chat", *options)
+    assert (code, out) == (0, "Hi\nHi\n")
+    counts = [int(n) for n in re.findall(r"of (\d+) prompt tokens", err)]
+    tokenizer = load_tokenizer(reasoner)
+    chat = [{"role": "user", "content": "Good day"}, {"role": "assistant", "content": "Hi"}]
+    rendered = tokenizer.render([*chat, {"role": "user", "content": "And?"}], add_generation_prompt=True)[0]
+    assert counts[1] == len(rendered)
+
+
+def test_a_tag_at_the_end_of_a_prompt_opens_reasoning():
+    """As templates of models that always reason have it; a user's tag does not."""
+    assert open_tag("<|assistant|><think>\n") == "<think>" and open_tag("<think>x<|assistant|>\n") == ""
+    assert split_reasoning("<think>" + SECRET) == (SECRET, "")
+
+
+def test_stop_ids_of_the_caller_are_kept(tiny_actor):
+    """Beside the markers of the chat."""
+    model = llm.open_model(tiny_actor)
+    whole = model.chat([HELLO], SamplingParams(0, max_tokens=8))[0].ids
+    n = next(i for i in range(1, 8) if whole[i] not in whole[:i])
+    assert model.chat([HELLO], SamplingParams(0, max_tokens=8, stop_ids=(whole[n],)))[0].ids == whole[:n]
+
+
+@pytest.mark.parametrize("left", [1, 8, 30])
+def test_a_request_that_cannot_fit_ends_nothing(tiny_actor, left):
+    """A schema whose shortest text is longer than what is left of the context is an error of that request alone."""
+    model = llm.open_model(tiny_actor)
+    word = model.encode(" a")
+    count = (model.engine.room - left - len(model.prompt(HELLO)[0])) // len(word)
+    long = [{"role": "user", "content": "hello" + " a" * count}]
+    names = [f"a_long_name_{i}" for i in range(20)]
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "integer"} for name in names},
+        "required": names,
+        "additionalProperties": False,
+    }
+    params = SamplingParams(0, json_schema=schema, max_tokens=2000)
+    long_reply, short_reply = model.chat([long, HELLO], params)
+    assert (
+        long_reply.finish_reason == "error"
+        and "tokens" in long_reply.error
+        and str(tiny_actor) in long_reply.error
+    )
+    assert short_reply.error is None and list(json.loads(short_reply.text)) == names
+
+
+def test_models_of_any_form_have_a_fingerprint(tiny_actor, tmp_path):
+    """A single file, an adapter, which counts with its base, and a directory: a byte changed anywhere is another model."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF weights")
+    one = local.fingerprint(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF other weights")
+    assert local.fingerprint(tmp_path / "model.gguf") != one
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_actor, base)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../base"}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"A and B")
+    seen = {local.fingerprint(base), local.fingerprint(adapter)}
+    (adapter / "adapter_model.safetensors").write_bytes(b"A and C")
+    seen.add(local.fingerprint(adapter))
+    (base / "manifest.json").unlink()
+    seen.add(local.fingerprint(adapter))
+    assert len(seen) == 4
 
 
 def test_an_endpoint_is_not_given_an_opening():
