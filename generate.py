@@ -54,7 +54,7 @@ def find_character(name, spec=None):
 
 
 def show(pieces, stats="", tag=None):
-    """Prints a stream of text, thoughts and actions styled; Ctrl-C ends it. Returns (text, Completion or None).
+    """Prints a stream of text, styled; Ctrl-C ends it. Returns the text, and the Completion or None.
 
     stats: what to print of the speed besides its numbers, "" for nothing at all. tag: None shows all of the
     text; else no reasoning is shown, and tag is what opens it at the end of the prompt ("" if nothing does).

@@ -26,7 +26,7 @@ import httpx
 from common import terminal
 from common.files import UsageError, make_dir, write_whole
 from llm.reply import REASONING_TOKENS, Reply, needs_room
-from llm.request import change_for, changed, describe, read_reply, request_body, status_and_error
+from llm.request import change_for, changed, describe, read_error, read_reply, request_body
 
 TRIES = 5
 TIMEOUT, CONNECT_TIMEOUT = 120, 10  # seconds without a byte of an answer, and for a connection
@@ -90,21 +90,15 @@ class Endpoint:
         self.address = Address.at(parsed, concurrency, per_minute)
         self.changes = self.address.changes.setdefault(model, {})
         self.reasoning_tokens = 0
-        self.down = (
-            False  # a request has failed in all its tries: until one succeeds, each is tried only once
-        )
+        self.down = False  # a request failed in all its tries; until one succeeds, each is tried only once
         try:
             headers, limits = {"Authorization": f"Bearer {self.key}"}, httpx.Limits(max_connections=None)
             self.client = httpx.AsyncClient(headers=headers, limits=limits)
         except (ValueError, ImportError, httpx.InvalidURL) as error:
-            raise UsageError(
-                f"{self.name}: {error}; check the proxies in HTTP_PROXY, ALL_PROXY, NO_PROXY"
-            ) from None
+            raise UsageError(f"{self.name}: {error}; check HTTP_PROXY, ALL_PROXY and NO_PROXY") from None
 
     def check_url(self):
-        """The URL in parts; UsageError where it is not an address or holds more than one, without showing a
-        password.
-        """
+        """The URL in parts; a UsageError where it is not a plain http(s) one shows no password in it."""
         try:
             url = httpx.URL(self.url)
             valid = url.scheme in ("http", "https") and url.host
@@ -113,12 +107,10 @@ class Endpoint:
         if not valid:
             shown = re.sub(r"//[^/]*@", "//", self.url)
             raise UsageError(
-                f"{self.name} at {shown}: not an http(s) URL; check OPENAI_BASE_URL or what follows the @"
+                f"{self.name} at {shown}: not an http(s) URL; check OPENAI_BASE_URL and the @URL"
             )
         if url.userinfo or url.query or url.fragment:
-            raise UsageError(
-                f"{self.name} at {url.host}: no user, query or fragment may be in the URL; set OPENAI_API_KEY"
-            )
+            raise UsageError(f"{self.name} at {url.host}: the URL may have no user, query or fragment")
         return url
 
     def find_key(self, key, host):
@@ -126,9 +118,7 @@ class Endpoint:
         variable = "OPENAI_API_KEY_" + re.sub(r"\W", "_", host).upper()
         key = (key or os.environ.get(variable) or os.environ.get("OPENAI_API_KEY") or "").strip()
         if not key:
-            raise UsageError(
-                f"{self.name}: set OPENAI_API_KEY or {variable} (to any word, for a server that needs no key)"
-            )
+            raise UsageError(f"{self.name}: set OPENAI_API_KEY or {variable} (any word, if none is needed)")
         if not key.isascii() or not key.isprintable() or " " in key:
             raise UsageError("OPENAI_API_KEY: has characters that no key has; was it pasted incompletely?")
         return key
@@ -177,16 +167,15 @@ class Endpoint:
             return reply
 
     def kept(self, file):
-        """The Reply in a file, None if there is none; how its request had to be changed is known from then
-        on.
-        """
+        """The Reply in a file, None if there is none; what had to be changed for it is known from then on."""
         try:
-            line = json.loads(file.read_bytes())
-            reply, changes = Reply(**line["reply"]), [*line["changes"].items()]
-        except (OSError, ValueError, TypeError, LookupError, AttributeError):
+            kept = json.loads(file.read_bytes())
+            reply, changes = Reply(**kept["reply"]), dict(kept["changes"])
+        except (OSError, ValueError, TypeError, LookupError):
             return None
-        for name, change in changes:
-            self.learn(name, change, "as answers on disk say")
+        for name, change in changes.items():
+            if name not in self.changes:
+                self.learn(name, change, "as for answers on disk")
         return reply
 
     def learn(self, name, change, reason):
@@ -196,9 +185,7 @@ class Endpoint:
             terminal.note(f"{self.name}: {describe(name, change)} from now on ({reason})")
 
     async def fetch(self, body, added_tokens):
-        """The Reply to a request, after retries; 429 does not count as one and is bounded only by the
-        deadline.
-        """
+        """The Reply to a request, after retries; those after 429 are limited by the deadline alone."""
         body = {**body, "max_tokens": body["max_tokens"] + added_tokens}
         tries, failed, retries, begun = 1 if self.down else TRIES, 0, 0, None
         while True:
@@ -224,14 +211,16 @@ class Endpoint:
             await sleep(pause)
         self.down = self.down or not busy
         limit = f"in {tries} tries" if failed == tries else f"within {DEADLINE:g} s"
-        return Reply(
-            "", "error", error=f"{self.name} at {self.url} did not answer {limit}; the last: {trouble}"
-        )
+        return self.failure(f"did not answer {limit}; the last: {trouble}")
+
+    def failure(self, what):
+        return Reply("", "error", error=f"{self.name} at {self.url} {what}")
 
     async def attempt(self, body, deadline):
-        """The Reply that ends a request; (trouble, whether it is 429, Retry-After in seconds or None) where
-        it is to be retried; None where it is to be sent again with a parameter changed. UsageError where no
-        request can succeed.
+        """Sends a request once. UsageError where no request can succeed.
+
+        Returns a Reply; or, for a retry, (what went wrong, whether it is 429, Retry-After in seconds if any);
+        or None where a parameter is changed from now on and the request is to be sent again at once.
         """
         try:
             status, content, retry_after = await self.post(body, deadline)
@@ -242,7 +231,7 @@ class Endpoint:
             answer = json.loads(content)
         except (ValueError, RecursionError):
             answer = None
-        status, words, named = status_and_error(status, answer, text)
+        status, words, parameter = read_error(status, answer, text)
         if status == 200:
             try:
                 return self.without_key(read_reply(answer))
@@ -251,26 +240,21 @@ class Endpoint:
         trouble = f"HTTP {status}: {self.shown(words)}"
         if status in (401, 403, 404):
             raise UsageError(f"{self.name} at {self.url} refused: {trouble}")
-        if status in (400, 422) and (change := change_for(body, named)):
+        if status in (400, 422) and (change := change_for(body, f"{parameter} {words}")):
             name, how = change
             tried = name in self.changes and changed(body, self.changes) == body
             self.learn(name, None if tried else how, trouble)
             return None
         if status not in (408, 409, 425, 429) and status < 500:
-            return Reply("", "error", error=f"{self.name} at {self.url} refused: {trouble}")
+            return self.failure(f"refused: {trouble}")
         return trouble, status == 429, seconds_of(retry_after)
 
     async def post(self, body, deadline):
-        """(status, content, Retry-After) of an answer; TimeoutError at the deadline, however slowly it
-        trickles in.
-        """
+        """(status, content, Retry-After) of an answer; TimeoutError at the deadline, even in mid-answer."""
         left = max(0.01, deadline - time.monotonic())
         timeout = httpx.Timeout(min(TIMEOUT, left), connect=CONNECT_TIMEOUT)
-        url, content = f"{self.url}/chat/completions", bytearray()
-        async with (
-            asyncio.timeout(left),
-            self.client.stream("POST", url, json=body, timeout=timeout) as response,
-        ):
+        content, request = bytearray(), dict(url=f"{self.url}/chat/completions", json=body, timeout=timeout)
+        async with asyncio.timeout(left), self.client.stream("POST", **request) as response:
             async for chunk in response.aiter_bytes():
                 content += chunk
                 if len(content) > LARGEST:
@@ -279,18 +263,16 @@ class Endpoint:
 
     def shown(self, words):
         """A server's words for an error message: one short line, without HTML tags and without the key."""
-        return (
-            " ".join(re.sub(r"<[^<>]*>", " ", words.replace(self.key, "***")).split())[:300] or "no message"
-        )
+        words = re.sub(r"<[^<>]*>", " ", words.replace(self.key, "***"))
+        return " ".join(words.split())[:300] or "no message"
 
     def without_key(self, reply):
         """A Reply in which no text repeats the key."""
         if reply.error:
             reply.error = f"{self.name} at {self.url}: {self.shown(reply.error)}"
         if len(self.key) >= 16:  # a shorter one may be a word
-            reply.text, reply.reasoning = (
-                part.replace(self.key, "***") for part in (reply.text, reply.reasoning)
-            )
+            reply.text = reply.text.replace(self.key, "***")
+            reply.reasoning = reply.reasoning.replace(self.key, "***")
         return reply
 
 

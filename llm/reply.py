@@ -86,4 +86,4 @@ def open_tag(prompt):
 def needs_room(reply):
     """Whether a reply was cut off by max_tokens before the model had finished reasoning."""
     hidden = reply.ids is None  # an endpoint may not show its reasoning
-    return reply.finish_reason == "length" and not reply.text.strip() and bool(reply.reasoning or hidden)
+    return reply.finish_reason == "length" and not reply.text and bool(reply.reasoning or hidden)

@@ -1,6 +1,4 @@
-"""A chat request as OpenAI-compatible servers take it, what a server's answer means, and how to do without a
-parameter it refuses.
-"""
+"""The JSON of requests to OpenAI-compatible servers, of their refusals and of their answers."""
 
 import json
 import re
@@ -16,40 +14,32 @@ CHANGEABLE = ("response_format", "top_k", "min_p", "repetition_penalty", "top_p"
               "random_seed", "seed", "temperature", "max_completion_tokens", "max_tokens")  # fmt: skip
 NEW_NAMES = {"max_tokens": "max_completion_tokens", "seed": "random_seed"}
 
-_NUMBER = r"['\"]?(-?(?:0|[1-9]\d*)(?:\.\d+)?)"
-_RANGE = re.compile(
-    rf"(?:between|range|from|within|in)[^\w-]*{_NUMBER}\s*(?:and|to|\.\.+|,|-|\u2013)\s*{_NUMBER}",
-    re.IGNORECASE,
-)
+# how servers word the range of a parameter, a refusal, a prompt that is too long, and a combination
+_NUMBER = r"[^\w-]*(-?(?:0|[1-9]\d*)(?:\.\d+)?)"
+_RANGE = re.compile(rf"(?i)(?:between|range|from|within|in){_NUMBER}\s*(?:and|to|\.\.+|,|-|\u2013){_NUMBER}")
 _HIGH = re.compile(
-    r"(?:<=?|at most|less than(?: or equal to)?|maximum(?: value| length)?(?: of| is)?|up to|exceed)"
-    rf"[^\w-]*{_NUMBER}",
-    re.IGNORECASE,
+    rf"(?i)(?:<=?|at most|less than(?: or equal to)?|max(?:imum)?\b(?: \w+){{0,2}}|up to){_NUMBER}"
 )
-_LOW = re.compile(
-    rf"(?:>=|at least|greater than or equal to|minimum(?: value)?(?: of| is)?)[^\w-]*{_NUMBER}", re.IGNORECASE
-)
-_REFUSAL = re.compile(
-    r"support|recogni[sz]ed|unknown|unexpected|permitted|allowed|invalid|extra|deprecated|must|should|expected|range|between"
-    r"|at most|at least|maximum|minimum|\btoo\b|greater|less|both|available|compatible|[<>]|default",
-    re.IGNORECASE,
+_LOW = re.compile(rf"(?i)(?:>=|at least|greater than or equal to|min(?:imum)?\b(?: \w+){{0,2}}){_NUMBER}")
+_REFUSED = re.compile(
+    r"(?i)support|recogni[sz]ed|unknown|unexpected|permitted|allowed|invalid|extra|deprecated|must|should|both"
+    r"|expected|range|between|at (?:most|least)|m(?:ax|in)imum|\btoo\b|greater|less|available|compatible|[<>]"
 )
 _TOO_LONG = re.compile(
-    r"context.{0,20}(?:length|window|size|limit)|prompt is too long|too many (?:input )?tokens", re.IGNORECASE
+    r"(?i)context.{0,20}(?:length|window|size|limit)|prompt is too long|too many.{0,7} tokens"
 )
-_COMBINED = re.compile(r"\b(?:both|together|combin\w+|only one|simultaneously)\b", re.IGNORECASE)
+_COMBINED = re.compile(r"(?i)\b(?:both|together|combin\w+|only one|simultaneously)\b")
 
 
 def request_body(model, messages, params):
-    """The JSON of a request: temperature, max_tokens, and of the other settings those that differ from the
-    servers' default.
+    """The JSON of a request: temperature, max_tokens, and what else differs from the servers' default.
 
     UsageError names what a server cannot be asked for.
     """
     for name in ("choices", "stop_ids", "logprobs"):
         if getattr(params, name):
             raise UsageError(
-                f"{name}: an endpoint cannot be asked for this; use a local model, or leave it out"
+                f"{name}: an endpoint cannot be asked for this; leave it out or use a local model"
             )
     default = SamplingParams()
     body = {
@@ -69,11 +59,11 @@ def request_body(model, messages, params):
     return body
 
 
-# ---- parameters that a server refuses -----------------------------------------------------------------------
+# ---- parameters that a server refuses -------------------------------------------------------------------
 
 
 def changed(body, changes):
-    """A body after {parameter: None (left out), a new name, or [low, high]}, applied in order."""
+    """A body after {parameter: None (left out), its new name, or [low, high]}, in order."""
     body = dict(body)
     for name, change in changes.items():
         if name in body:
@@ -92,7 +82,7 @@ def change_for(body, words):
         for name in CHANGEABLE
         if name in body and (found := re.search(rf"(?<!\w){name}(?!\w)", words))
     }
-    if not places or _TOO_LONG.search(words) or not _REFUSAL.search(words):
+    if not places or _TOO_LONG.search(words) or not _REFUSED.search(words):
         return None
     if len(places) > 1 and _COMBINED.search(words):
         return next(iter(places)), None
@@ -135,35 +125,30 @@ def describe(name, change):
     )
 
 
-# ---- answers -------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------
 
 
-def status_and_error(status, answer, text):
-    """(status, words for an error message, words in which parameters are named) of an answer.
+def read_error(status, answer, text):
+    """(status, the server's words, the parameter they are about) of an answer; (200, "", "") if it is fine.
 
-    answer: its JSON, None if it is none. An error under status 200 gives the status that its code or type says.
+    answer: its JSON, None if it is none. An error under status 200 has the status that its code or type says.
     """
-    error = None
-    if isinstance(answer, dict):
-        choice = next(iter(answer["choices"]), None) if isinstance(answer.get("choices"), list) else None
-        error = answer.get("error") or (choice.get("error") if isinstance(choice, dict) else None)
-        error = error or (answer if answer.get("object") == "error" or status != 200 else None)
-    if error is None and status == 200:
-        return status, "", ""
-    fields = error if isinstance(error, dict) else {"message": error}
+    answer = answer if isinstance(answer, dict) else {}
+    choice = next(iter(answer["choices"]), None) if isinstance(answer.get("choices"), list) else None
+    error = answer.get("error") or (choice.get("error") if isinstance(choice, dict) else None)
+    error = error or (answer if answer.get("object") == "error" or status != 200 else None)
+    if error is None:
+        return 200, "", ""
+    error = error if isinstance(error, dict) else {"message": error}
     if status == 200:
-        code, kind = str(fields.get("code")), f"{fields.get('code')} {fields.get('type')}"
-        if code.isdigit() and 400 <= int(code) < 600:
-            status = int(code)
-        else:
-            status = (
-                429 if "rate_limit" in kind else 400 if "invalid" in kind or "unsupported" in kind else 500
-            )
-    words = fields.get("message") or re.sub(r"<[^<>]*>", " ", text)
-    metadata = fields.get("metadata")  # a router's: the words of the server behind it
-    details = [fields.get("detail"), metadata.get("raw") if isinstance(metadata, dict) else None]
-    details = [detail if isinstance(detail, str) else json.dumps(detail) for detail in details if detail]
-    return status, str(words), " ".join([str(fields.get("param") or ""), str(words), *details])
+        code = str(error.get("code"))
+        kind = f"{code} {error.get('type')}"
+        known = 429 if "rate_limit" in kind else 400 if re.search("invalid|unsupported", kind) else 500
+        status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else known
+    metadata = error.get("metadata")  # of a router: the words of the server behind it
+    details = [error.get("detail"), metadata.get("raw") if isinstance(metadata, dict) else None]
+    words = [error.get("message"), *(d if isinstance(d, str) else json.dumps(d) for d in details if d)]
+    return status, " ".join(map(str, filter(None, words))) or text, str(error.get("param") or "")
 
 
 def read_reply(answer):
@@ -182,16 +167,16 @@ def read_reply(answer):
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError("an answer that is no chat completion") from None
     reasoning, text = split_reasoning("".join(part for kind, part in parts if kind.endswith("text")))
-    reasoning = [reasoning, *dict.fromkeys(part for kind, part in parts if kind in ("reasoning", "thinking"))]
-    refusal = " ".join(part for kind, part in parts if kind == "refusal")
-    error = f"the model refused: {refusal}" if refusal else None
-    if finish_reason == "content_filter" and not text.strip():
-        error = error or "the content filter withheld the answer"
+    beside = dict.fromkeys(part for kind, part in parts if kind in ("reasoning", "thinking"))
+    reasoning, error = "\n".join(filter(None, [reasoning, *beside])), None
+    if refusal := " ".join(part for kind, part in parts if kind == "refusal"):
+        error = f"the model refused: {refusal}"
+    elif finish_reason == "content_filter" and not text.strip():
+        error = "the content filter withheld the answer"
     if error:
         text, finish_reason = "", "error"
-    reply = Reply(_clean(text), finish_reason, *_counts(answer.get("usage")), error=error)
-    reply.reasoning = _clean("\n".join(filter(None, reasoning)))
-    return reply
+    counts = _counts(answer.get("usage"))
+    return Reply(_clean(text), finish_reason, *counts, error=error, reasoning=_clean(reasoning))
 
 
 def _parts(content):

@@ -1,4 +1,5 @@
-"""The seam to models: an endpoint over real HTTP on 127.0.0.1, a checkpoint, and which actor plays when none is named."""
+"""The seam to models: an endpoint over real HTTP on 127.0.0.1, a checkpoint, and which actor plays when none
+is named."""
 
 import email.utils
 import http.server
@@ -39,8 +40,8 @@ HELLO = [{"role": "user", "content": "hello"}]
 class Server(http.server.ThreadingHTTPServer):
     """An OpenAI-compatible endpoint on 127.0.0.1 that keeps all it was asked in `requests`.
 
-    answer(body, number) gives the text of a completion, or (status, payload, headers) with a payload of bytes or for JSON, or
-    None to hang up without a word.
+    answer(body, number) gives the text of a completion, or (status, payload, headers) with a payload of bytes
+    or for JSON, or None to hang up without a word.
     """
 
     daemon_threads = True
@@ -99,7 +100,8 @@ def completion(text):
 
 
 class Script:
-    """A model object that answers with `say(messages, params)` and keeps (messages, params) of all it was asked.
+    """A model object that answers with `say(messages, params)` and keeps (messages, params) of all it was
+    asked.
 
     `openings` are what its replies were to begin with, `batches` how many were asked for at a time.
     """
@@ -166,7 +168,7 @@ def refusal(server, **options):
     return line
 
 
-# ---- what is sent, and what comes back ----------------------------------------------------------------------------------
+# ---- what is sent, and what comes back -------------------------------------------------------------------
 
 
 def test_body_and_headers_sent():
@@ -191,7 +193,8 @@ def test_body_and_headers_sent():
 
 
 def test_replies_come_in_order_and_are_asked_for_together():
-    """Replies stand in the order of the conversations, each asked with its own parameters, several at once but not too many."""
+    """Replies stand in the order of the conversations, each asked with its own parameters, several at once
+    but not too many."""
     together, at_once, most = threading.Barrier(3), 0, 0
 
     def answer(body, number):
@@ -227,7 +230,7 @@ def test_token_counts_are_the_endpoints():
             assert ask(server) == [expected]
 
 
-# ---- trouble ------------------------------------------------------------------------------------------------------------
+# ---- trouble ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 529])
@@ -288,7 +291,8 @@ def test_a_pause_that_outlasts_the_deadline_is_not_announced(pauses, monkeypatch
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_what_more_tries_cannot_mend_ends_at_once(status, pauses):
-    """A refusal is not asked again; the line has the model, the address, the status and the server's own words."""
+    """A refusal is not asked again; the line has the model, the address, the status and the server's own
+    words."""
     with Server(
         lambda *_: (status, {"error": {"message": "no such\nmodel"}}, {"Retry-After": "1"})
     ) as server:
@@ -354,7 +358,8 @@ def test_time_out_is_one_clear_line(monkeypatch, pauses):
 
 @pytest.mark.parametrize("way", ["retries", "trickle"])
 def test_there_is_a_deadline_for_everything(way, monkeypatch):
-    """Neither a server that fails again and again nor one that answers byte by byte holds a request for longer."""
+    """Neither a server that fails again and again nor one that answers byte by byte holds a request for
+    longer."""
     monkeypatch.setattr(endpoint, "DEADLINE", 0.5)
 
     def answer(*_):
@@ -521,11 +526,12 @@ def test_so_many_requests_a_minute():
     assert all(at - begun >= 0.05 * i - 0.01 for i, at in enumerate(sorted(times)))
 
 
-# ---- what an endpoint refuses -------------------------------------------------------------------------------------------
+# ---- what an endpoint refuses ----------------------------------------------------------------------------
 
 
 def picky(refuses):
-    """A server that answers 400 as refuses(body) says, a message or (message, param), and "yes" where it says None."""
+    """A server that answers 400 as refuses(body) says, a message or (message, param), and "yes" where it says
+    None."""
 
     def answer(body, _):
         refused = refuses(body)
@@ -553,7 +559,8 @@ def reasoning_models(body):
 
 
 def test_refused_parameters_are_adapted_once_and_remembered(capsys):
-    """The models of OpenAI that reason: two refusals in all, whatever is asked later; told once each, and recorded."""
+    """The models of OpenAI that reason: two refusals in all, whatever is asked later; told once each, and
+    recorded."""
     with picky(reasoning_models) as server:
         model = Endpoint("m", server.url, KEY, concurrency=1)
         assert model.adaptations == []
@@ -592,7 +599,7 @@ def test_requests_in_flight_adapt_together():
     ("refuses", "sent", "adaptations"),
     [
         (
-            lambda b: b["max_tokens"] > 4096 and "max_tokens is too large: 9000. This model supports at most 4096",
+            lambda b: b["max_tokens"] > 4096 and "max_tokens is too large: 9000. It takes at most 4096",
             {"max_tokens": 4096},
             ["max_tokens is kept to 4096"],
         ),
@@ -618,18 +625,18 @@ def test_requests_in_flight_adapt_together():
         ),
         (
             lambda b: len(b["stop"]) > 4
-            and ("Invalid 'stop': array too long. Expected an array with maximum length 4, but got 6", "stop"),
+            and ("Invalid 'stop': array too long. Expected one with maximum length 4, not 6", "stop"),
             {"stop": list("abcd")},
             ["stop is kept to 4"],
         ),
         (
-            lambda b: "top_p" in b and "`temperature` and `top_p` cannot both be specified. Please use only one.",
+            lambda b: "top_p" in b and "`temperature` and `top_p` cannot both be given; use only one.",
             {"top_p": None, "temperature": 1.5},
             ["top_p is left out"],
         ),
         (
-            lambda b: any(name in b for name in ("top_k", "min_p", "repetition_penalty"))
-            and f"Unrecognized request argument supplied: {next(n for n in b if n in ('top_k', 'min_p', 'repetition_penalty'))}",
+            lambda b: (unknown := [n for n in ("top_k", "min_p", "repetition_penalty") if n in b])
+            and f"Unrecognized request argument supplied: {unknown[0]}",
             {"top_k": None, "min_p": None, "repetition_penalty": None},
             ["top_k is left out", "min_p is left out", "repetition_penalty is left out"],
         ),
@@ -705,7 +712,7 @@ def test_kept_answers_tell_what_was_adapted(tmp_path):
         assert after.adaptations == adaptations and len(server.requests) == asked == 3
 
 
-# ---- answers that are no plain completion -------------------------------------------------------------------------------
+# ---- answers that are no plain completion ----------------------------------------------------------------
 
 
 def message(finish_reason="stop", **fields):
@@ -786,7 +793,7 @@ def test_parts_of_a_message_are_joined():
         assert ask(server) == [Reply("Good evening.", "stop")]
 
 
-# ---- reasoning ----------------------------------------------------------------------------------------------------------
+# ---- reasoning -------------------------------------------------------------------------------------------
 
 SECRET, SPEECH = "I secretly plan\n\nto leave.", "Good evening.\n\n(bows)"
 RAW = {
@@ -797,10 +804,12 @@ RAW = {
     "opened in the prompt": f"{SECRET}\n</think>\n\n{SPEECH}",
     "that mentions a tag": f"I open <think> first.\n{SECRET}</think>{SPEECH}",
     "that mentions a closing tag": f"<think>{SECRET} then </think> {SECRET}</think>{SPEECH}",
-    "harmony": f"<|channel|>analysis<|message|>{SECRET}<|end|><|start|>assistant<|channel|>final<|message|>{SPEECH}<|return|>",
+    "harmony": f"<|channel|>analysis<|message|>{SECRET}<|end|><|start|>assistant"
+    f"<|channel|>final<|message|>{SPEECH}<|return|>",
     "harmony, opened": f"{SECRET}<|end|><|start|>assistant<|channel|>final<|message|>{SPEECH}",
-    "harmony with a comment": f"<|channel|>analysis<|message|>{SECRET}<|end|><|start|>assistant<|channel|>commentary"
-    f"<|message|>{SECRET}<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>{SPEECH}",
+    "harmony with a comment": f"<|channel|>analysis<|message|>{SECRET}<|end|><|start|>assistant"
+    f"<|channel|>commentary<|message|>{SECRET}<|end|><|start|>assistant"
+    f"<|channel|>final <|constrain|>json<|message|>{SPEECH}",
     "harmony without markers": f"analysis{SECRET}assistantfinal{SPEECH}",
 }
 UNFINISHED = {
@@ -906,11 +915,12 @@ def test_room_for_reasoning_is_given_once():
     assert (reply.text, reply.reasoning, reply.error) == ("", "Who could", None) and len(server.requests) == 2
 
 
-# ---- limits -------------------------------------------------------------------------------------------------------------
+# ---- limits ----------------------------------------------------------------------------------------------
 
 
-def test_limits_hold_for_all_models_at_an_address():
-    """Two models at one address, asked at once, share its number of requests in flight and per minute."""
+@pytest.mark.parametrize("limits", [{"concurrency": 2}, {"concurrency": 8, "per_minute": 1200}])
+def test_limits_hold_for_all_models_at_an_address(limits):
+    """Two models at one address, asked at once, share its requests in flight and its requests per minute."""
     now, most, times, lock = [0], [0], [], threading.Lock()
 
     def answer(*_):
@@ -918,20 +928,26 @@ def test_limits_hold_for_all_models_at_an_address():
             now[0] += 1
             most[0] = max(most[0], now[0])
             times.append(time.monotonic())
-        time.sleep(0.15)
+        time.sleep(0.05)
         with lock:
             now[0] -= 1
         return "yes"
 
     with Server(answer) as server:
-        models = [Endpoint(name, server.url, KEY, concurrency=2, per_minute=1200) for name in ("m", "n")]
+        models = [Endpoint(name, server.url, KEY, **limits) for name in ("m", "n")]
+        begun = time.monotonic()
         futures = [model.submit(HELLO, SamplingParams(0)) for _ in range(5) for model in models]
         assert [future.result().text for future in futures] == ["yes"] * 10
-    assert most[0] == 2 and all(b - a >= 0.03 for a, b in itertools.pairwise(sorted(times)))
+    assert {request.body["model"] for request in server.requests} == {"m", "n"}
+    if "per_minute" in limits:
+        assert all(at - begun >= 0.05 * i - 0.01 for i, at in enumerate(sorted(times)))
+    else:
+        assert most[0] == 2
 
 
 def test_ctrl_c_does_not_wait_for_an_answer(tmp_path):
-    """A process of its own, interrupted while it waits, is gone at once and prints no trace of what it waited for."""
+    """A process of its own, interrupted while it waits, is gone at once and prints no trace of what it waited
+    for."""
     program = (
         "import sys; from common import terminal; from llm.endpoint import Endpoint; "
         "from engine.params import SamplingParams; "
@@ -955,11 +971,12 @@ def test_ctrl_c_does_not_wait_for_an_answer(tmp_path):
     assert len(server.requests) == 4
 
 
-# ---- answers kept on disk -----------------------------------------------------------------------------------------------
+# ---- answers kept on disk --------------------------------------------------------------------------------
 
 
 def test_an_answer_is_kept_and_not_asked_for_again(tmp_path):
-    """Under the hash of the request and its address: another text, seed, temperature, model or address is another request."""
+    """Under the hash of the request and its address: another text, seed, temperature, model or address is
+    another request."""
     with Server(lambda _, n: f"answer {n}") as server, Server(lambda *_: "other") as other:
 
         def once(text="hello", params=None, model="m", url=server.url):
@@ -1060,7 +1077,7 @@ def test_an_answer_that_cannot_be_unpacked_is_retried(pauses):
         assert ask(server)[0].text == "at last"
 
 
-# ---- keys and addresses -------------------------------------------------------------------------------------------------
+# ---- keys and addresses ----------------------------------------------------------------------------------
 
 
 def test_key_and_address_come_from_the_environment(monkeypatch):
@@ -1084,7 +1101,8 @@ def test_missing_key_is_told(monkeypatch):
 
 
 def test_a_model_has_an_address_and_a_key_of_its_own(monkeypatch):
-    """openai:MODEL@URL goes there whatever OPENAI_BASE_URL says, with OPENAI_API_KEY_<HOST> where that is set."""
+    """openai:MODEL@URL goes there whatever OPENAI_BASE_URL says, with OPENAI_API_KEY_<HOST> where that is
+    set."""
     with Server(lambda *_: "here") as here, Server(lambda *_: "there") as there:
         there.use(monkeypatch)
         for variable, key in ((None, KEY), ("OPENAI_API_KEY_127_0_0_1", "sk-another-one")):
@@ -1107,7 +1125,8 @@ def test_a_model_has_an_address_and_a_key_of_its_own(monkeypatch):
      "openai:m@https://host/v1?key=1"],
 )  # fmt: skip
 def test_an_address_that_would_mislead_is_told(spec, monkeypatch):
-    """No scheme, another scheme, no model, no host, a password or a query in it: one line, which shows no password."""
+    """No scheme, another scheme, no model, no host, a password or a query in it: one line, which shows no
+    password."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(UsageError) as error:
         llm.open_model(spec)
@@ -1135,7 +1154,8 @@ def test_an_address_that_is_none_is_told(url, pauses):
 @pytest.mark.parametrize("padding", [0, 270, 282])
 @pytest.mark.parametrize("form", ["message", "text", "html"])
 def test_the_key_is_in_no_message(status, padding, form, pauses):
-    """A server that repeats the key does not bring it to light, not even a part of it where its words are cut short."""
+    """A server that repeats the key does not bring it to light, not even a part of it where its words are cut
+    short."""
 
     def answer(*_):
         words = "x" * padding + f" wrong key {KEY}"
@@ -1155,18 +1175,20 @@ def test_the_key_is_in_no_message(status, padding, form, pauses):
     "key", [KEY + " ", " " + KEY, KEY + "\n", KEY + "\u2026", KEY + "\x7f", f"{KEY}\t{KEY}"]
 )
 def test_a_key_pasted_badly_is_not_shown(key, pauses):
-    """A key with a space, a line end or a stray character either works without it or is refused, and is not printed."""
+    """A key with a space, a line end or a stray character either works without it or is refused, and is not
+    printed."""
     with Server(lambda *_: (401, {"error": {"message": f"wrong key {key}"}}, {})) as server:
         line = refusal(server, key=key)
     assert KEY not in line
 
 
-# ---- checkpoints --------------------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("openings", [None, ["Hanne Brod:", "", "Wick Tarn:"]])
 def test_a_checkpoint_answers_as_its_model_does(tiny_actor, openings):
-    """Replies of a local model are the greedy tokens of a plain forward pass after the rendered chat and the opening."""
+    """Replies of a local model are the greedy tokens of a plain forward pass after the rendered chat and the
+    opening."""
     conversations = [
         [{"role": "system", "content": "S"}, {"role": "user", "content": "you " * n}] for n in (1, 7, 3)
     ]
@@ -1187,7 +1209,8 @@ def test_a_checkpoint_answers_as_its_model_does(tiny_actor, openings):
 
 
 def test_a_chat_marker_ends_a_turn(tiny_actor):
-    """A model that samples a special token within its turn, another turn's head say, is not let go on, and no text has it."""
+    """A model that samples a special token within its turn, another turn's head say, is not let go on, and no
+    text has it."""
     model = llm.open_model(tiny_actor)
     assert set(model.markers) == set(model.tokenizer.specials.values())
     whole = model.chat([HELLO], SamplingParams(0, max_tokens=8))[0]
@@ -1200,7 +1223,8 @@ def test_a_chat_marker_ends_a_turn(tiny_actor):
 
 @pytest.fixture
 def reasoner(tmp_path):
-    """A checkpoint that answers "<think>plan</think>Hi" to everything, tags as added tokens: each token determines the next."""
+    """A checkpoint that answers "<think>plan</think>Hi" to everything, tags as added tokens: each token
+    determines the next."""
     chain = ["<think>", *"plan", "</think>", *"Hi", "<|im_end|>"]
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
@@ -1299,7 +1323,8 @@ def test_stop_ids_of_the_caller_are_kept(tiny_actor):
 
 @pytest.mark.parametrize("left", [1, 8, 30])
 def test_a_request_that_cannot_fit_ends_nothing(tiny_actor, left):
-    """A schema whose shortest text is longer than what is left of the context is an error of that request alone."""
+    """A schema whose shortest text is longer than what is left of the context is an error of that request
+    alone."""
     model = llm.open_model(tiny_actor)
     word = model.encode(" a")
     count = (model.engine.room - left - len(model.prompt(HELLO)[0])) // len(word)
@@ -1322,7 +1347,8 @@ def test_a_request_that_cannot_fit_ends_nothing(tiny_actor, left):
 
 
 def test_models_of_any_form_have_a_fingerprint(tiny_actor, tmp_path):
-    """A single file, an adapter, which counts with its base, and a directory: a byte changed anywhere is another model."""
+    """A single file, an adapter, which counts with its base, and a directory: a byte changed anywhere is
+    another model."""
     (tmp_path / "model.gguf").write_bytes(b"GGUF weights")
     one = local.fingerprint(tmp_path / "model.gguf")
     (tmp_path / "model.gguf").write_bytes(b"GGUF other weights")
@@ -1351,7 +1377,8 @@ def test_an_endpoint_is_not_given_an_opening():
 
 
 def test_default_actor_is_the_last_trained_else_the_bundled(tmp_path, monkeypatch, capsys):
-    """None at all is an error that says what to do; a trained one goes before the bundled one; stderr says which it is."""
+    """None at all is an error that says what to do; a trained one goes before the bundled one; stderr says
+    which it is."""
     monkeypatch.setattr(files, "OUT", tmp_path / "out")
     monkeypatch.setattr(local, "BUNDLED_ACTOR", tmp_path / "bundled")
     trained = tmp_path / "out" / "stage" / "final"
