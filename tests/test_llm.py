@@ -4,7 +4,6 @@ is named."""
 import email.utils
 import http.server
 import io
-import itertools
 import json
 import random
 import re
