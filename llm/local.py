@@ -36,25 +36,21 @@ def load_engine(spec, dtype=None, chat_format=None):
 
 
 def turn_markers(tokenizer):
-    """Ids of special tokens that end a turn, which is all of them but tags around reasoning: none belongs
-    inside a turn.
-    """
+    """Ids of the special tokens that end a turn: all but the tags around reasoning."""
     is_tag = {name: TAG.fullmatch(name.replace("/", "", 1)) for name in tokenizer.specials}
     return tuple(i for name, i in tokenizer.specials.items() if not is_tag[name])
 
 
 @dataclass(eq=False)
 class Request:
-    """A conversation that the engine is answering. tag: the tag that opens reasoning at the end of the
-    prompt, or "".
-    """
+    """A conversation that the engine answers."""
 
     ids: list
     params: SamplingParams
-    own_tokens: int
-    tag: str
-    has_room: bool  # params.max_tokens includes room for reasoning
-    sequences: list | None = None  # what the engine runs it as
+    own_tokens: int  # those of ids that this model sampled
+    tag: str  # opens reasoning at the end of the prompt; "" if nothing does
+    room: int = 0  # tokens added to params.max_tokens for reasoning
+    sequences: list | None = None  # the engine's
 
     @property
     def constrained(self):
@@ -62,8 +58,7 @@ class Request:
 
 
 class Local:
-    """A checkpoint on this machine. `identity` says what determines its answers: hash of the files, device
-    and dtype.
+    """A checkpoint on this machine. `identity`: hash of its files, device and dtype, which determine answers.
 
     A reply that is cut off by max_tokens while the model is still reasoning is asked for once more with
     REASONING_TOKENS more, and so is every later one from the start (`reasoning_tokens`).
@@ -85,8 +80,7 @@ class Local:
         )
 
     def chat(self, conversations, params, openings=None, on_reply=lambda: None):
-        """conversations: lists of messages; params: one SamplingParams for all, or a list. Returns a list of
-        Reply.
+        """A list of Reply to conversations, lists of messages; params: one SamplingParams for all, or a list.
 
         openings: the text that each reply is made to begin with, which is not part of the Reply (an endpoint
         cannot be made to). A message may carry `sampled`, the ids of the Reply it was, with the `opening` it
@@ -111,19 +105,17 @@ class Local:
         ids, own_tokens = self.prompt(messages, opening)
         end = len(ids) - len(self.encode(opening))
         tag = open_tag(self.tokenizer.decode(ids[max(0, end - 16) : end]))
-        request = Request(ids, params, own_tokens, tag, self.reasoning_tokens > 0)
+        request = Request(ids, params, own_tokens, tag)
         if not request.constrained:
-            request.params = replace(
-                params,
-                stop_ids=(*params.stop_ids, *self.markers),
-                max_tokens=params.max_tokens + self.reasoning_tokens,
-            )
+            request.params = replace(params, stop_ids=(*params.stop_ids, *self.markers))
         self.enqueue(key, request)
 
     def enqueue(self, key, request):
         """Gives a request to the engine; what the engine refuses is a Reply with an error."""
+        request.room = 0 if request.constrained else self.reasoning_tokens
         try:
-            request.sequences = self.engine.add(request.ids, request.params)
+            params = replace(request.params, max_tokens=request.params.max_tokens + request.room)
+            request.sequences = self.engine.add(request.ids, params)
             self.running[key] = request
         except UsageError as error:
             self.refused.append((key, Reply("", "error", len(request.ids), error=f"{self.name}: {error}")))
@@ -137,12 +129,9 @@ class Local:
                 if completion := self.engine.completion(request.sequences):
                     del self.running[key]
                     reply = reply_of(completion, request)
-                    if needs_room(reply) and not request.has_room:
+                    if needs_room(reply) and not request.room:
                         self.reasoning_tokens = REASONING_TOKENS
-                        params = replace(
-                            request.params, max_tokens=request.params.max_tokens + REASONING_TOKENS
-                        )
-                        self.enqueue(key, replace(request, params=params, has_room=True))
+                        self.enqueue(key, request)
                     else:
                         done.append((key, reply))
         return done
@@ -159,9 +148,7 @@ class Local:
         self.running, self.refused = {}, []
 
     def prompt(self, messages, opening=""):
-        """(ids of a conversation up to a reply that begins with `opening`, how many of them this model
-        sampled itself).
-        """
+        """(ids of a conversation up to a reply that begins with `opening`, how many of them it sampled)."""
         rendered, own_tokens = [], 0
         for message in messages:
             if message.get("sampled"):
@@ -170,9 +157,8 @@ class Local:
             else:
                 ids = self.encode(message["content"])
             rendered.append({**message, "ids": ids})
-        return self.tokenizer.render(rendered, add_generation_prompt=True)[0] + self.encode(
-            opening
-        ), own_tokens
+        ids, _ = self.tokenizer.render(rendered, add_generation_prompt=True)
+        return ids + self.encode(opening), own_tokens
 
 
 def reply_of(completion, request):

@@ -11,7 +11,7 @@ _FLAGS = re.IGNORECASE | re.DOTALL | re.MULTILINE
 TAG = re.compile(_OPEN, _FLAGS)  # opens reasoning
 _BLOCK = re.compile(rf"(?:^[ \t]*{_OPEN}(.*?)|{_OPEN}([^\n]*?)){_CLOSE}", _FLAGS)
 _CLOSED = re.compile(rf"\A(.*){_CLOSE}", _FLAGS)  # a closing tag whose opening tag was in the prompt
-_UNCLOSED = re.compile(rf"^[ \t]*{_OPEN}(.*)\Z", _FLAGS)
+_UNCLOSED = re.compile(rf"(?:^|\A[^\n<:]{{1,60}}:)[ \t]*{_OPEN}(.*)\Z", _FLAGS)  # perhaps after a name
 _FINAL = re.compile(r"<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?:<\|\w+\|>|\Z)", re.DOTALL)
 _HARMONY = re.compile(r"<\|start\|>\w*|<\|channel\|>[^<]*|<\|\w+\|>")
 

@@ -16,7 +16,9 @@ NEW_NAMES = {"max_tokens": "max_completion_tokens", "seed": "random_seed"}
 
 # how servers word the range of a parameter, a refusal, a prompt that is too long, and a combination
 _NUMBER = r"[^\w-]*(-?(?:0|[1-9]\d*)(?:\.\d+)?)"
-_RANGE = re.compile(rf"(?i)(?:between|range|from|within|in){_NUMBER}\s*(?:and|to|\.\.+|,|-|\u2013){_NUMBER}")
+_RANGE = re.compile(
+    rf"(?i)(?:between|range(?: [a-z_]+){{0,4}}|from|in){_NUMBER}\s*(?:and|to|\.\.+|,|-|\u2013){_NUMBER}"
+)
 _HIGH = re.compile(
     rf"(?i)(?:<=?|at most|less than(?: or equal to)?|max(?:imum)?\b(?: \w+){{0,2}}|up to){_NUMBER}"
 )
@@ -26,7 +28,7 @@ _REFUSED = re.compile(
     r"|expected|range|between|at (?:most|least)|m(?:ax|in)imum|\btoo\b|greater|less|available|compatible|[<>]"
 )
 _TOO_LONG = re.compile(
-    r"(?i)context.{0,20}(?:length|window|size|limit)|prompt is too long|too many.{0,7} tokens"
+    r"(?i)(?:maximum|exceeds?|model's)(?: \w+){0,2} context[ _]?(?:length|window|size)|prompt is too long"
 )
 _COMBINED = re.compile(r"(?i)\b(?:both|together|combin\w+|only one|simultaneously)\b")
 
@@ -120,9 +122,8 @@ def describe(name, change):
         return f"{name} is sent as {change}"
     if change is None:
         return f"{name} is left out"
-    return f"{name} is kept " + " and ".join(
-        f"{side} {limit}" for side, limit in zip(("from", "to"), change, strict=True) if limit is not None
-    )
+    sides = zip(("at least", "at most"), change, strict=True)
+    return f"{name} is kept " + " and ".join(f"{side} {limit}" for side, limit in sides if limit is not None)
 
 
 # ---- answers -----------------------------------------------------------------------------------------
@@ -166,7 +167,8 @@ def read_reply(answer):
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError("an answer that is no chat completion") from None
-    reasoning, text = split_reasoning("".join(part for kind, part in parts if kind.endswith("text")))
+    text = "".join(part for kind, part in parts if kind.endswith("text"))
+    reasoning, text = split_reasoning(text[: 4 * LONGEST_TEXT])
     beside = dict.fromkeys(part for kind, part in parts if kind in ("reasoning", "thinking"))
     reasoning, error = "\n".join(filter(None, [reasoning, *beside])), None
     if refusal := " ".join(part for kind, part in parts if kind == "refusal"):

@@ -600,12 +600,25 @@ def test_requests_in_flight_adapt_together():
         (
             lambda b: b["max_tokens"] > 4096 and "max_tokens is too large: 9000. It takes at most 4096",
             {"max_tokens": 4096},
-            ["max_tokens is kept to 4096"],
+            ["max_tokens is kept at most 4096"],
+        ),
+        (
+            lambda b: b["max_tokens"] > 8192
+            and "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]",
+            {"max_tokens": 8192},
+            ["max_tokens is kept at least 1 and at most 8192"],
+        ),
+        (
+            lambda b: b["max_tokens"] > 8192
+            and "`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is "
+            "less than the `context_window` for this model",
+            {"max_tokens": 8192},
+            ["max_tokens is kept at most 8192"],
         ),
         (
             lambda b: b["seed"] >= 2**31 and ("Invalid 'seed': expected a value <= 2147483647", "seed"),
             {"seed": 7},
-            ["seed is kept to 2147483647"],
+            ["seed is kept at most 2147483647"],
         ),
         (
             lambda b: "seed" in b and "Argument not supported on this model: seed",
@@ -620,13 +633,13 @@ def test_requests_in_flight_adapt_together():
         (
             lambda b: b["temperature"] > 1 and "temperature: range: 0..1",
             {"temperature": 1},
-            ["temperature is kept from 0 and to 1"],
+            ["temperature is kept at least 0 and at most 1"],
         ),
         (
             lambda b: len(b["stop"]) > 4
             and ("Invalid 'stop': array too long. Expected one with maximum length 4, not 6", "stop"),
             {"stop": list("abcd")},
-            ["stop is kept to 4"],
+            ["stop is kept at most 4"],
         ),
         (
             lambda b: "top_p" in b and "`temperature` and `top_p` cannot both be given; use only one.",
@@ -645,7 +658,7 @@ def test_requests_in_flight_adapt_together():
             ["temperature is left out"],
         ),
     ],
-    ids=["large", "seed range", "seed", "renamed", "range", "list", "combination", "extras", "insatiable"],
+    ids=["large", "bounds", "window", "seed-range", "seed", "renamed", "range", "list", "combination", "extras", "insatiable"],
 )  # fmt: skip
 def test_a_refused_parameter_is_renamed_narrowed_or_dropped(refuses, sent, adaptations):
     """By the server's words; all else is sent as before."""
@@ -656,6 +669,22 @@ def test_a_refused_parameter_is_renamed_narrowed_or_dropped(refuses, sent, adapt
     first, last = server.requests[0].body, server.requests[-1].body
     expected = {name: value for name, value in {**first, **sent}.items() if value is not None}
     assert last == expected and model.adaptations == adaptations
+
+
+def test_a_refusal_in_the_words_of_a_validator():
+    """422 with a list of what is wrong, as pydantic words it, or as a router passes it on."""
+    wrong = {"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}
+    raw = {"metadata": {"raw": json.dumps({"detail": [wrong]})}}
+    for status, payload in (
+        (422, {"detail": [wrong]}),
+        (422, {"object": "error", "message": {"detail": [wrong]}, "type": "invalid_request_error"}),
+        (400, {"error": {"message": "Provider returned error", "code": 400, **raw}}),
+        (200, {"error": {"message": "Provider returned error", "code": 400, **raw}}),
+    ):
+        with Server(lambda body, _, s=status, p=payload: (s, p, {}) if "seed" in body else "yes") as server:
+            model = Endpoint("m", server.url, KEY)
+            assert model.chat([HELLO], SamplingParams(0, seed=1))[0].text == "yes"
+        assert model.adaptations == ["seed is left out"] and len(server.requests) == 2
 
 
 def test_a_schema_is_sent_and_left_out_where_it_is_refused():
@@ -676,6 +705,7 @@ def test_a_schema_is_sent_and_left_out_where_it_is_refused():
     [
         "This model's maximum context length is 8192 tokens. You requested 9000 tokens; reduce max_tokens.",
         "'max_tokens' is too large: 512. This model's maximum context length is 8192 tokens.",
+        "max_tokens must be smaller: the request exceeds the available context size.",
         "The prompt about the temperature of a seed was flagged.",
         "Invalid value for 'messages'.",
         "",
@@ -812,6 +842,7 @@ RAW = {
     "harmony without markers": f"analysis{SECRET}assistantfinal{SPEECH}",
 }
 UNFINISHED = {
+    "after a name": f"Ada Byron: <think>{SECRET}",
     "think": f"<think>\n{SECRET}",
     "thinking": f"\n<THINKING>{SECRET}",
     "harmony": f"<|channel|>analysis<|message|>{SECRET}",
