@@ -658,7 +658,8 @@ def test_requests_in_flight_adapt_together():
             ["temperature is left out"],
         ),
     ],
-    ids=["large", "bounds", "window", "seed-range", "seed", "renamed", "range", "list", "combination", "extras", "insatiable"],
+    ids=["large", "bounds", "window", "seed range", "seed", "renamed", "range", "list", "combination",
+         "extras", "insatiable"],
 )  # fmt: skip
 def test_a_refused_parameter_is_renamed_narrowed_or_dropped(refuses, sent, adaptations):
     """By the server's words; all else is sent as before."""
