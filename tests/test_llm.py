@@ -1358,7 +1358,7 @@ def test_a_request_that_cannot_fit_ends_nothing(tiny_actor, left):
     alone."""
     model = llm.open_model(tiny_actor)
     word = model.encode(" a")
-    count = (model.engine.room - left - len(model.prompt(HELLO)[0])) // len(word)
+    count = (model.engine.config.max_position_embeddings - left - len(model.prompt(HELLO)[0])) // len(word)
     long = [{"role": "user", "content": "hello" + " a" * count}]
     names = [f"a_long_name_{i}" for i in range(20)]
     schema = {
