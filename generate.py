@@ -1,14 +1,12 @@
-"""Text from a model: a KV-cached engine, and completion and chat on the command line.
+"""Continues a text, or chats with a model or with a character of a scene, on the command line.
 
-    python generate.py --prompt "The ferry"                     the stage actor goes on from a text
-    python generate.py --chat --character "Hanne Brod"          meet a character of a bundled scene
-    python generate.py --model DIR --chat
-
-The engine is in engine.py.
+python generate.py --prompt "The ferry"                     the stage actor continues a text
+python generate.py --chat --character "Hanne Brod"          meet a character of a bundled scene
+python generate.py --model DIR --chat
 """
 
-import dataclasses
 import time
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,169 +19,182 @@ from data.chats import perspective, system_prompt
 from data.scenes import find_scenes, load_stage
 from engine.cpu import fast_bf16
 from engine.engine import Engine  # noqa: F401 (generate.Engine is a contract)
-from engine.params import SamplingParams
-from llm.local import as_sampled, default_actor, load_engine
+from engine.params import Completion, SamplingParams
+from llm.local import as_sampled, default_actor, load_engine, turn_markers
+from llm.reply import open_tag, split_reasoning, spoken_so_far
 from play.stage import STYLES
 from tokenizer import CHAT_FORMATS
 
-HELP = """/help          this
+HELP = """/help          this text
 /system TEXT   a new system text from here on; without TEXT none
 /retry         another answer to the last line
-Ctrl-C         ends an answer, the chat goes on with what was said; an empty line ends the chat"""
+Ctrl-C         ends an answer and keeps what there is of it; an empty line ends the chat"""
+
+
+@dataclass
+class Exchange:
+    """A line and the reply to it; completion: None where Ctrl-C cut the reply short."""
+
+    line: str
+    reply: str = ""
+    completion: Completion | None = None
 
 
 def find_character(name, spec=None):
-    """(scene, name) of a character of a bundled scene or a scene of a file, by full name or the beginning of any of its words,
-    whatever the case."""
+    """(scene, full name) of a character of the bundled scenes or of a file's (see find_scenes).
 
+    name: the full name, or the beginning of any of its words, in upper or lower case.
+    """
     scenes = find_scenes(spec) if spec else list(load_stage().values())
     cast = {character: scene for scene in reversed(scenes) for character in scene.major_characters}
     for character in sorted(cast):
-        words = [character, *character.split()]
-        if any(word.lower().startswith(name.lower()) for word in words):
+        if any(word.lower().startswith(name.lower()) for word in (character, *character.split())):
             return cast[character], character
-    raise UsageError(f"--character {name}: not in the cast; there are {', '.join(sorted(cast))}")
+    raise UsageError(f"--character {name}: not in the cast, which is {', '.join(sorted(cast))}")
 
 
-def show(pieces, stats=""):
-    """Prints pieces of text as they come, then a line end; returns the text, or what there is of it at Ctrl-C, and the
-    Completion, then None.
+def show(pieces, stats="", tag=None):
+    """Prints a stream of text, styled; Ctrl-C ends it. Returns the text, and the Completion or None.
 
-    stats: what to say of the speed besides how many tokens; empty for nothing at all.
+    stats: what to print of the speed besides its numbers, "" for nothing at all. tag: None shows all of the
+    text; else no reasoning is shown, and tag is what opens it at the end of the prompt ("" if nothing does).
     """
-    brackets, text, begun, first, done = BracketParser(), "", time.perf_counter(), None, None
+    brackets, text, shown, completion = BracketParser(), "", "", None
+    start, first = time.perf_counter(), None
     try:
-        while True:
-            piece = next(pieces)
-            first = first or time.perf_counter()
-            for part, channel in brackets.feed(piece):
-                terminal.put(part, STYLES[channel])
-            text += piece
-    except StopIteration as end:
-        terminal.put("\n")
-        done = end.value
-        if stats:
-            now = time.perf_counter()
-            speed = f"{len(done.ids) / (now - begun):.1f} tokens/s{stats}, the first piece after {(first or now) - begun:.2f} s"
-            terminal.note(
-                f"({len(done.ids)} tokens, {speed}; {done.cached_tokens} of {done.prompt_tokens} prompt tokens cached)"
-            )
+        while completion is None:
+            try:
+                text += next(pieces)
+                first = first or time.perf_counter()
+                visible = text if tag is None else spoken_so_far(tag + text)
+            except StopIteration as end:
+                completion = end.value
+                text = visible = text if tag is None else split_reasoning(tag + text)[1]
+            if visible.startswith(shown):
+                for part, channel in brackets.feed(visible[len(shown) :]):
+                    terminal.put(part, STYLES[channel])
+                shown = visible
     except KeyboardInterrupt:
         pieces.close()
-        terminal.put("\n")
-    return text, done
+        text = shown
+    terminal.put("\n")
+    if stats and completion:
+        count, seconds = len(completion.ids), time.perf_counter() - start
+        terminal.note(
+            f"({count} tokens, {count / seconds:.1f} tokens/s{stats}, the first piece after "
+            f"{first - start if first else seconds:.2f} s; "
+            f"{completion.cached_tokens} of {completion.prompt_tokens} prompt tokens cached)"
+        )
+    return text, completion
 
 
 def converse(engine, params, messages_of, system=None, name="", stats=""):
-    """Lines from stdin, replies to stdout; an empty line or end of input ends it. messages_of: [(line, reply), ...] -> turns;
-    name: who answers, if that is part of each answer."""
+    """Reads lines from stdin and prints replies, until an empty line or the end of input.
 
-    tokenizer, said, retries = (
-        engine.tokenizer,
-        [],
-        0,
-    )  # said: (line, reply, its Completion if it came to its end)
+    messages_of: exchanges -> user and assistant messages in turn, without the last reply. name: whose name
+    each reply is made to begin with, "" for none.
+    """
+    tokenizer, exchanges, retries = engine.tokenizer, [], 0
     opening = f"{name}:" if name else ""
-    params = dataclasses.replace(
-        params, stop_ids=tuple(tokenizer.specials.values())
-    )  # none has a place within a turn
+    params = replace(params, stop_ids=(*params.stop_ids, *turn_markers(tokenizer)))
     for line in terminal.lines("you> "):
-        command, _, rest = line.partition(" ")
-        if command == "/retry" and said:
-            line, retries = said.pop()[0], retries + 1
+        command, _, argument = line.partition(" ")
+        if command == "/retry" and exchanges:
+            line, retries = exchanges.pop().line, retries + 1
         elif command == "/system":
-            system = rest.strip() or None
+            system = argument.strip() or None
             terminal.note(f"system: {system or 'none'}")
             continue
         elif line.startswith("/"):
-            known = {"/help": HELP, "/retry": "nothing has been said yet"}
-            terminal.note(known.get(command, f"{command}: no such command; /help lists them"))
+            answers = {"/help": HELP, "/retry": "nothing has been said yet"}
+            terminal.note(answers.get(command, f"{command}: no such command; /help lists them"))
             continue
-        turns = messages_of([*((line, reply) for line, reply, _ in said), (line, "")])
-        for message, (*_, done) in zip(turns[1::2], said, strict=True):
-            if done:  # the very tokens that are cached
-                message["ids"] = as_sampled(
-                    tokenizer.decode, tokenizer.encode, message["content"], opening, done.ids
-                )[0]
-        messages = [*([{"role": "system", "content": system}] if system else []), *turns]
-        ids = tokenizer.render(messages, add_generation_prompt=True)[0] + tokenizer.encode(opening)
+        messages = messages_of([*exchanges, Exchange(line)])
+        for message, exchange in zip(messages[1::2], exchanges, strict=True):
+            if exchange.completion:  # the tokens as sampled are the ones in the cache
+                sampled = (message["content"], opening, exchange.completion.ids)
+                message["ids"], _ = as_sampled(tokenizer.decode, tokenizer.encode, *sampled)
+        if system:
+            messages = [{"role": "system", "content": system}, *messages]
+        ids, _ = tokenizer.render(messages, add_generation_prompt=True)
+        tag = open_tag(tokenizer.decode(ids[-16:]))
         seed = params.seed if params.seed is None else params.seed + retries
+        stream = engine.stream(ids + tokenizer.encode(opening), replace(params, seed=seed))
         terminal.put(opening, "bold")
         try:
-            said.append((line, *show(engine.stream(ids, dataclasses.replace(params, seed=seed)), stats)))
+            exchanges.append(Exchange(line, *show(stream, stats, tag)))
         except UsageError as error:
-            terminal.note(f"\n{error}: this chat has grown too long, or this line is")
+            terminal.note(f"\n{error}: the line is too long, or the chat has become too long")
+
+
+def turns(exchanges, user, model):
+    """[(who, text)] of exchanges, without the last reply."""
+    pairs = [((user, exchange.line), (model, exchange.reply)) for exchange in exchanges]
+    return [turn for pair in pairs for turn in pair][:-1]
 
 
 def chat(engine, params, stats):
-    """With the model as it is."""
+    """A chat with the model as it is."""
 
-    def turns(said):
-        roles = ("user", "assistant")
-        return [
-            {"role": role, "content": text} for pair in said for role, text in zip(roles, pair, strict=True)
-        ][:-1]
+    def messages_of(exchanges):
+        return [{"role": role, "content": text} for role, text in turns(exchanges, "user", "assistant")]
 
-    converse(engine, params, turns, stats=stats)
+    converse(engine, params, messages_of, stats=stats)
 
 
 def meet(engine, params, stats, scene, character, visitor="Visitor"):
-    """With one character of a scene, who hears the visitor as anyone else on stage."""
+    """A chat with one character of a scene, to whom the visitor is one more speaker on stage."""
 
-    def turns(said):
-        dialogue = [
-            (who, text) for line, reply in said for who, text in ((visitor, line), (character, reply.strip()))
-        ][:-1]
-        return perspective([{"character": who, "message": text} for who, text in dialogue], character)
+    def messages_of(exchanges):
+        spoken = turns(exchanges, visitor, character)
+        return perspective([{"character": who, "message": text.strip()} for who, text in spoken], character)
 
     terminal.note(f"{character}, from {scene.book}. {scene.scenario}\n")
     system = system_prompt(scene, character, prompts.AT_PLAY, concise=True)
-    converse(engine, params, turns, system, character, stats)
+    converse(engine, params, messages_of, system, character, stats)
 
 
-def main():
-
+def parse_args():
     parser = terminal.Parser(__doc__, 'python generate.py --prompt "The ferry" --max-tokens 60 --seed 1')
     add = parser.add_argument
     add(
-        "--model",
-        help="checkpoint directory or Hub id (default: the last trained stage actor, else the bundled one)",
+        "--model", help="checkpoint directory or Hub id (default: the stage actor trained last, else bundled)"
     )
-    add("--prompt", help="a text to go on from; - reads it from stdin")
-    add("--chat", action="store_true", help="talk with the model, a line at a time")
+    add("--prompt", help="a text to continue; - reads it from stdin")
+    add("--chat", action="store_true", help="chat with the model, line by line")
     add("--character", help="with --chat: whom to meet, of the bundled scenes or of --scene")
     add("--scene", help="with --character: a bundled scene, or FILE, FILE:INDEX of a book or test file")
     add(
         "--stats",
         action="store_true",
-        help="tokens a second, the dtype and cached tokens, after each answer, on stderr",
+        help="print speed, dtype and cached tokens after each answer, on stderr",
     )
-    add("--max-tokens", type=int, default=200)
+    add("--max-tokens", type=int, default=200, help="default: 200")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
-    add("--top-p", type=float, default=1.0)
-    add("--top-k", type=int, default=0)
+    add("--top-p", type=float, default=1.0, help="default: 1, which keeps all tokens")
+    add("--top-k", type=int, default=0, help="default: 0, which keeps all tokens")
     add("--stop", nargs="*", action="extend", default=[], help="strings that end the text")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
-    add(
-        "--dtype",
-        choices=DTYPES,
-        help="default, by what is faster: bfloat16 on a GPU or a CPU with AMX, else float32",
-    )
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU or a CPU with AMX, else float32")
     add("--seed", type=int)
     args = parser.parse_args()
     if args.chat == (args.prompt is not None):
         raise UsageError("give either --prompt TEXT or --chat")
     if (args.character and not args.chat) or (args.scene and not args.character):
         raise UsageError("--character goes with --chat, and --scene with --character")
-    params = SamplingParams(
-        args.temperature, args.top_p, args.top_k, args.max_tokens, tuple(filter(None, args.stop)), args.seed
-    )
-    found = find_character(args.character, args.scene) if args.character else None
+    return args
+
+
+def main():
+    args = parse_args()
+    stop = tuple(filter(None, args.stop))
+    params = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_tokens, stop, args.seed)
+    met = find_character(args.character, args.scene) if args.character else None
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or fast_bf16() else "float32")
     stats = f" in {dtype}" if args.stats else ""
     engine = load_engine(args.model or default_actor(), dtype, args.chat_format)
-    if found:
-        meet(engine, params, stats, *found)
+    if met:
+        meet(engine, params, stats, *met)
     elif args.chat:
         chat(engine, params, stats)
     else:

@@ -1,16 +1,23 @@
-"""A model behind an OpenAI-compatible endpoint."""
+"""A model behind an OpenAI-compatible endpoint: concurrency, retries, deadlines, and answers kept on disk.
 
+All requests of a process run as coroutines on one event loop in one background thread; whoever waits for a
+Reply, or is interrupted by Ctrl-C, only waits for or cancels a future.
+"""
+
+import asyncio
 import email.utils
+import functools
 import hashlib
-import itertools
 import json
 import os
-import queue
 import random
 import re
 import threading
 import time
+import weakref
 import zlib
+from asyncio import sleep
+from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,34 +25,55 @@ import httpx
 
 from common import terminal
 from common.files import UsageError, make_dir, write_whole
-from llm.reply import Reply
+from llm.reply import REASONING_TOKENS, Reply, needs_room
+from llm.request import change_for, changed, describe, read_error, read_reply, request_body
 
 TRIES = 5
-
-
-TIMEOUT, CONNECT = 120, 10  # seconds without a word of an answer, and for a connection
-
-
-DEADLINE = 600  # seconds for a request, its tries and pauses included
-
-
+TIMEOUT, CONNECT_TIMEOUT = 120, 10  # seconds without a byte of an answer, and for a connection
+DEADLINE = 600  # seconds for a request, its retries and pauses included
 LONGEST_PAUSE = 60  # seconds
+LARGEST = 2**24  # bytes of an answer
+CONCURRENCY = 8  # requests in flight at an address
+ADDRESSES = weakref.WeakValueDictionary()  # those of which a model is in use
 
 
-LARGEST, LONGEST_REPLY = 2**24, 2**15  # bytes of an answer, characters of its text
+@functools.cache
+def event_loop(process):
+    """The event loop of this process (its id, since a fork has no threads), in a daemon thread."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
 
 
-CONCURRENCY = 8  # requests to an endpoint at once
+class Address:
+    """What all models at one address share: the limits, and how requests to each model had to be changed."""
 
+    def __init__(self, concurrency, per_minute):
+        self.slots = asyncio.Semaphore(concurrency)
+        self.interval, self.next_start = 60 / per_minute if per_minute else 0, 0.0
+        self.changes = {}  # model -> {parameter: its change, see request.changed}
 
-WRITING = threading.Lock()
+    @classmethod
+    def at(cls, url, *limits):
+        """The address of a URL; opened again with the same limits it is the same."""
+        key = (os.getpid(), url.host, url.port, limits)
+        address = ADDRESSES.get(key) or cls(*limits)
+        return ADDRESSES.setdefault(key, address)
+
+    async def wait_for_start(self):
+        """Spaces requests out to the number per minute."""
+        if self.interval:
+            start = self.next_start = max(time.monotonic(), self.next_start + self.interval)
+            await sleep(start - time.monotonic())
 
 
 class Endpoint:
     """A model behind an OpenAI-compatible `/chat/completions`.
 
-    pause: seconds before a second try. answers: a directory to keep answers in. concurrency, per_minute: how many requests at
-    once, and how many a minute (None: any number); they hold for this model at this address.
+    pause: seconds before the first retry. answers: a directory to keep answers in (None: they are not kept).
+    concurrency, per_minute: requests in flight, and begun per minute (None: any number), over all models at
+    this address. reasoning_tokens: what is added to max_tokens, once a reply has been cut off while the model
+    was reasoning.
     """
 
     local = False
@@ -55,218 +83,216 @@ class Endpoint:
     ):
         self.name, self.model, self.pause, self.answers = f"openai:{model}", model, pause, answers
         self.url = (url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
+        parsed = self.check_url()
+        self.key = self.find_key(key, parsed.host)
+        self.identity = f"{self.model} at {self.url}"
+        self.loop = event_loop(os.getpid())
+        self.address = Address.at(parsed, concurrency, per_minute)
+        self.changes = self.address.changes.setdefault(model, {})
+        self.reasoning_tokens = 0
+        self.down = False  # a request failed in all its tries; until one succeeds, each is tried only once
         try:
-            address = httpx.URL(self.url)
-            valid = address.scheme in ("http", "https") and address.host
+            headers, limits = {"Authorization": f"Bearer {self.key}"}, httpx.Limits(max_connections=None)
+            self.client = httpx.AsyncClient(headers=headers, limits=limits)
+        except (ValueError, ImportError, httpx.InvalidURL) as error:
+            raise UsageError(f"{self.name}: {error}; check HTTP_PROXY, ALL_PROXY and NO_PROXY") from None
+
+    def check_url(self):
+        """The URL in parts; a UsageError where it is not a plain http(s) one shows no password in it."""
+        try:
+            url = httpx.URL(self.url)
+            valid = url.scheme in ("http", "https") and url.host
         except httpx.InvalidURL:
             valid = False
         if not valid:
             shown = re.sub(r"//[^/]*@", "//", self.url)
             raise UsageError(
-                f"{self.name} at {shown}: not an http(s) address; look at OPENAI_BASE_URL or what follows the @"
+                f"{self.name} at {shown}: not an http(s) URL; check OPENAI_BASE_URL and the @URL"
             )
-        if address.userinfo or address.query or address.fragment:
-            raise UsageError(
-                f"{self.name} at {address.host}: the address may have no user, query or fragment; keys go elsewhere"
-            )
-        variable = "OPENAI_API_KEY_" + re.sub(r"\W", "_", address.host).upper()
-        self.key = (key or os.environ.get(variable) or os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not self.key:
-            raise UsageError(
-                f"{self.name}: set OPENAI_API_KEY or {variable} (to anything, for a server that asks for none)"
-            )
-        if not self.key.isascii() or not self.key.isprintable() or " " in self.key:
-            raise UsageError("OPENAI_API_KEY: holds characters that no key has; was it pasted whole?")
-        self.identity = f"{self.model} at {self.url}"
-        self.slots, self.concurrency = threading.Semaphore(concurrency), concurrency
-        self.interval, self.free_at, self.lock = 60 / per_minute if per_minute else 0, 0.0, threading.Lock()
-        self.down = (
-            False  # a request has just failed in all its tries: until one is answered, each gets a single one
-        )
-        header, limits = {"Authorization": f"Bearer {self.key}"}, httpx.Limits(max_connections=None)
-        try:
-            self.client = httpx.Client(headers=header, limits=limits)
-        except (ValueError, ImportError, httpx.InvalidURL) as error:
-            raise UsageError(
-                f"{self.name}: {error}; look at the proxies in HTTP_PROXY, ALL_PROXY, NO_PROXY"
-            ) from None
+        if url.userinfo or url.query or url.fragment:
+            raise UsageError(f"{self.name} at {url.host}: the URL may have no user, query or fragment")
+        return url
+
+    def find_key(self, key, host):
+        """The key for a host; UsageError where there is none or it is no key."""
+        variable = "OPENAI_API_KEY_" + re.sub(r"\W", "_", host).upper()
+        key = (key or os.environ.get(variable) or os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not key:
+            raise UsageError(f"{self.name}: set OPENAI_API_KEY or {variable} (any word, if none is needed)")
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise UsageError("OPENAI_API_KEY: has characters that no key has; was it pasted incompletely?")
+        return key
+
+    @property
+    def adaptations(self):
+        """How requests are changed because the server refused a parameter, in words."""
+        return [describe(name, change) for name, change in self.changes.items()]
 
     def chat(self, conversations, params, openings=None, on_reply=lambda: None):
-        """As `Local.chat`; what a reply is to begin with is not passed on, since the interface has no place for it."""
+        """As `Local.chat`; openings are not sent, since the interface has no place for them."""
         params = params if isinstance(params, list) else [params] * len(conversations)
-        stopped, todo = threading.Event(), iter(range(len(conversations)))
-        replies, errors = [None] * len(conversations), []
-
-        def work():
-            while not stopped.is_set() and (i := next(todo, None)) is not None:
-                try:
-                    with self.slots:
-                        replies[i] = self.ask(conversations[i], params[i], stopped)
-                    on_reply()
-                except BaseException as error:  # for good: the others need not go on trying
-                    errors.append(error)
-                    stopped.set()
-
-        # daemons, so that Ctrl-C need not wait for an answer that may take minutes
-        threads = [
-            threading.Thread(target=work, daemon=True)
-            for _ in range(min(self.concurrency, len(conversations)))
-        ]
-        for thread in threads:
-            thread.start()
+        futures = [self.submit(*request) for request in zip(conversations, params, strict=True)]
         try:
-            for thread in threads:
-                thread.join()
-        finally:
-            stopped.set()
-        if errors:
-            raise errors[0]
-        return replies
+            for future in as_completed(futures):
+                future.result()
+                on_reply()
+            return [future.result() for future in futures]
+        finally:  # after an error or Ctrl-C the others are not needed
+            for future in futures:
+                future.cancel()
 
-    def ask(self, messages, params, stopped):
-        """The Reply to one conversation, from the answers on disk or from the endpoint."""
-        body = {
-            "model": self.model,
-            "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "max_tokens": params.max_tokens,
-        }
-        if params.stop:
-            body["stop"] = list(params.stop)
-        if params.seed is not None:
-            body["seed"] = params.seed
-        file = None
-        if self.answers and (params.temperature == 0 or params.seed is not None):
-            asked = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
-            file = Path(self.answers) / asked[:2] / f"{asked}.json"
-            try:
-                return Reply(**json.loads(file.read_bytes()))
-            except (OSError, ValueError, TypeError):  # not there, or no such answer
-                pass
-        reply = self.fetch(body, stopped)
-        if (
-            file and reply.error is None and reply.text.strip()
-        ):  # nothing said may be a fault, and is asked for again
-            with WRITING:
+    def submit(self, messages, params):
+        """A concurrent.futures.Future of the Reply; UsageError, here or from it, ends the run."""
+        body = request_body(self.model, messages, params)
+        return asyncio.run_coroutine_threadsafe(self.answer(body, params), self.loop)
+
+    async def answer(self, body, params):
+        """The Reply to a request, from the answers on disk or from the endpoint."""
+        async with self.address.slots:
+            file = None
+            if self.answers and (params.temperature == 0 or params.seed is not None):
+                digest = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
+                file = Path(self.answers) / digest[:2] / f"{digest}.json"
+                if reply := self.kept(file):
+                    return reply
+            added = self.reasoning_tokens
+            reply = await self.fetch(body, added)
+            if needs_room(reply) and not added:
+                self.reasoning_tokens = REASONING_TOKENS
+                reply = await self.fetch(body, REASONING_TOKENS)
+            if file and reply.error is None and reply.text.strip():  # an empty one may be a fault
                 make_dir(file.parent)
                 with write_whole(file) as out:
-                    json.dump(asdict(reply), out)
+                    json.dump({"reply": asdict(reply), "changes": self.changes}, out)
+            return reply
+
+    def kept(self, file):
+        """The Reply in a file, None if there is none; what had to be changed for it is known from then on."""
+        try:
+            kept = json.loads(file.read_bytes())
+            reply, changes = Reply(**kept["reply"]), dict(kept["changes"])
+        except (OSError, ValueError, TypeError, LookupError):
+            return None
+        for name, change in changes.items():
+            if name not in self.changes:
+                self.learn(name, change, "as for answers on disk")
         return reply
 
-    def fetch(self, body, stopped):
-        """The Reply to a request, after as many tries as it takes and may take; 429 (too many requests) counts as none, and is
-        bounded by the deadline alone."""
-        begun, failed, most, trouble = None, 0, 1 if self.down else TRIES, ""
-        for attempt in itertools.count():
-            self.wait_for_a_turn(stopped)
-            begun, busy = begun or time.monotonic(), False
-            pause = self.pause * 2 ** min(attempt, 10) * random.uniform(0.75, 1.25)
-            try:
-                response, later = self.post(body, begun + DEADLINE)
-            except (
-                httpx.RequestError,
-                zlib.error,
-            ) as error:  # no connection, no time left, an answer in pieces
-                trouble = f"{type(error).__name__}: {error}"
-            else:
-                trouble = f"HTTP {response.status_code}: {self.said(response)}"
-                if response.status_code == 200:
-                    reply = self.read(response)
-                    if reply:
-                        self.down = False
-                        return reply
-                    trouble = "an answer that is no chat completion"
-                elif response.status_code in (401, 403, 404):
-                    raise UsageError(f"{self.name} at {self.url} refused: {trouble}")
-                elif response.status_code not in (408, 409, 425, 429) and response.status_code < 500:
-                    return Reply("", "error", error=f"{self.name} at {self.url} refused: {trouble}")
-                busy, asked = response.status_code == 429, retry_after(later)
-                pause = (
-                    pause if asked is None else asked * random.uniform(1, 1.25)
-                )  # all that wait come back, but not at once
+    def learn(self, name, change, reason):
+        """Changes a parameter in all requests from now on."""
+        if name not in self.changes or self.changes[name] != change:
+            self.changes[name] = change
+            terminal.note(f"{self.name}: {describe(name, change)} from now on ({reason})")
+
+    async def fetch(self, body, added_tokens):
+        """The Reply to a request, after retries; those after 429 are limited by the deadline alone."""
+        body = {**body, "max_tokens": body["max_tokens"] + added_tokens}
+        tries, failed, retries, begun = 1 if self.down else TRIES, 0, 0, None
+        while True:
+            await self.address.wait_for_start()
+            begun = begun or time.monotonic()
+            deadline = begun + DEADLINE
+            outcome = await self.attempt(changed(body, self.changes), deadline)
+            if isinstance(outcome, Reply):
+                self.down = self.down and outcome.error is not None
+                return outcome
+            if outcome is None:
+                continue
+            trouble, busy, asked_pause = outcome
             failed += not busy
-            left = begun + DEADLINE - time.monotonic()
-            pause = min(pause, LONGEST_PAUSE)
-            if 5 <= pause < left and failed < most:
-                terminal.note(f"{self.name}: {trouble}; asked again in {pause:.0f} s")
-            if failed == most or pause >= left or stopped.wait(pause):
+            pause = self.pause * 2 ** min(retries, 10) * random.uniform(0.75, 1.25)
+            if asked_pause is not None:  # spread out, so that not all come back at the same moment
+                pause = asked_pause * random.uniform(1, 1.25)
+            pause, retries = min(pause, LONGEST_PAUSE), retries + 1
+            if failed == tries or pause >= deadline - time.monotonic():
                 break
+            if pause >= 5:
+                terminal.note(f"{self.name}: {trouble}; asked again in {pause:.0f} s")
+            await sleep(pause)
         self.down = self.down or not busy
-        after = f"in {most} tries" if failed == most else f"within {DEADLINE:g} s"
-        return Reply(
-            "", "error", error=f"{self.name} at {self.url} did not answer {after}; the last: {trouble}"
-        )
+        limit = f"in {tries} tries" if failed == tries else f"within {DEADLINE:g} s"
+        return self.failure(f"did not answer {limit}; the last: {trouble}")
 
-    def post(self, body, deadline):
-        """(response, its Retry-After), given up at the deadline (of time.monotonic) however slowly the answer trickles in."""
-        left, came = max(0.01, deadline - time.monotonic()), queue.Queue()
-        timeout = httpx.Timeout(min(TIMEOUT, left), connect=CONNECT)
+    def failure(self, what):
+        return Reply("", "error", error=f"{self.name} at {self.url} {what}")
 
-        def work():
+    async def attempt(self, body, deadline):
+        """Sends a request once. UsageError where no request can succeed.
+
+        Returns a Reply; or, for a retry, (what went wrong, whether it is 429, Retry-After in seconds if any);
+        or None where a parameter is changed from now on and the request is to be sent again at once.
+        """
+        try:
+            status, content, retry_after = await self.post(body, deadline)
+        except (httpx.RequestError, zlib.error, TimeoutError) as error:
+            return describe_error(error), False, None
+        text = content.decode(errors="replace")
+        try:
+            answer = json.loads(content)
+        except (ValueError, RecursionError):
+            answer = None
+        status, words, parameter = read_error(status, answer, text)
+        if status == 200:
             try:
-                with self.client.stream(
-                    "POST", f"{self.url}/chat/completions", json=body, timeout=timeout
-                ) as response:
-                    content = bytearray()
-                    for chunk in response.iter_bytes():
-                        content += chunk
-                        if len(content) > LARGEST or time.monotonic() > deadline:
-                            raise httpx.ReadTimeout("the answer came too slowly, or is too large")
-                later = response.headers.get("Retry-After", "")
-                came.put((httpx.Response(response.status_code, content=bytes(content)), later))
-            except BaseException as error:
-                came.put(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        try:
-            answer = came.get(timeout=left)
-        except queue.Empty:
-            raise httpx.ReadTimeout("the answer came too slowly") from None
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
-    def wait_for_a_turn(self, stopped):
-        """Keeps to so many requests a minute."""
-        if self.interval:
-            with self.lock:
-                at = self.free_at = max(time.monotonic(), self.free_at + self.interval)
-            stopped.wait(max(0.0, at - time.monotonic()))
-
-    def said(self, response):
-        """The server's own words, short, without the key."""
-        try:
-            text = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            text = response.text
-        return " ".join(str(text).replace(self.key, "***").split())[:300] or "no message"
-
-    def read(self, response):
-        """The Reply in a response; None where it is no chat completion."""
-
-        def count(value):
-            return value if type(value) is int and value >= 0 else 0
-
-        try:
-            answer = response.json()
-            choice, usage = answer["choices"][0], answer.get("usage") or {}
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-            counts = map(count, (usage.get("prompt_tokens"), usage.get("completion_tokens"), cached))
-            text, end = choice["message"]["content"] or "", choice.get("finish_reason") or "stop"
-            text = text[:LONGEST_REPLY].encode("utf-8", errors="replace").decode()  # halves of surrogates
-            text = text.replace(self.key, "***") if len(self.key) >= 16 else text  # shorter ones may be words
-            return Reply(text, str(end), *counts)
-        except (ValueError, LookupError, TypeError, AttributeError):
+                return self.without_key(read_reply(answer))
+            except ValueError as error:
+                return f"{error}: {self.shown(text)}", False, None
+        trouble = f"HTTP {status}: {self.shown(words)}"
+        if status in (401, 403, 404):
+            raise UsageError(f"{self.name} at {self.url} refused: {trouble}")
+        if status in (400, 422) and (change := change_for(body, f"{parameter} {words}")):
+            name, how = change
+            tried = name in self.changes and changed(body, self.changes) == body
+            self.learn(name, None if tried else how, trouble)
             return None
+        if status not in (408, 409, 425, 429) and status < 500:
+            return self.failure(f"refused: {trouble}")
+        return trouble, status == 429, seconds_of(retry_after)
+
+    async def post(self, body, deadline):
+        """(status, content, Retry-After) of an answer; TimeoutError at the deadline, even in mid-answer."""
+        left = max(0.01, deadline - time.monotonic())
+        timeout = httpx.Timeout(min(TIMEOUT, left), connect=CONNECT_TIMEOUT)
+        content, request = bytearray(), dict(url=f"{self.url}/chat/completions", json=body, timeout=timeout)
+        async with asyncio.timeout(left), self.client.stream("POST", **request) as response:
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > LARGEST:
+                    raise httpx.ReadError("the answer is too large")
+        return response.status_code, bytes(content), response.headers.get("Retry-After", "")
+
+    def shown(self, words):
+        """A server's words for an error message: one short line, without HTML tags and without the key."""
+        words = re.sub(r"<[^<>]*>", " ", words.replace(self.key, "***"))
+        return " ".join(words.split())[:300] or "no message"
+
+    def without_key(self, reply):
+        """A Reply in which no text repeats the key."""
+        if reply.error:
+            reply.error = f"{self.name} at {self.url}: {self.shown(reply.error)}"
+        if len(self.key) >= 16:  # a shorter one may be a word
+            reply.text = reply.text.replace(self.key, "***")
+            reply.reasoning = reply.reasoning.replace(self.key, "***")
+        return reply
 
 
-def retry_after(text):
-    """Seconds from now that a Retry-After asks for, in seconds or as a date; None where it is neither, or the date is past."""
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
-        return float(text)
+def describe_error(error):
+    """What went wrong with a connection, in the words of the first cause."""
+    if isinstance(error, (TimeoutError, httpx.TimeoutException)):
+        return f"timed out ({type(error).__name__})"
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {error}"
+
+
+def seconds_of(retry_after):
+    """Seconds from now that a Retry-After asks for, a number or a date; None where it is neither, or the date
+    is past.
+    """
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", retry_after):
+        return float(retry_after)
     try:
-        seconds = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        seconds = email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time()
         return seconds if seconds > 0 else None
     except (ValueError, TypeError, OverflowError):
         return None

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,148 +14,196 @@ from common import files, terminal
 from common.files import MANIFEST, ROOT, UsageError
 from common.gguf import parts_of
 from engine.engine import Engine
-from llm.reply import Reply
+from engine.params import SamplingParams
+from llm.reply import REASONING_TOKENS, TAG, Reply, needs_room, open_tag, split_reasoning, spoken_so_far
 from tokenizer import load_tokenizer
-
-
-def load_engine(spec, dtype=None, chat_format=None):
-    """An Engine for a checkpoint directory or Hub id: on the GPU in bf16 where there is one, else on the CPU in fp32."""
-    directory, cuda = find_model(spec), torch.cuda.is_available()
-    dtype = DTYPES[dtype] if dtype else torch.bfloat16 if cuda else torch.float32
-    load_config(directory)  # a directory that is no checkpoint should be told so first
-    tokenizer = load_tokenizer(tokenizer_directory(directory), chat_format)
-    model = load_model(directory, "cuda" if cuda else "cpu", dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UsageError(
-            f"{directory}: {tokenizer.vocab_size} tokens in the tokenizer, {model.config.vocab_size} in the model"
-        )
-    return Engine(model, tokenizer, consume=True)
-
 
 BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"
 
 
-class Local:
-    """A checkpoint on this machine. `identity` says which model computes what: files, device and dtype."""
-
-    local = True
-
-    def __init__(self, directory, dtype=None, chat_format=None):
-        self.name, self.engine = str(directory), load_engine(directory, dtype, chat_format)
-        self.tokenizer = self.engine.tokenizer
-        self.identity = (
-            f"{fingerprint(find_model(directory))} {self.engine.device.type} {self.engine.kv.dtype}"
+def load_engine(spec, dtype=None, chat_format=None):
+    """An Engine for a checkpoint directory or Hub id: on the GPU in bf16 where there is one, else on the CPU
+    in fp32.
+    """
+    directory, cuda = find_model(spec), torch.cuda.is_available()
+    dtype = DTYPES[dtype] if dtype else torch.bfloat16 if cuda else torch.float32
+    load_config(directory)  # first, so that a directory that is no checkpoint is reported as that
+    tokenizer = load_tokenizer(tokenizer_directory(directory), chat_format)
+    model = load_model(directory, "cuda" if cuda else "cpu", dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UsageError(
+            f"{directory}: tokenizer of {tokenizer.vocab_size} tokens, model of {model.config.vocab_size}"
         )
-        self.markers = tuple(
-            self.tokenizer.specials.values()
-        )  # none has a place within a turn, so each ends it
-        self.encode = functools.lru_cache(2**15)(
-            self.tokenizer.encode
-        )  # a chat's turns are rendered at each of its calls
-        self.asked, self.refused = (
-            {},
-            [],
-        )  # key -> (what the engine has in line, tokens it sampled itself); (key, Reply)
+    return Engine(model, tokenizer, consume=True)
+
+
+def turn_markers(tokenizer):
+    """Ids of the special tokens that end a turn: all but the tags around reasoning."""
+    is_tag = {name: TAG.fullmatch(name.replace("/", "", 1)) for name in tokenizer.specials}
+    return tuple(i for name, i in tokenizer.specials.items() if not is_tag[name])
+
+
+@dataclass(eq=False)
+class Request:
+    """A conversation that the engine answers."""
+
+    ids: list
+    params: SamplingParams
+    own_tokens: int  # those of ids that this model sampled
+    tag: str  # opens reasoning at the end of the prompt; "" if nothing does
+    room: int = 0  # tokens added to params.max_tokens for reasoning
+    sequences: list | None = None  # the engine's
+
+    @property
+    def constrained(self):
+        return self.params.choices is not None or self.params.json_schema is not None
+
+
+class Local:
+    """A checkpoint on this machine. `identity`: hash of its files, device and dtype, which determine answers.
+
+    A reply that is cut off by max_tokens while the model is still reasoning is asked for once more with
+    REASONING_TOKENS more, and so is every later one from the start (`reasoning_tokens`).
+    """
+
+    local, adaptations = True, ()
+
+    def __init__(self, spec, dtype=None, chat_format=None):
+        self.name, self.engine = str(spec), load_engine(spec, dtype, chat_format)
+        self.tokenizer = self.engine.tokenizer
+        self.identity = f"{fingerprint(find_model(spec))} {self.engine.device.type} {self.engine.kv.dtype}"
+        self.markers = turn_markers(self.tokenizer)
+        self.reasoning_tokens = 0
+        self.running, self.refused = {}, []  # key -> Request; (key, Reply)
+        # a chat's turns are rendered again at each of its calls
+        self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)
         self.as_sampled = functools.lru_cache(2**15)(
             functools.partial(as_sampled, self.tokenizer.decode, self.encode)
         )
 
     def chat(self, conversations, params, openings=None, on_reply=lambda: None):
-        """conversations: lists of messages; params: one SamplingParams for all, or one each. Returns a list of Reply.
+        """A list of Reply to conversations, lists of messages; params: one SamplingParams for all, or a list.
 
-        openings: the text each reply is to begin with; it is not part of the Reply. An endpoint cannot be made to, and is not.
-        A message may carry `sampled`, the ids that a Reply had, with the `opening` it was asked for: see `as_sampled`. Nothing
-        else may be in line. on_reply() is called at each reply.
+        openings: the text that each reply is made to begin with, which is not part of the Reply (an endpoint
+        cannot be made to). A message may carry `sampled`, the ids of the Reply it was, with the `opening` it
+        had: see `as_sampled`. on_reply() is called after each reply. No other request may be running.
         """
         openings = openings or [""] * len(conversations)
         params = params if isinstance(params, list) else [params] * len(conversations)
         replies = {}
         try:
-            for i, asked in enumerate(zip(conversations, params, openings, strict=True)):
-                self.ask(i, *asked)
+            for i, request in enumerate(zip(conversations, params, openings, strict=True)):
+                self.ask(i, *request)
             while len(replies) < len(conversations):
-                done = self.step()
-                replies.update(done)
-                for _ in done:
+                for key, reply in self.step():
+                    replies[key] = reply
                     on_reply()
         finally:
             self.drop()
         return [replies[i] for i in range(len(conversations))]
 
     def ask(self, key, messages, params, opening=""):
-        """Puts a conversation in line, as `chat`; `step` will give its reply under this key."""
-        ids, own = self.prompt(messages, opening)
-        takes = self.engine.room - 1
-        needed = len(ids) + max(len(self.encode(choice)) for choice in params.choices or [""])
-        needed += 64 if params.json_schema is not None else 0  # a schema's shortest text has to fit as well
-        if needed > takes:
-            error = f"a prompt of {needed:,} tokens, and {self.name} takes {takes:,}"
-            self.refused.append((key, Reply("", "error", len(ids), error=error)))
-            return
-        if params.choices is None and params.json_schema is None:
-            params = replace(params, stop_ids=self.markers)
-        self.asked[key] = self.engine.add(ids, params), own
+        """Enqueues a conversation, as in `chat`; `step` returns its Reply under this key."""
+        ids, own_tokens = self.prompt(messages, opening)
+        end = len(ids) - len(self.encode(opening))
+        tag = open_tag(self.tokenizer.decode(ids[max(0, end - 16) : end]))
+        request = Request(ids, params, own_tokens, tag)
+        if not request.constrained:
+            request.params = replace(params, stop_ids=(*params.stop_ids, *self.markers))
+        self.enqueue(key, request)
+
+    def enqueue(self, key, request):
+        """Gives a request to the engine; what the engine refuses is a Reply with an error."""
+        request.room = 0 if request.constrained else self.reasoning_tokens
+        try:
+            params = replace(request.params, max_tokens=request.params.max_tokens + request.room)
+            request.sequences = self.engine.add(request.ids, params)
+            self.running[key] = request
+        except UsageError as error:
+            self.refused.append((key, Reply("", "error", len(request.ids), error=f"{self.name}: {error}")))
 
     def step(self):
-        """Lets all conversations in line go on by a step of the engine -> [(key, Reply)] of those that are at their end."""
+        """Runs a step of the engine for all requests -> [(key, Reply)] of those that have ended."""
         done, self.refused = self.refused, []
-        if not done and self.asked:
+        if not done and self.running:
             self.engine.step()
-            for key, (line, own) in list(self.asked.items()):
-                if c := self.engine.completion(line):
-                    counts = (c.prompt_tokens, len(c.ids), c.cached_tokens)
-                    done.append(
-                        (key, Reply(c.text, c.finish_reason, *counts, c.ids, c.probabilities, own_tokens=own))
-                    )
-                    del self.asked[key]
+            for key, request in list(self.running.items()):
+                if completion := self.engine.completion(request.sequences):
+                    del self.running[key]
+                    reply = reply_of(completion, request)
+                    if needs_room(reply) and not request.room:
+                        self.reasoning_tokens = REASONING_TOKENS
+                        self.enqueue(key, request)
+                    else:
+                        done.append((key, reply))
         return done
 
     def spoken(self, key):
-        """The text of a reply so far, in whole characters."""
-        return self.asked[key][0][0].text
+        """What a running reply says so far, in whole characters, without reasoning."""
+        request = self.running[key]
+        return spoken_so_far(request.tag + request.sequences[0].text)
 
     def drop(self):
-        """Takes all conversations out of line."""
-        for line, _ in self.asked.values():
-            self.engine.cancel(line)
-        self.asked, self.refused = {}, []
+        """Cancels all requests."""
+        for request in self.running.values():
+            self.engine.cancel(request.sequences)
+        self.running, self.refused = {}, []
 
     def prompt(self, messages, opening=""):
-        """(ids of the conversation up to a reply that begins with opening, how many of them this model has sampled)."""
-        rendered, own = [], 0
+        """(ids of a conversation up to a reply that begins with `opening`, how many of them it sampled)."""
+        rendered, own_tokens = [], 0
         for message in messages:
             if message.get("sampled"):
-                ids, kept = self.as_sampled(message["content"], message["opening"], tuple(message["sampled"]))
-                own += kept
+                ids, own = self.as_sampled(message["content"], message["opening"], tuple(message["sampled"]))
+                own_tokens += own
             else:
                 ids = self.encode(message["content"])
             rendered.append({**message, "ids": ids})
-        return self.tokenizer.render(rendered, add_generation_prompt=True)[0] + self.encode(opening), own
+        ids, _ = self.tokenizer.render(rendered, add_generation_prompt=True)
+        return ids + self.encode(opening), own_tokens
+
+
+def reply_of(completion, request):
+    """The Reply that a Completion is; text that was constrained to choices or a schema holds no reasoning."""
+    reasoning, text = "", completion.text
+    if not request.constrained:
+        reasoning, text = split_reasoning(request.tag + text)
+    counts = completion.prompt_tokens, len(completion.ids), completion.cached_tokens
+    return Reply(text, completion.finish_reason, *counts, completion.ids, completion.probabilities,
+                 own_tokens=request.own_tokens, reasoning=reasoning)  # fmt: skip
 
 
 def as_sampled(decode, encode, content, opening, sampled):
-    """(ids of an own turn, how many of them were sampled): the opening, then as many of the sampled tokens as say what the
-    content says, then the rest of the content, encoded. White space after the opening stays as it was sampled."""
+    """(ids of an own turn, how many of them were sampled), so that the cached prefix of a chat is used again.
+
+    These are the opening, then as many sampled tokens as decode to the beginning of the content, then the
+    rest of the content encoded. White space after the opening stays as it was sampled. Tokens of reasoning
+    are not in the content, so a reply that began with reasoning is encoded anew.
+    """
     spoken = content.removeprefix(opening).lstrip()
-    for n in range(len(sampled), 0, -1):
-        text = decode(sampled[:n]).lstrip()
-        if text and spoken.startswith(text):
-            return [*encode(opening), *sampled[:n], *encode(spoken[len(text) :])], n
+    if spoken[:1] == decode(sampled).lstrip()[:1]:
+        for n in range(len(sampled), 0, -1):
+            text = decode(sampled[:n]).lstrip()
+            if text and spoken.startswith(text):
+                return [*encode(opening), *sampled[:n], *encode(spoken[len(text) :])], n
     return encode(content), 0
 
 
-def fingerprint(directory):
-    """sha256 of a checkpoint, a directory or a GGUF file: of its manifest, which has the hash of each file, or else of the
-    files themselves; of a file of more than 64 MiB its size, its first MiB and 64 KiB at 255 places, since hashing 140 GB
-    takes minutes. An adapter's also covers its base."""
-    directory, digest = Path(directory), hashlib.sha256()
-    if is_adapter(directory):
-        digest.update(fingerprint(base_directory(directory)).encode())
-    files = [directory / MANIFEST]
-    if not files[0].is_file():
-        found = directory.iterdir() if directory.is_dir() else filter(Path.is_file, parts_of(directory))
-        files = sorted(f for f in found if f.suffix in (".json", ".safetensors", ".model", ".gguf"))
-    for file in files:
+def fingerprint(path):
+    """sha256 of the files of a model, a directory or a single file; an adapter's covers its base as well.
+
+    The manifest is hashed where there is one, since it has the hash of each file. Of a file of more than 64
+    MiB its size, its first MiB and 64 KiB at 255 places are hashed, since hashing 140 GB takes minutes.
+    """
+    path, digest = Path(path), hashlib.sha256()
+    if is_adapter(path):
+        digest.update(fingerprint(base_directory(path)).encode())
+    hashed = [path / MANIFEST]
+    if not hashed[0].is_file():
+        suffixes = (".json", ".safetensors", ".model", ".gguf")
+        found = path.iterdir() if path.is_dir() else filter(Path.is_file, parts_of(path))
+        hashed = sorted(file for file in found if file.suffix in suffixes)
+    for file in hashed:
         size = file.stat().st_size
         digest.update(f"{file.name}\0{size}\0".encode())
         with open(file, "rb") as stream:
@@ -169,10 +217,10 @@ def fingerprint(directory):
 
 
 def default_actor():
-    """The last trained stage actor if there is one, else the bundled one."""
+    """The stage actor trained last if there is one, else the bundled one."""
     trained = files.OUT / "stage" / "final"
     for directory, what in (
-        (trained, "the last trained stage actor"),
+        (trained, "the stage actor trained last"),
         (BUNDLED_ACTOR, "the bundled stage actor"),
     ):
         if (directory / "config.json").is_file():

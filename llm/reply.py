@@ -1,15 +1,29 @@
-"""What a language model answers."""
+"""A model's answer, and how the reasoning in it is told apart from what it says."""
 
+import re
 from dataclasses import dataclass
+
+REASONING_TOKENS = 2048  # added to max_tokens for a model that reasons before it answers
+
+_NAME = r"(?:think|thinking|thoughts?|reasoning)"
+_OPEN, _CLOSE = rf"(?:<{_NAME}\b[^<>\n]*>|\[(?-i:THINK)\])", rf"(?:</{_NAME}\s*>|\[/(?-i:THINK)\])"
+_FLAGS = re.IGNORECASE | re.DOTALL | re.MULTILINE
+TAG = re.compile(_OPEN, _FLAGS)  # opens reasoning
+_BLOCK = re.compile(rf"(?:^[ \t]*{_OPEN}(.*?)|{_OPEN}([^\n]*?)){_CLOSE}", _FLAGS)
+_CLOSED = re.compile(rf"\A(.*){_CLOSE}", _FLAGS)  # a closing tag whose opening tag was in the prompt
+_UNCLOSED = re.compile(rf"(?:^|\A[^\n<:]{{1,60}}:)[ \t]*{_OPEN}(.*)\Z", _FLAGS)  # perhaps after a name
+_FINAL = re.compile(r"<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?:<\|\w+\|>|\Z)", re.DOTALL)
+_HARMONY = re.compile(r"<\|start\|>\w*|<\|channel\|>[^<]*|<\|\w+\|>")
 
 
 @dataclass
 class Reply:
-    """An answer; token counts as the engine or the endpoint gives them (0 where it does not).
+    """An answer; token counts are the engine's or the endpoint's (0 where an endpoint gives none).
 
-    ids: its tokens as sampled, by a local model. probabilities: {choice: p} where choices were given. error: why there is none
-    (text is empty then). own_tokens: how many of the prompt's tokens stand as this model sampled them in earlier replies.
-    reasoning: what the model thought before the text, apart from it.
+    text: what the model says. reasoning: what it wrote for itself, which nobody else may see. ids: all
+    sampled tokens, those of the reasoning included (a local model's only). probabilities: {choice: p} where
+    choices were given. error: why there is no answer (text is then empty). own_tokens: number of prompt
+    tokens that are the ones this model sampled in earlier replies.
     """
 
     text: str
@@ -22,3 +36,54 @@ class Reply:
     error: str | None = None
     own_tokens: int = 0
     reasoning: str = ""
+
+
+def split_reasoning(text):
+    """(reasoning, what is said) of a reply's raw text; ("", text unchanged) where there is no reasoning.
+
+    Reasoning is: a block in tags (<think>, <thinking>, <thought>, <reasoning>, [THINK]), which opens at the
+    start of a line or closes on the line it opened on; everything before a closing tag without an opening one
+    (it was in the prompt); everything after an opening tag at the start of a line that is never closed; all
+    channels but `final` of OpenAI's Harmony format, with or without its special tokens. An opening tag in the
+    middle of a line that does not close is only mentioned.
+    """
+    if "<|channel|>" in text:
+        return _HARMONY.sub("\n", _FINAL.sub("", text)).strip(), "\n".join(_FINAL.findall(text)).strip()
+    before, marker, final = text.rpartition("assistantfinal")
+    if marker:
+        return re.sub(r"\A\s*analysis", "", before).strip(), final.strip()
+    if bare := re.match(r"\s*analysis(?=\w)(.*)", text, re.DOTALL):
+        return bare[1].strip(), ""
+    found = []
+
+    def take(block):
+        found.append(next(filter(None, block.groups()), "").strip())
+        return ""
+
+    spoken, count = _BLOCK.subn(take, text)
+    for pattern in (_CLOSED, _UNCLOSED):
+        spoken, more = pattern.subn(take, spoken)
+        count += more
+    return ("\n".join(filter(None, found)), spoken.strip()) if count else ("", text)
+
+
+def spoken_so_far(text):
+    """What is said in a reply that is still being generated, without a tag that may only have begun."""
+    spoken = split_reasoning(text)[1]
+    if any(mark.startswith(spoken.strip()) for mark in ("[THINK]", "analysis", "<|start|>assistant")):
+        return ""
+    return re.sub(r"<[^\s>]*\Z", "", spoken)
+
+
+def open_tag(prompt):
+    """The tag that opens reasoning at the end of a prompt, so that the reply begins inside; "" if there is
+    none.
+    """
+    found = re.search(rf"({_OPEN})\s*\Z", prompt, _FLAGS)
+    return found[1] if found else ""
+
+
+def needs_room(reply):
+    """Whether a reply was cut off by max_tokens before the model had finished reasoning."""
+    hidden = reply.ids is None  # an endpoint may not show its reasoning
+    return reply.finish_reason == "length" and not reply.text and bool(reply.reasoning or hidden)

@@ -1,25 +1,36 @@
-"""The seam to models: an endpoint over real HTTP on 127.0.0.1, a checkpoint, and which actor plays when none is named."""
+"""The seam to models: an endpoint over real HTTP on 127.0.0.1, a checkpoint, and which actor plays when none
+is named."""
 
 import email.utils
 import http.server
+import io
 import json
 import random
+import re
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
+from conftest import random_config, random_model
 
 import checkpoint
 import llm
 from common import files
-from common.files import UsageError
+from common.files import ROOT, UsageError
 from generate import SamplingParams
 from llm import Reply, endpoint, local
 from llm.endpoint import Endpoint
-from tokenizer import load_tokenizer
+from llm.reply import REASONING_TOKENS, open_tag, split_reasoning, spoken_so_far
+from tokenizer import QWEN2_PATTERN, load_tokenizer
 
 KEY = "sk-test-4f9c2e71d0"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -28,8 +39,8 @@ HELLO = [{"role": "user", "content": "hello"}]
 class Server(http.server.ThreadingHTTPServer):
     """An OpenAI-compatible endpoint on 127.0.0.1 that keeps all it was asked in `requests`.
 
-    answer(body, number) gives the text of a completion, or (status, payload, headers) with a payload of bytes or for JSON, or
-    None to hang up without a word.
+    answer(body, number) gives the text of a completion, or (status, payload, headers) with a payload of bytes
+    or for JSON, or None to hang up without a word.
     """
 
     daemon_threads = True
@@ -88,12 +99,13 @@ def completion(text):
 
 
 class Script:
-    """A model object that answers with `say(messages, params)` and keeps (messages, params) of all it was asked.
+    """A model object that answers with `say(messages, params)` and keeps (messages, params) of all it was
+    asked.
 
     `openings` are what its replies were to begin with, `batches` how many were asked for at a time.
     """
 
-    name, local, identity = "script", True, "script"
+    name, local, identity, adaptations = "script", True, "script", ()
 
     def __init__(self, say):
         self.say, self.asked, self.openings, self.batches, self.line = say, [], [], [], []
@@ -129,12 +141,10 @@ def pauses(monkeypatch):
     """The pauses between tries, recorded and not waited for."""
     slept = []
 
-    class Event(threading.Event):
-        def wait(self, seconds):
-            slept.append(seconds)
+    async def sleep(seconds):
+        slept.append(seconds)
 
-    kept = {name: getattr(threading, name) for name in ("Thread", "Lock", "Semaphore")}
-    monkeypatch.setattr(endpoint, "threading", SimpleNamespace(Event=Event, **kept))
+    monkeypatch.setattr(endpoint, "sleep", sleep)
     return slept
 
 
@@ -157,7 +167,7 @@ def refusal(server, **options):
     return line
 
 
-# ---- what is sent, and what comes back ----------------------------------------------------------------------------------
+# ---- what is sent, and what comes back -------------------------------------------------------------------
 
 
 def test_body_and_headers_sent():
@@ -175,14 +185,15 @@ def test_body_and_headers_sent():
     first, second, third = server.requests
     assert first.path == "/v1/chat/completions"
     assert first.headers["Authorization"] == f"Bearer {KEY}"
-    expected = {"model": "m", "messages": messages, "temperature": 0.7, "top_p": 0.9, "max_tokens": 33}
-    assert first.body == {**expected, "stop": ["END", "\n\n"], "seed": 5}
-    assert second.body == {**expected, "temperature": 0, "top_p": 1.0, "max_tokens": 256}
+    expected = {"model": "m", "messages": messages, "temperature": 0.7, "max_tokens": 33}
+    assert first.body == {**expected, "top_p": 0.9, "stop": ["END", "\n\n"], "seed": 5}
+    assert second.body == {**expected, "temperature": 0, "max_tokens": 256}
     assert third.body == {**second.body, "seed": 0}
 
 
 def test_replies_come_in_order_and_are_asked_for_together():
-    """Replies stand in the order of the conversations, each asked with its own parameters, several at once but not too many."""
+    """Replies stand in the order of the conversations, each asked with its own parameters, several at once
+    but not too many."""
     together, at_once, most = threading.Barrier(3), 0, 0
 
     def answer(body, number):
@@ -218,7 +229,7 @@ def test_token_counts_are_the_endpoints():
             assert ask(server) == [expected]
 
 
-# ---- trouble ------------------------------------------------------------------------------------------------------------
+# ---- trouble ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 529])
@@ -279,7 +290,8 @@ def test_a_pause_that_outlasts_the_deadline_is_not_announced(pauses, monkeypatch
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 def test_what_more_tries_cannot_mend_ends_at_once(status, pauses):
-    """A refusal is not asked again; the line has the model, the address, the status and the server's own words."""
+    """A refusal is not asked again; the line has the model, the address, the status and the server's own
+    words."""
     with Server(
         lambda *_: (status, {"error": {"message": "no such\nmodel"}}, {"Retry-After": "1"})
     ) as server:
@@ -345,7 +357,8 @@ def test_time_out_is_one_clear_line(monkeypatch, pauses):
 
 @pytest.mark.parametrize("way", ["retries", "trickle"])
 def test_there_is_a_deadline_for_everything(way, monkeypatch):
-    """Neither a server that fails again and again nor one that answers byte by byte holds a request for longer."""
+    """Neither a server that fails again and again nor one that answers byte by byte holds a request for
+    longer."""
     monkeypatch.setattr(endpoint, "DEADLINE", 0.5)
 
     def answer(*_):
@@ -512,11 +525,489 @@ def test_so_many_requests_a_minute():
     assert all(at - begun >= 0.05 * i - 0.01 for i, at in enumerate(sorted(times)))
 
 
-# ---- answers kept on disk -----------------------------------------------------------------------------------------------
+# ---- what an endpoint refuses ----------------------------------------------------------------------------
+
+
+def picky(refuses):
+    """A server that answers 400 as refuses(body) says, a message or (message, param), and "yes" where it says
+    None."""
+
+    def answer(body, _):
+        refused = refuses(body)
+        if refused is None:
+            return "yes"
+        message, param = refused if isinstance(refused, tuple) else (refused, None)
+        return 400, {"error": {"message": message, "type": "invalid_request_error", "param": param}}, {}
+
+    return Server(answer)
+
+
+def reasoning_models(body):
+    """As OpenAI's reasoning models refuse."""
+    if "max_tokens" in body:
+        return (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. "
+            "Use 'max_completion_tokens' instead."
+        ), "max_tokens"
+    if body.get("temperature", 1) != 1:
+        return (
+            "Unsupported value: 'temperature' does not support 0 with this model. "
+            "Only the default (1) value is supported."
+        ), "temperature"
+    return None
+
+
+def test_refused_parameters_are_adapted_once_and_remembered(capsys):
+    """The models of OpenAI that reason: two refusals in all, whatever is asked later; told once each, and
+    recorded."""
+    with picky(reasoning_models) as server:
+        model = Endpoint("m", server.url, KEY, concurrency=1)
+        assert model.adaptations == []
+        for _ in range(2):
+            replies = model.chat([HELLO] * 4, SamplingParams(0, max_tokens=33, seed=1))
+            assert [reply.text for reply in replies] == ["yes"] * 4
+        again = Endpoint("m", server.url, KEY, concurrency=1)
+        assert again.chat([HELLO], SamplingParams(0))[0].text == "yes"
+        other = Endpoint("n", server.url, KEY, concurrency=1)
+        assert other.adaptations == []
+    assert len(server.requests) == 9 + 2
+    body = {"model": "m", "messages": HELLO, "max_completion_tokens": 33, "seed": 1}
+    assert [request.body for request in server.requests[2:10]] == [body] * 8
+    expected = ["max_tokens is sent as max_completion_tokens", "temperature is left out"]
+    assert model.adaptations == again.adaptations == expected
+    told = " ".join(capsys.readouterr().err.split())
+    assert all(told.count(words) == 1 for words in expected) and "'temperature' does not support 0" in told
+
+
+def test_requests_in_flight_adapt_together():
+    """Eight that are refused at the same time are told of once, and all are answered."""
+    together = threading.Barrier(8)
+
+    def refuses(body):
+        if "max_tokens" in body:
+            together.wait(20)
+        return reasoning_models(body)
+
+    with picky(refuses) as server:
+        model = Endpoint("m", server.url, KEY)
+        replies = model.chat([HELLO] * 8, SamplingParams(0))
+    assert [reply.text for reply in replies] == ["yes"] * 8 and len(model.adaptations) == 2
+
+
+@pytest.mark.parametrize(
+    ("refuses", "sent", "adaptations"),
+    [
+        (
+            lambda b: b["max_tokens"] > 4096 and "max_tokens is too large: 9000. It takes at most 4096",
+            {"max_tokens": 4096},
+            ["max_tokens is kept at most 4096"],
+        ),
+        (
+            lambda b: b["max_tokens"] > 8192
+            and "Invalid max_tokens value, the valid range of max_tokens is [1, 8192]",
+            {"max_tokens": 8192},
+            ["max_tokens is kept at least 1 and at most 8192"],
+        ),
+        (
+            lambda b: b["max_tokens"] > 8192
+            and "`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is "
+            "less than the `context_window` for this model",
+            {"max_tokens": 8192},
+            ["max_tokens is kept at most 8192"],
+        ),
+        (
+            lambda b: b["seed"] >= 2**31 and ("Invalid 'seed': expected a value <= 2147483647", "seed"),
+            {"seed": 7},
+            ["seed is kept at most 2147483647"],
+        ),
+        (
+            lambda b: "seed" in b and "Argument not supported on this model: seed",
+            {"seed": None},
+            ["seed is left out"],
+        ),
+        (
+            lambda b: "seed" in b and "Unknown parameter: 'seed'. Did you mean 'random_seed'?",
+            {"seed": None, "random_seed": 2**31 + 7},
+            ["seed is sent as random_seed"],
+        ),
+        (
+            lambda b: b["temperature"] > 1 and "temperature: range: 0..1",
+            {"temperature": 1},
+            ["temperature is kept at least 0 and at most 1"],
+        ),
+        (
+            lambda b: len(b["stop"]) > 4
+            and ("Invalid 'stop': array too long. Expected one with maximum length 4, not 6", "stop"),
+            {"stop": list("abcd")},
+            ["stop is kept at most 4"],
+        ),
+        (
+            lambda b: "top_p" in b and "`temperature` and `top_p` cannot both be given; use only one.",
+            {"top_p": None, "temperature": 1.5},
+            ["top_p is left out"],
+        ),
+        (
+            lambda b: (unknown := [n for n in ("top_k", "min_p", "repetition_penalty") if n in b])
+            and f"Unrecognized request argument supplied: {unknown[0]}",
+            {"top_k": None, "min_p": None, "repetition_penalty": None},
+            ["top_k is left out", "min_p is left out", "repetition_penalty is left out"],
+        ),
+        (
+            lambda b: b.get("temperature", 9) < 9 and f"temperature must be at least {b['temperature'] + 1}",
+            {"temperature": None},  # never content: left out after one attempt
+            ["temperature is left out"],
+        ),
+    ],
+    ids=["large", "bounds", "window", "seed range", "seed", "renamed", "range", "list", "combination",
+         "extras", "insatiable"],
+)  # fmt: skip
+def test_a_refused_parameter_is_renamed_narrowed_or_dropped(refuses, sent, adaptations):
+    """By the server's words; all else is sent as before."""
+    params = SamplingParams(1.5, 0.9, 40, 9000, tuple("abcdef"), 2**31 + 7, 0.1, 1.1)
+    with picky(lambda body: refuses(body) or None) as server:
+        model = Endpoint("m", server.url, KEY)
+        assert model.chat([HELLO], params)[0].text == "yes"
+    first, last = server.requests[0].body, server.requests[-1].body
+    expected = {name: value for name, value in {**first, **sent}.items() if value is not None}
+    assert last == expected and model.adaptations == adaptations
+
+
+def test_a_refusal_in_the_words_of_a_validator():
+    """422 with a list of what is wrong, as pydantic words it, or as a router passes it on."""
+    wrong = {"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}
+    raw = {"metadata": {"raw": json.dumps({"detail": [wrong]})}}
+    for status, payload in (
+        (422, {"detail": [wrong]}),
+        (422, {"object": "error", "message": {"detail": [wrong]}, "type": "invalid_request_error"}),
+        (400, {"error": {"message": "Provider returned error", "code": 400, **raw}}),
+        (200, {"error": {"message": "Provider returned error", "code": 400, **raw}}),
+    ):
+        with Server(lambda body, _, s=status, p=payload: (s, p, {}) if "seed" in body else "yes") as server:
+            model = Endpoint("m", server.url, KEY)
+            assert model.chat([HELLO], SamplingParams(0, seed=1))[0].text == "yes"
+        assert model.adaptations == ["seed is left out"] and len(server.requests) == 2
+
+
+def test_a_schema_is_sent_and_left_out_where_it_is_refused():
+    """As response_format."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    unavailable = "This response_format type is unavailable now"
+    with picky(lambda body: unavailable if "response_format" in body else None) as server:
+        model = Endpoint("m", server.url, KEY)
+        assert model.chat([HELLO], SamplingParams(0, json_schema=schema))[0].text == "yes"
+    sent = server.requests[0].body["response_format"]
+    assert sent["type"] == "json_schema" and sent["json_schema"]["schema"] == schema
+    assert "response_format" not in server.requests[1].body
+    assert model.adaptations == ["response_format is left out"]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "This model's maximum context length is 8192 tokens. You requested 9000 tokens; reduce max_tokens.",
+        "'max_tokens' is too large: 512. This model's maximum context length is 8192 tokens.",
+        "max_tokens must be smaller: the request exceeds the available context size.",
+        "The prompt about the temperature of a seed was flagged.",
+        "Invalid value for 'messages'.",
+        "",
+    ],
+)
+def test_a_refusal_of_the_prompt_changes_no_parameter(message):
+    """Too long, flagged: the Reply has the server's own words, and the next one is asked as the first."""
+    with picky(lambda _: message) as server:
+        model = Endpoint("m", server.url, KEY)
+        reply = model.chat([HELLO], SamplingParams(0, seed=1))[0]
+    assert message in reply.error and len(server.requests) == 1 and model.adaptations == []
+
+
+def test_what_an_endpoint_cannot_be_asked_for_is_refused_by_name():
+    """Rather than being left out without a word."""
+    with Server(lambda *_: "yes") as server:
+        model = Endpoint("m", server.url, KEY)
+        for name, value in (("choices", ["a", "b"]), ("stop_ids", (5,)), ("logprobs", True)):
+            with pytest.raises(UsageError, match=name):
+                model.chat([HELLO], SamplingParams(0, **{name: value}))
+    assert not server.requests
+
+
+def test_kept_answers_tell_what_was_adapted(tmp_path):
+    """A run from the answers on disk alone has the same record, and asks nothing again."""
+    with picky(reasoning_models) as server:
+        before = Endpoint("m", server.url, KEY, answers=tmp_path)
+        before.chat([HELLO], SamplingParams(0))
+        adaptations, asked = before.adaptations, len(server.requests)
+        before.address.changes.clear()
+        after = Endpoint("m", server.url, KEY, answers=tmp_path)
+        assert after.adaptations == [] and after.chat([HELLO], SamplingParams(0))[0].text == "yes"
+        assert after.adaptations == adaptations and len(server.requests) == asked == 3
+
+
+# ---- answers that are no plain completion ----------------------------------------------------------------
+
+
+def message(finish_reason="stop", **fields):
+    return {"choices": [{"message": {"role": "assistant", **fields}, "finish_reason": finish_reason}]}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"message": "Rate limit exceeded: free-models-per-min", "code": 429},
+        {"message": "Rate limit exceeded", "code": "429"},
+        {"message": "Rate limit reached", "type": "rate_limit_error"},
+        {"message": "Rate limit reached", "code": "rate_limit_exceeded"},
+    ],
+)
+def test_a_rate_limit_under_200_is_waited_for(error, pauses):
+    """As often as 429 itself, not five times."""
+    with Server(lambda _, n: "at last" if n == 9 else (200, {"error": error}, {})) as server:
+        assert ask(server)[0].text == "at last"
+    assert len(server.requests) == 10
+
+
+@pytest.mark.parametrize(
+    ("payload", "requests"),
+    [
+        ({"error": {"message": "prompt was flagged", "code": 400}}, 1),
+        ({"error": {"message": "prompt was flagged", "type": "invalid_request_error"}}, 1),
+        ({"object": "error", "message": "prompt was flagged", "code": 400}, 1),
+        (
+            {
+                "choices": [
+                    {"error": {"message": "prompt was flagged", "code": 502}, "finish_reason": "error"}
+                ]
+            },
+            5,
+        ),
+        ({"error": {"message": "prompt was flagged", "code": 502}}, 5),
+        ({"error": "prompt was flagged"}, 5),
+        (message(content=None, refusal="prompt was flagged"), 1),
+        (message(content=[{"type": "refusal", "refusal": "prompt was flagged"}]), 1),
+    ],
+)
+def test_an_error_under_200_counts_as_what_it_says(payload, requests, pauses):
+    """Its code is the status; the line has its words."""
+    with Server(lambda *_: (200, payload, {})) as server:
+        line = refusal(server)
+    assert "prompt was flagged" in line and len(server.requests) == requests
+
+
+def test_a_wrong_key_under_200_ends_the_run(pauses):
+    """As 401 does."""
+    with Server(lambda *_: (200, {"error": {"message": "no credits", "code": 401}}, {})) as server:
+        with pytest.raises(UsageError, match="no credits"):
+            ask(server)
+
+
+def test_a_filter_is_told_of():
+    """Withheld whole it is an error; what was said before it cut in is a reply."""
+    with Server(lambda *_: (200, message("content_filter", content=None), {})) as server:
+        assert "content filter" in refusal(server) and len(server.requests) == 1
+    with Server(lambda *_: (200, message("content_filter", content="I was"), {})) as server:
+        assert ask(server) == [Reply("I was", "content_filter")]
+
+
+def test_the_words_of_a_proxy_are_told(pauses):
+    """HTML under 200, and what else is no completion, is quoted without its tags."""
+    html = b"<html><head><title>Sign in</title></head><body>to the <b>proxy</b></body></html>"
+    for payload, words in ((html, "Sign in to the proxy"), ({"choices": []}, "without choices")):
+        with Server(lambda *_, payload=payload: (200, payload, {})) as server:
+            line = refusal(server)
+        assert words in line and "no chat completion" in line and "<" not in line
+
+
+def test_parts_of_a_message_are_joined():
+    """A content that is a list of parts of text."""
+    parts = [{"type": "text", "text": "Good "}, {"type": "output_text", "text": "evening."}]
+    with Server(lambda *_: (200, message(content=parts), {})) as server:
+        assert ask(server) == [Reply("Good evening.", "stop")]
+
+
+# ---- reasoning -------------------------------------------------------------------------------------------
+
+SECRET, SPEECH = "I secretly plan\n\nto leave.", "Good evening.\n\n(bows)"
+RAW = {
+    "think": f"<think>\n{SECRET}\n</think>\n\n{SPEECH}",
+    "thinking": f"<Thinking>{SECRET}</THINKING>{SPEECH}",
+    "reasoning": f"  <reasoning>{SECRET}</reasoning>\n{SPEECH}",
+    "mistral": f"[THINK]{SECRET}[/THINK]{SPEECH}",
+    "opened in the prompt": f"{SECRET}\n</think>\n\n{SPEECH}",
+    "that mentions a tag": f"I open <think> first.\n{SECRET}</think>{SPEECH}",
+    "that mentions a closing tag": f"<think>{SECRET} then </think> {SECRET}</think>{SPEECH}",
+    "harmony": f"<|channel|>analysis<|message|>{SECRET}<|end|><|start|>assistant"
+    f"<|channel|>final<|message|>{SPEECH}<|return|>",
+    "harmony, opened": f"{SECRET}<|end|><|start|>assistant<|channel|>final<|message|>{SPEECH}",
+    "harmony with a comment": f"<|channel|>analysis<|message|>{SECRET}<|end|><|start|>assistant"
+    f"<|channel|>commentary<|message|>{SECRET}<|end|><|start|>assistant"
+    f"<|channel|>final <|constrain|>json<|message|>{SPEECH}",
+    "harmony without markers": f"analysis{SECRET}assistantfinal{SPEECH}",
+}
+UNFINISHED = {
+    "after a name": f"Ada Byron: <think>{SECRET}",
+    "think": f"<think>\n{SECRET}",
+    "thinking": f"\n<THINKING>{SECRET}",
+    "harmony": f"<|channel|>analysis<|message|>{SECRET}",
+    "harmony without markers": f"analysis{SECRET}",
+}
+
+
+@pytest.mark.parametrize("form", RAW)
+def test_reasoning_is_told_apart(form):
+    """In every form, all of it and nothing else; in what is shown while it comes as well."""
+    reasoning, text = split_reasoning(RAW[form])
+    assert text == SPEECH and "secretly" in reasoning and "bows" not in reasoning
+    assert not re.search(r"</?think>|<\|", text)
+    if "opened" not in form and "mentions" not in form:
+        for n in range(len(RAW[form]) + 1):
+            assert SPEECH.startswith(spoken_so_far(RAW[form][:n]).strip()), RAW[form][:n]
+
+
+@pytest.mark.parametrize("form", UNFINISHED)
+def test_unfinished_reasoning_is_all_reasoning(form):
+    """Nothing is said then."""
+    assert split_reasoning(UNFINISHED[form]) == (SECRET, "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Good evening.",
+        " I [think of him] say <b>no</b>.\n",
+        'He wrote <think> on the wall,\nand "<reasoning>" below.',
+        "[think it over] Well.",
+        "I was thinking. </b>",
+        "analysis of the evidence, Watson.",
+        "Analysis: none. The final word.",
+        "<thinker> is my name",
+        '{"flaws": [{"instance": "<think>"}]}',
+    ],
+)
+def test_speech_is_left_as_it_is(text):
+    """A tag in the middle of a line is only mentioned; nothing is stripped where there is no reasoning."""
+    assert split_reasoning(text) == ("", text) and spoken_so_far(text) == text
+
+
+def test_reasoning_in_the_middle_is_not_said():
+    """Between two lines, or closed on the line where it opens."""
+    for raw in ("Good evening.\n<think>\nsecret\n</think>\nSit.", "Good evening. <think>secret</think> Sit."):
+        reasoning, text = split_reasoning(raw)
+        assert reasoning == "secret" and text.split() == ["Good", "evening.", "Sit."]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"content": RAW["think"]}, (SPEECH, SECRET)),
+        ({"content": SPEECH, "reasoning_content": SECRET}, (SPEECH, SECRET)),
+        ({"content": SPEECH, "reasoning": SECRET, "reasoning_content": SECRET}, (SPEECH, SECRET)),
+        ({"content": SPEECH, "reasoning": None}, (SPEECH, "")),
+        ({"content": None, "reasoning_content": SECRET}, ("", SECRET)),
+        ({"reasoning": SECRET}, ("", SECRET)),
+        (
+            {
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": SECRET}]},
+                    {"type": "text", "text": SPEECH},
+                ]
+            },
+            (SPEECH, SECRET),
+        ),
+    ],
+)
+def test_an_endpoints_reasoning_is_kept_apart(fields, expected):
+    """In the text, in fields beside it, in parts."""
+    with Server(lambda *_: (200, message(**fields), {})) as server:
+        reply = ask(server)[0]
+    assert (reply.text, reply.reasoning) == expected and reply.error is None
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_model_that_reasons_gets_room(hidden):
+    """Cut off inside its reasoning it is asked once more with room for it, and has it from then on."""
+
+    def answer(body, _):
+        if body["max_tokens"] >= 1000:
+            return "Ada"
+        return 200, message("length", content="" if hidden else "<think>\nWho could"), {}
+
+    with Server(answer) as server:
+        model = Endpoint("m", server.url, KEY, concurrency=1)
+        replies = model.chat([HELLO] * 3, SamplingParams(0, max_tokens=32))
+    assert [reply.text for reply in replies] == ["Ada"] * 3
+    more = 32 + REASONING_TOKENS
+    assert [request.body["max_tokens"] for request in server.requests] == [32, more, more, more]
+
+
+def test_room_for_reasoning_is_given_once():
+    """A model that never comes to an end is not asked a third time; the reply says nothing."""
+    with Server(lambda *_: (200, message("length", content="<think>Who could"), {})) as server:
+        reply = ask(server)[0]
+    assert (reply.text, reply.reasoning, reply.error) == ("", "Who could", None) and len(server.requests) == 2
+
+
+# ---- limits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limits", [{"concurrency": 2}, {"concurrency": 8, "per_minute": 1200}])
+def test_limits_hold_for_all_models_at_an_address(limits):
+    """Two models at one address, asked at once, share its requests in flight and its requests per minute."""
+    now, most, times, lock = [0], [0], [], threading.Lock()
+
+    def answer(*_):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+            times.append(time.monotonic())
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        return "yes"
+
+    with Server(answer) as server:
+        models = [Endpoint(name, server.url, KEY, **limits) for name in ("m", "n")]
+        begun = time.monotonic()
+        futures = [model.submit(HELLO, SamplingParams(0)) for _ in range(5) for model in models]
+        assert [future.result().text for future in futures] == ["yes"] * 10
+    assert {request.body["model"] for request in server.requests} == {"m", "n"}
+    if "per_minute" in limits:
+        assert all(at - begun >= 0.05 * i - 0.01 for i, at in enumerate(sorted(times)))
+    else:
+        assert most[0] == 2
+
+
+def test_ctrl_c_does_not_wait_for_an_answer(tmp_path):
+    """A process of its own, interrupted while it waits, is gone at once and prints no trace of what it waited
+    for."""
+    program = (
+        "import sys; from common import terminal; from llm.endpoint import Endpoint; "
+        "from engine.params import SamplingParams; "
+        "model = Endpoint('m', sys.argv[1], 'key', concurrency=4); "
+        "chat = [{'role': 'user', 'content': 'hello'}]; "
+        "terminal.run(lambda: model.chat([chat] * 8, SamplingParams(0)))"
+    )
+    over = threading.Event()
+    with Server(lambda *_: over.wait(60) and None) as server:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, server.url], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        while len(server.requests) < 4 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        code, error = process.wait(20), process.stderr.read()
+        took = time.monotonic() - begun
+        over.set()
+    assert code == 130 and took < 10 and error.strip() == "stopped.", error
+    assert len(server.requests) == 4
+
+
+# ---- answers kept on disk --------------------------------------------------------------------------------
 
 
 def test_an_answer_is_kept_and_not_asked_for_again(tmp_path):
-    """Under the hash of the request and its address: another text, seed, temperature, model or address is another request."""
+    """Under the hash of the request and its address: another text, seed, temperature, model or address is
+    another request."""
     with Server(lambda _, n: f"answer {n}") as server, Server(lambda *_: "other") as other:
 
         def once(text="hello", params=None, model="m", url=server.url):
@@ -617,7 +1108,7 @@ def test_an_answer_that_cannot_be_unpacked_is_retried(pauses):
         assert ask(server)[0].text == "at last"
 
 
-# ---- keys and addresses -------------------------------------------------------------------------------------------------
+# ---- keys and addresses ----------------------------------------------------------------------------------
 
 
 def test_key_and_address_come_from_the_environment(monkeypatch):
@@ -641,7 +1132,8 @@ def test_missing_key_is_told(monkeypatch):
 
 
 def test_a_model_has_an_address_and_a_key_of_its_own(monkeypatch):
-    """openai:MODEL@URL goes there whatever OPENAI_BASE_URL says, with OPENAI_API_KEY_<HOST> where that is set."""
+    """openai:MODEL@URL goes there whatever OPENAI_BASE_URL says, with OPENAI_API_KEY_<HOST> where that is
+    set."""
     with Server(lambda *_: "here") as here, Server(lambda *_: "there") as there:
         there.use(monkeypatch)
         for variable, key in ((None, KEY), ("OPENAI_API_KEY_127_0_0_1", "sk-another-one")):
@@ -664,7 +1156,8 @@ def test_a_model_has_an_address_and_a_key_of_its_own(monkeypatch):
      "openai:m@https://host/v1?key=1"],
 )  # fmt: skip
 def test_an_address_that_would_mislead_is_told(spec, monkeypatch):
-    """No scheme, another scheme, no model, no host, a password or a query in it: one line, which shows no password."""
+    """No scheme, another scheme, no model, no host, a password or a query in it: one line, which shows no
+    password."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with pytest.raises(UsageError) as error:
         llm.open_model(spec)
@@ -692,7 +1185,8 @@ def test_an_address_that_is_none_is_told(url, pauses):
 @pytest.mark.parametrize("padding", [0, 270, 282])
 @pytest.mark.parametrize("form", ["message", "text", "html"])
 def test_the_key_is_in_no_message(status, padding, form, pauses):
-    """A server that repeats the key does not bring it to light, not even a part of it where its words are cut short."""
+    """A server that repeats the key does not bring it to light, not even a part of it where its words are cut
+    short."""
 
     def answer(*_):
         words = "x" * padding + f" wrong key {KEY}"
@@ -712,18 +1206,20 @@ def test_the_key_is_in_no_message(status, padding, form, pauses):
     "key", [KEY + " ", " " + KEY, KEY + "\n", KEY + "\u2026", KEY + "\x7f", f"{KEY}\t{KEY}"]
 )
 def test_a_key_pasted_badly_is_not_shown(key, pauses):
-    """A key with a space, a line end or a stray character either works without it or is refused, and is not printed."""
+    """A key with a space, a line end or a stray character either works without it or is refused, and is not
+    printed."""
     with Server(lambda *_: (401, {"error": {"message": f"wrong key {key}"}}, {})) as server:
         line = refusal(server, key=key)
     assert KEY not in line
 
 
-# ---- checkpoints --------------------------------------------------------------------------------------------------------
+# ---- checkpoints -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("openings", [None, ["Hanne Brod:", "", "Wick Tarn:"]])
 def test_a_checkpoint_answers_as_its_model_does(tiny_actor, openings):
-    """Replies of a local model are the greedy tokens of a plain forward pass after the rendered chat and the opening."""
+    """Replies of a local model are the greedy tokens of a plain forward pass after the rendered chat and the
+    opening."""
     conversations = [
         [{"role": "system", "content": "S"}, {"role": "user", "content": "you " * n}] for n in (1, 7, 3)
     ]
@@ -744,7 +1240,8 @@ def test_a_checkpoint_answers_as_its_model_does(tiny_actor, openings):
 
 
 def test_a_chat_marker_ends_a_turn(tiny_actor):
-    """A model that samples a special token within its turn, another turn's head say, is not let go on, and no text has it."""
+    """A model that samples a special token within its turn, another turn's head say, is not let go on, and no
+    text has it."""
     model = llm.open_model(tiny_actor)
     assert set(model.markers) == set(model.tokenizer.specials.values())
     whole = model.chat([HELLO], SamplingParams(0, max_tokens=8))[0]
@@ -753,6 +1250,151 @@ def test_a_chat_marker_ends_a_turn(tiny_actor):
     reply = model.chat([HELLO], SamplingParams(0, max_tokens=8))[0]
     assert (reply.ids, reply.finish_reason) == (whole.ids[:n], "stop")
     assert reply.text == model.tokenizer.decode(whole.ids[:n])
+
+
+@pytest.fixture
+def reasoner(tmp_path):
+    """A checkpoint that answers "<think>plan</think>Hi" to everything, tags as added tokens: each token
+    determines the next."""
+    chain = ["<think>", *"plan", "</think>", *"Hi", "<|im_end|>"]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    ids = {token: i for i, token in enumerate([*alphabet, *specials])} | {"\n": alphabet.index("\u010a")}
+    config = random_config(
+        0, vocab_size=len(alphabet) + 4, hidden_size=32, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = random_model(replace(config, head_dim=8, tie_word_embeddings=False, max_position_embeddings=8192))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if parameter.ndim == 1 else 0.0)
+            for i, (token, following) in enumerate(
+                zip(["\n", ":", *chain], [chain[0], *chain, ""], strict=False)
+            ):
+                if "embed_tokens" in name:
+                    parameter[ids[token], i] = 1.0
+                if "lm_head" in name and following:
+                    parameter[ids[following], i] = 1.0
+    checkpoint.save_model(model, tmp_path / "reasoner")
+    hf = {
+        "added_tokens": [{"id": ids[name], "content": name, "special": "im" in name} for name in specials],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": QWEN2_PATTERN},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        },
+        "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate(alphabet)}, "merges": []},
+    }
+    (tmp_path / "reasoner" / "tokenizer.json").write_text(json.dumps(hf))
+    return tmp_path / "reasoner"
+
+
+@pytest.mark.parametrize("opening", ["", "Ada:"])
+def test_a_local_models_reasoning_is_kept_apart(reasoner, opening):
+    """In the reply, in what is shown while it is spoken, and in the prompts that follow."""
+    model = llm.open_model(reasoner)
+    model.ask("key", HELLO, SamplingParams(0, max_tokens=60), opening)
+    shown, done = set(), []
+    while not done:
+        done = model.step()
+        shown |= set() if done else {model.spoken("key")}
+    [(_, reply)] = done
+    assert (reply.text, reply.reasoning, reply.finish_reason) == ("Hi", "plan", "stop")
+    assert shown <= {"", "H", "Hi"} and model.tokenizer.decode(reply.ids) == "<think>plan</think>Hi"
+    said = {"role": "assistant", "content": f"{opening}Hi", "opening": opening, "sampled": reply.ids}
+    plain = {"role": "assistant", "content": f"{opening}Hi"}
+    prompts = [model.prompt([*HELLO, own, *HELLO], opening) for own in (said, plain)]
+    assert prompts[0] == prompts[1] and prompts[0][1] == 0
+
+
+def test_a_local_model_that_reasons_gets_room(reasoner):
+    """Cut off inside its reasoning it is asked once more, and has the room from then on."""
+    model = llm.open_model(reasoner)
+    asked, add = [], model.engine.add
+    model.engine.add = lambda ids, params: asked.append(params.max_tokens) or add(ids, params)
+    for _ in range(2):
+        replies = model.chat([HELLO] * 2, SamplingParams(0, max_tokens=3))
+        assert [(reply.text, reply.reasoning) for reply in replies] == [("Hi", "plan")] * 2
+    assert asked == [3, 3] + [3 + REASONING_TOKENS] * 4
+
+
+def test_a_chat_shows_no_reasoning(reasoner, script, monkeypatch):
+    """generate.py prints what is said, and its next prompt holds no more."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Good day\nAnd?\n"))
+    options = ["--model", reasoner, "--temperature", 0, "--dtype", "float32", "--stats"]
+    code, out, err = script("generate", "--chat", *options)
+    assert (code, out) == (0, "Hi\nHi\n")
+    counts = [int(n) for n in re.findall(r"of (\d+) prompt tokens", err)]
+    tokenizer = load_tokenizer(reasoner)
+    chat = [{"role": "user", "content": "Good day"}, {"role": "assistant", "content": "Hi"}]
+    rendered = tokenizer.render([*chat, {"role": "user", "content": "And?"}], add_generation_prompt=True)[0]
+    assert counts[1] == len(rendered)
+
+
+def test_a_tag_at_the_end_of_a_prompt_opens_reasoning():
+    """As templates of models that always reason have it; a user's tag does not."""
+    assert open_tag("<|assistant|><think>\n") == "<think>" and open_tag("<think>x<|assistant|>\n") == ""
+    assert split_reasoning("<think>" + SECRET) == (SECRET, "")
+
+
+def test_stop_ids_of_the_caller_are_kept(tiny_actor):
+    """Beside the markers of the chat."""
+    model = llm.open_model(tiny_actor)
+    whole = model.chat([HELLO], SamplingParams(0, max_tokens=8))[0].ids
+    n = next(i for i in range(1, 8) if whole[i] not in whole[:i])
+    assert model.chat([HELLO], SamplingParams(0, max_tokens=8, stop_ids=(whole[n],)))[0].ids == whole[:n]
+
+
+@pytest.mark.parametrize("left", [1, 8, 30])
+def test_a_request_that_cannot_fit_ends_nothing(tiny_actor, left):
+    """A schema whose shortest text is longer than what is left of the context is an error of that request
+    alone."""
+    model = llm.open_model(tiny_actor)
+    word = model.encode(" a")
+    count = (model.engine.config.max_position_embeddings - left - len(model.prompt(HELLO)[0])) // len(word)
+    long = [{"role": "user", "content": "hello" + " a" * count}]
+    names = [f"a_long_name_{i}" for i in range(20)]
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "integer"} for name in names},
+        "required": names,
+        "additionalProperties": False,
+    }
+    params = SamplingParams(0, json_schema=schema, max_tokens=2000)
+    long_reply, short_reply = model.chat([long, HELLO], params)
+    assert (
+        long_reply.finish_reason == "error"
+        and "tokens" in long_reply.error
+        and str(tiny_actor) in long_reply.error
+    )
+    assert short_reply.error is None and list(json.loads(short_reply.text)) == names
+
+
+def test_models_of_any_form_have_a_fingerprint(tiny_actor, tmp_path):
+    """A single file, an adapter, which counts with its base, and a directory: a byte changed anywhere is
+    another model."""
+    (tmp_path / "model.gguf").write_bytes(b"GGUF weights")
+    one = local.fingerprint(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF other weights")
+    assert local.fingerprint(tmp_path / "model.gguf") != one
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_actor, base)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "../base"}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"A and B")
+    seen = {local.fingerprint(base), local.fingerprint(adapter)}
+    (adapter / "adapter_model.safetensors").write_bytes(b"A and C")
+    seen.add(local.fingerprint(adapter))
+    (base / "manifest.json").unlink()
+    seen.add(local.fingerprint(adapter))
+    assert len(seen) == 4
 
 
 def test_an_endpoint_is_not_given_an_opening():
@@ -766,7 +1408,8 @@ def test_an_endpoint_is_not_given_an_opening():
 
 
 def test_default_actor_is_the_last_trained_else_the_bundled(tmp_path, monkeypatch, capsys):
-    """None at all is an error that says what to do; a trained one goes before the bundled one; stderr says which it is."""
+    """None at all is an error that says what to do; a trained one goes before the bundled one; stderr says
+    which it is."""
     monkeypatch.setattr(files, "OUT", tmp_path / "out")
     monkeypatch.setattr(local, "BUNDLED_ACTOR", tmp_path / "bundled")
     trained = tmp_path / "out" / "stage" / "final"

@@ -681,7 +681,7 @@ def test_a_prompt_over_the_context_is_an_error_of_its_own(tiny_actor):
     long = [{"role": "user", "content": "word " * 9000}]
     short = [{"role": "user", "content": "hello"}]
     one, two, three = model.chat([short, long, short], SamplingParams(0, max_tokens=4))
-    assert two.error and not two.text and "8,191" in two.error
+    assert two.error and not two.text and "8191" in two.error.replace(",", "")
     assert one == model.chat([short], SamplingParams(0, max_tokens=4))[0] or one.text == three.text
     assert one.error is None and one.text
 

@@ -1,0 +1,208 @@
+"""The JSON of requests to OpenAI-compatible servers, of their refusals and of their answers."""
+
+import json
+import re
+
+from common.files import UsageError
+from engine.params import SamplingParams
+from llm.reply import Reply, split_reasoning
+
+LONGEST_TEXT = 2**15  # characters
+
+# what may be changed in a request; of a combination that a server refuses, the first of these is left out
+CHANGEABLE = ("response_format", "top_k", "min_p", "repetition_penalty", "top_p", "stop",
+              "random_seed", "seed", "temperature", "max_completion_tokens", "max_tokens")  # fmt: skip
+NEW_NAMES = {"max_tokens": "max_completion_tokens", "seed": "random_seed"}
+
+# how servers word the range of a parameter, a refusal, a prompt that is too long, and a combination
+_NUMBER = r"[^\w-]*(-?(?:0|[1-9]\d*)(?:\.\d+)?)"
+_RANGE = re.compile(
+    rf"(?i)(?:between|range(?: [a-z_]+){{0,4}}|from|in){_NUMBER}\s*(?:and|to|\.\.+|,|-|\u2013){_NUMBER}"
+)
+_HIGH = re.compile(
+    rf"(?i)(?:<=?|at most|less than(?: or equal to)?|max(?:imum)?\b(?: \w+){{0,2}}|up to){_NUMBER}"
+)
+_LOW = re.compile(rf"(?i)(?:>=|at least|greater than or equal to|min(?:imum)?\b(?: \w+){{0,2}}){_NUMBER}")
+_REFUSED = re.compile(
+    r"(?i)support|recogni[sz]ed|unknown|unexpected|permitted|allowed|invalid|extra|deprecated|must|should|both"
+    r"|expected|range|between|at (?:most|least)|m(?:ax|in)imum|\btoo\b|greater|less|available|compatible|[<>]"
+)
+_TOO_LONG = re.compile(
+    r"(?i)(?:maximum|exceeds?|model's)(?: \w+){0,2} context[ _]?(?:length|window|size)|prompt is too long"
+)
+_COMBINED = re.compile(r"(?i)\b(?:both|together|combin\w+|only one|simultaneously)\b")
+
+
+def request_body(model, messages, params):
+    """The JSON of a request: temperature, max_tokens, and what else differs from the servers' default.
+
+    UsageError names what a server cannot be asked for.
+    """
+    for name in ("choices", "stop_ids", "logprobs"):
+        if getattr(params, name):
+            raise UsageError(
+                f"{name}: an endpoint cannot be asked for this; leave it out or use a local model"
+            )
+    default = SamplingParams()
+    body = {
+        "model": model,
+        "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
+        "temperature": params.temperature,
+        "max_tokens": params.max_tokens,
+    }
+    for name in ("top_p", "top_k", "min_p", "repetition_penalty", "seed"):
+        if getattr(params, name) != getattr(default, name):
+            body[name] = getattr(params, name)
+    if params.stop:
+        body["stop"] = list(params.stop)
+    if params.json_schema is not None:
+        schema = {"name": "answer", "schema": params.json_schema, "strict": True}
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return body
+
+
+# ---- parameters that a server refuses -------------------------------------------------------------------
+
+
+def changed(body, changes):
+    """A body after {parameter: None (left out), its new name, or [low, high]}, in order."""
+    body = dict(body)
+    for name, change in changes.items():
+        if name in body:
+            value = body.pop(name)
+            if isinstance(change, str):
+                body[change] = value
+            elif change:
+                body[name] = _narrowed(value, *change, wraps="seed" in name)
+    return body
+
+
+def change_for(body, words):
+    """(parameter, change) for a body that was refused in these words; None where no change can help."""
+    places = {
+        name: found.start()
+        for name in CHANGEABLE
+        if name in body and (found := re.search(rf"(?<!\w){name}(?!\w)", words))
+    }
+    if not places or _TOO_LONG.search(words) or not _REFUSED.search(words):
+        return None
+    if len(places) > 1 and _COMBINED.search(words):
+        return next(iter(places)), None
+    name = min(places, key=places.get)
+    new_name, limits = NEW_NAMES.get(name), _limits(words)
+    if new_name and (re.search(rf"(?<!\w){new_name}(?!\w)", words) or (name == "max_tokens" and not limits)):
+        return name, new_name
+    narrowed = limits and _narrowed(body[name], *limits, wraps="seed" in name)
+    return name, limits if narrowed not in (None, [], body[name]) else None
+
+
+def _limits(words):
+    """[low, high] that a server names, None for one that it does not; None where it names neither."""
+    if found := _RANGE.search(words):
+        return [json.loads(found[1]), json.loads(found[2])]
+    low, high = (found and json.loads(found[1]) for found in (_LOW.search(words), _HIGH.search(words)))
+    return None if low is None and high is None else [low, high]
+
+
+def _narrowed(value, low, high, wraps):
+    """A value within a range: a list is cut, a seed wraps around (so that seeds still differ)."""
+    if isinstance(value, dict):
+        return None
+    if isinstance(value, list):
+        return value[:high] if isinstance(high, int) else None
+    if wraps and high is not None:
+        return value % (high + 1)
+    value = value if high is None else min(value, high)
+    return value if low is None else max(value, low)
+
+
+def describe(name, change):
+    """A change in words."""
+    if isinstance(change, str):
+        return f"{name} is sent as {change}"
+    if change is None:
+        return f"{name} is left out"
+    sides = zip(("at least", "at most"), change, strict=True)
+    return f"{name} is kept " + " and ".join(f"{side} {limit}" for side, limit in sides if limit is not None)
+
+
+# ---- answers -----------------------------------------------------------------------------------------
+
+
+def read_error(status, answer, text):
+    """(status, the server's words, the parameter they are about) of an answer; (200, "", "") if it is fine.
+
+    answer: its JSON, None if it is none. An error under status 200 has the status that its code or type says.
+    """
+    answer = answer if isinstance(answer, dict) else {}
+    choice = next(iter(answer["choices"]), None) if isinstance(answer.get("choices"), list) else None
+    error = answer.get("error") or (choice.get("error") if isinstance(choice, dict) else None)
+    error = error or (answer if answer.get("object") == "error" or status != 200 else None)
+    if error is None:
+        return 200, "", ""
+    error = error if isinstance(error, dict) else {"message": error}
+    if status == 200:
+        code = str(error.get("code"))
+        kind = f"{code} {error.get('type')}"
+        known = 429 if "rate_limit" in kind else 400 if re.search("invalid|unsupported", kind) else 500
+        status = int(code) if re.fullmatch("[45][0-9][0-9]", code) else known
+    metadata = error.get("metadata")  # of a router: the words of the server behind it
+    details = [error.get("detail"), metadata.get("raw") if isinstance(metadata, dict) else None]
+    words = [error.get("message"), *(d if isinstance(d, str) else json.dumps(d) for d in details if d)]
+    return status, " ".join(map(str, filter(None, words))) or text, str(error.get("param") or "")
+
+
+def read_reply(answer):
+    """The Reply in the JSON of an answer. ValueError says what it is where it is no chat completion."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if choices == []:
+        raise ValueError("an answer without choices, no chat completion")
+    try:
+        message, finish_reason = choices[0]["message"], str(choices[0].get("finish_reason") or "stop")
+        parts = _parts(message.get("content"))
+        parts += [("reasoning", message.get(name)) for name in ("reasoning_content", "reasoning")]
+        parts += [("refusal", message.get("refusal"))]
+        parts = [(kind, part) for kind, part in parts if isinstance(part, str) and part]
+        if not parts and "content" not in message:
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ValueError("an answer that is no chat completion") from None
+    text = "".join(part for kind, part in parts if kind.endswith("text"))
+    reasoning, text = split_reasoning(text[: 4 * LONGEST_TEXT])
+    beside = dict.fromkeys(part for kind, part in parts if kind in ("reasoning", "thinking"))
+    reasoning, error = "\n".join(filter(None, [reasoning, *beside])), None
+    if refusal := " ".join(part for kind, part in parts if kind == "refusal"):
+        error = f"the model refused: {refusal}"
+    elif finish_reason == "content_filter" and not text.strip():
+        error = "the content filter withheld the answer"
+    if error:
+        text, finish_reason = "", "error"
+    counts = _counts(answer.get("usage"))
+    return Reply(_clean(text), finish_reason, *counts, error=error, reasoning=_clean(reasoning))
+
+
+def _parts(content):
+    """[(kind, text)] of a message's content: null, a string, or a list of parts (or lists)."""
+    if content is None or isinstance(content, str):
+        return [("text", content)]
+    if not isinstance(content, list):
+        raise ValueError
+    pairs = []
+    for part in content:
+        kind = part["type"]
+        pairs += [(kind, text) for _, text in _parts(part.get(kind) or part.get("text"))]
+    return pairs
+
+
+def _clean(text):
+    """Of bounded length, and without halves of surrogate pairs."""
+    return text[:LONGEST_TEXT].encode("utf-8", errors="replace").decode()
+
+
+def _counts(usage):
+    """Prompt, completion and cached tokens; 0 for what is no count."""
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("prompt_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else 0
+    counts = usage.get("prompt_tokens"), usage.get("completion_tokens"), cached
+    return [count if type(count) is int and count >= 0 else 0 for count in counts]
