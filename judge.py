@@ -1,17 +1,17 @@
-"""Says how true a performance was: BLEU and ROUGE-L against the original, and the flaws a judge finds.
+"""Scores performances: BLEU and ROUGE-L against the original, and the flaws that a judge model finds.
 
-    python judge.py out/plays/DIR                                    BLEU and ROUGE-L
-    python judge.py out/plays/DIR --judge openai:gpt-4o --html r.html     the four dimensions, judged, and a report to show
-    python judge.py out/plays/DIR --versus out/plays/OTHER           who played the same scenes better, and how sure that is
-    python judge.py --table out/plays/*                              a leaderboard, and where its ranking turns
-    python judge.py gpt-4o.simulation.json --scenes test.json        what the CoSER release acted
-    python judge.py --rescore gpt-4o.evaluation.json                 scores from recorded verdicts, recomputed
-    python judge.py --calibrate --judge DIR                          can this judge be trusted? against recorded verdicts
+    python judge.py out/plays/DIR                                       BLEU and ROUGE-L
+    python judge.py out/plays/DIR --judge openai:gpt-4o --html r.html   flaws in four dimensions, and a report to show
+    python judge.py out/plays/DIR --versus out/plays/OTHER              the difference to another run, with its interval
+    python judge.py --table out/plays/*                                 leaderboard, and how it depends on the length weight
+    python judge.py gpt-4o.simulation.json --scenes test.json           a simulation file of the CoSER release
+    python judge.py --rescore gpt-4o.evaluation.json                    recorded verdicts, their scores recomputed
+    python judge.py --calibrate gca --scenes test.json --judge DIR      a judge against recorded verdicts
 
-Penalty scoring (coser paper, section 4.3): for each dimension the judge lists flaws with a severity of 1 to 5, and the score is
-100 - 5 * (sum of severities - 0.3 * turns), not below 0. It is computed here, from the flaws, never by the judge. A reply that
-is no valid verdict is asked for again; one that stays invalid is left out of the means, and counted. Answers of an endpoint are
-kept in `answers` beside the verdicts, so that none is paid for twice.
+Penalty scoring (CoSER paper, section 4.3): for each dimension the judge lists flaws with a severity of 1 to 5, and the
+score, computed here from the flaws, is 100 - 5 * (sum of severities - 0.3 * turns), at least 0. An invalid reply is asked
+for again; one that stays invalid is counted and left out of the means. The answers of an endpoint are kept in `answers`
+beside the verdicts, so that none is paid for twice.
 """
 
 import json
@@ -19,11 +19,11 @@ import math
 from pathlib import Path
 
 from common import files, terminal
-from common.files import ROOT, UsageError, make_dir, write_whole
+from common.files import UsageError, make_dir, write_whole
 from evals import page, report
 from evals.calibrate import calibrate
-from evals.judging import judge_run, open_judge
-from evals.metrics import LENGTH_WEIGHT, bleu, rouge_l, score_flaws  # noqa: F401 (judge.bleu and so on are contracts)
+from evals.judging import ANSWERS, judge_run, open_judge
+from evals.metrics import LENGTH_WEIGHT, bleu, rouge_l, score_flaws  # noqa: F401 (importable as judge.bleu and so on)
 from evals.rubric import digest, load_rubric
 from evals.verdicts import VERDICTS, read_performances, read_verdicts, rescore
 
@@ -37,13 +37,13 @@ def parse_args():
         "performances",
         nargs="?",
         metavar="DIR",
-        help="directory of simulate.py, or a simulation file of the release",
+        help="a directory of simulate.py, or a simulation file of the release",
     )
-    add("--judge", help="checkpoint directory or openai:MODEL; without one there are no new flaw scores")
+    add("--judge", help="checkpoint directory or openai:MODEL (default: none, and no flaws are looked for)")
     add(
         "--html",
         metavar="FILE",
-        help="a report to open in a browser: scores, and every flaw beside the lines it quotes",
+        help="write a report for the browser: scores, and flaws beside the lines they quote",
     )
     add("--versus", metavar="DIR", help="compare with this judged directory, scene by scene")
     add(
@@ -53,15 +53,12 @@ def parse_args():
         help="leaderboard of judged directories, beside the published results",
     )
     add("--rescore", metavar="FILE", help="recompute the scores of recorded verdicts")
-    default = ROOT.parent / "shared" / "data" / "coser" / "gca"
     add(
         "--calibrate",
-        nargs="?",
-        const=default,
         metavar="DIR",
-        help="compare --judge with the verdicts recorded in DIR",
+        help="compare --judge with the verdicts recorded in DIR (needs --scenes)",
     )
-    add("--scenes", help="test file with the originals, for simulation files of the release")
+    add("--scenes", metavar="FILE", help="test file with the originals, for simulation files of the release")
     add(
         "--rubric",
         metavar="FILE",
@@ -71,85 +68,110 @@ def parse_args():
         "--length-weight",
         type=float,
         default=LENGTH_WEIGHT,
-        help="severity points forgiven a message (default: 0.3)",
+        help="severity points forgiven per message (default: 0.3)",
     )
-    add("--repeats", type=int, default=1, help="judge so many times, with other seeds (default: 1)")
+    add("--repeats", type=int, default=1, help="verdicts per dimension, each with another seed (default: 1)")
     add("--temperature", type=float, default=0.0, help="of the judge's first try (default: 0)")
-    add("--concurrency", type=int, default=8, help="requests to an endpoint at once (default: 8)")
+    add(
+        "--chat-format",
+        metavar="NAME",
+        help="chat format of a checkpoint as judge (default: the checkpoint's own)",
+    )
+    add("--dtype", help="dtype of a checkpoint as judge (default: chosen for the device)")
+    add("--concurrency", type=int, default=8, help="concurrent requests to an endpoint (default: 8)")
     add(
         "--requests-per-minute",
         type=float,
         metavar="N",
-        help="requests to an endpoint a minute (default: any number)",
+        help="requests per minute to an endpoint (default: no limit)",
     )
     add("--limit", type=int, metavar="N", help="only the first N scenes")
-    add(
-        "--out",
-        help=f"file for the verdicts (default: {VERDICTS} beside the transcripts); of --calibrate, a directory",
-    )
-    add("--json", action="store_true", help="the summary as JSON")
-    add("--seed", type=int, default=0)
+    add("--out", help=f"file for the verdicts (default: {VERDICTS} in DIR), with --calibrate a directory")
+    add("--json", action="store_true", help="print the summary as JSON")
+    add("--seed", type=int, default=0, help="of the judge's sampling (default: 0)")
     args = parser.parse_args()
     if sum(map(bool, (args.performances, args.rescore, args.table, args.calibrate))) != 1:
         raise UsageError(
-            "give a directory of performances, or one of --rescore FILE, --table DIR..., --calibrate"
+            "give a directory of performances, or one of --rescore FILE, --table DIR..., --calibrate DIR"
         )
     if (args.html or args.versus) and not args.performances:
-        raise UsageError("--html and --versus go with a directory of performances")
-    if args.calibrate and not args.judge:
-        raise UsageError("--calibrate: which judge? name it with --judge")
-    if (
-        min(args.repeats, args.concurrency, 1 if args.limit is None else args.limit) < 1
-        or (args.requests_per_minute or 1) <= 0
-    ):
+        raise UsageError("--html and --versus need a directory of performances")
+    if args.calibrate and not (args.judge and args.scenes):
         raise UsageError(
-            "--repeats, --concurrency and --limit are at least 1, --requests-per-minute is more than 0"
+            "--calibrate needs a judge, --judge MODEL, and the test file with the originals, --scenes FILE"
+        )
+    if (args.chat_format or args.dtype) and (args.judge or "openai:").startswith("openai:"):
+        raise UsageError("--chat-format and --dtype need a checkpoint directory as --judge")
+    at_least_one = [args.repeats, args.concurrency, 1 if args.limit is None else args.limit]
+    if min(at_least_one) < 1 or (args.requests_per_minute or 1) <= 0:
+        raise UsageError(
+            "--repeats, --concurrency and --limit must be at least 1, --requests-per-minute above 0"
         )
     if not (0 <= args.temperature < math.inf and 0 <= args.length_weight < math.inf):
-        raise UsageError("--temperature and --length-weight are at least 0")
+        raise UsageError("--temperature and --length-weight must be at least 0")
     return args
 
 
+def judge_performances(args):
+    """The summary of one directory or file: judged, compared and shown as the flags say."""
+    path = Path(args.performances)
+    performances = read_performances(path, args.scenes)[: args.limit]
+    elsewhere = files.OUT / "verdicts" / f"{path.stem}.{digest(str(path.resolve()))[:8]}.jsonl"
+    out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else elsewhere
+    others = read_verdicts(args.versus, args.length_weight) if args.versus else None
+    model = open_judge(args, out.parent)
+    if model and others:  # checked before anything is asked
+        report.require_same_judge([{"judge": model.name, "rubric": load_rubric(args.rubric)["name"]}], others)
+    if args.html:
+        make_dir(Path(args.html).parent)
+    lines = judge_run(performances, out, args, model)
+    summary = report.summarise(lines)
+    if others:
+        summary["versus"] = {"name": args.versus, "rows": report.compare_runs(lines, others)}
+    if args.html:
+        with write_whole(args.html) as file:
+            file.write(page.html(lines, performances, summary))
+        terminal.note(f"the report is in {args.html}")
+    return summary | {"out": str(out)}
+
+
 def main():
-    args = parse_args()
+    args, show, outcome = parse_args(), report.summary_text, ""
     if args.rescore:
-        lines, same, of = rescore(args.rescore, args.length_weight)
-        summary = report.summarise(lines) | {
-            "recomputed": f"{same} of {of} recorded dimension scores recomputed exactly (to 1e-9)"
-        }
+        lines, same, total = rescore(args.rescore, args.length_weight)
+        outcome = f"{same} of {total} recorded dimension scores recomputed exactly (to 1e-9)"
+        summary = report.summarise(lines) | {"recomputed": outcome}
     elif args.table:
         summary = report.leaderboard({path: read_verdicts(path, args.length_weight) for path in args.table})
+        show = report.leaderboard_text
     elif args.calibrate:
-        summary = calibrate(args)
+        summary, show = calibrate(args), report.calibration_text
     else:
-        path = Path(args.performances)
-        performances = read_performances(path, args.scenes)[: args.limit]
-        elsewhere = files.OUT / "verdicts" / f"{path.stem}.{digest(str(path.resolve()))[:8]}.jsonl"
-        out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else elsewhere
-        theirs = read_verdicts(args.versus, args.length_weight) if args.versus else None
-        model = open_judge(args, out.parent)
-        if model and theirs:  # before anything is asked
-            report.same_judge([{"judge": model.name, "rubric": load_rubric(args.rubric)["name"]}], theirs)
-        if args.html:
-            make_dir(Path(args.html).parent)
-        lines = judge_run(performances, out, args, model)
-        summary = report.summarise(lines)
-        if theirs:
-            summary["versus"] = {"name": args.versus, "rows": report.compare(lines, theirs)}
-        if args.html:
-            with write_whole(args.html) as file:
-                file.write(page.html(lines, performances, summary))
-            terminal.note(f"the report is in {args.html}")
-        terminal.note(f"verdicts are in {out}")
-        if summary["invalid"]:
-            terminal.note(
-                f"{summary['invalid']} verdict(s) never became valid and are in no mean; judge again to retry them"
-            )
-        if not any(line["judge"] for line in lines):
-            terminal.note("flaw scores need a judge: add --judge openai:MODEL or --judge DIR")
-    for part in [json.dumps(summary)] if args.json else report.text(summary):
-        line = isinstance(part, str)
-        terminal.stdout.print(terminal.plain(part) if line else part, markup=False, soft_wrap=line)
+        summary = judge_performances(args)
+    for part in [json.dumps(summary)] if args.json else [*show(summary), *filter(None, [outcome])]:
+        is_text = isinstance(part, str)
+        terminal.stdout.print(terminal.plain(part) if is_text else part, markup=False, soft_wrap=is_text)
+    return report_judging(args, summary) if "out" in summary else 0
+
+
+def report_judging(args, summary):
+    """Says where the verdicts are and how many are invalid; the exit code, 1 if there is no valid verdict."""
+    out = Path(summary["out"])
+    answers = (out if args.calibrate else out.parent) / ANSWERS
+    terminal.note(
+        f"verdicts are in {out}" + (f", the endpoint's answers in {answers}" if answers.is_dir() else "")
+    )
+    if summary["invalid"]:
+        count, of = summary["invalid"], summary["verdicts"]
+        what = (
+            "no verdict is valid"
+            if count == of
+            else f"{count} verdict(s) of {of} never became valid and are in no mean"
+        )
+        terminal.note(f"{what}; the first reason: {summary['first_error']}; the same command asks again")
+    if not summary["judge"]:
+        terminal.note("scores for flaws need a judge: add --judge openai:MODEL or --judge DIR")
+    return int(0 < summary["verdicts"] == summary["invalid"])
 
 
 if __name__ == "__main__":

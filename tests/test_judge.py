@@ -110,11 +110,10 @@ def dimension_of(messages):
 
 def judge_one(scene, messages, model, rubric=None, **options):
     """The dimensions of one performance, judged by a model object."""
-    found = {}
     wanted, rubric = {"key": (scene, messages, {})}, rubric or load_rubric()
-    judging.judge_all(wanted, model, rubric, lambda key, d: found.update({key: d}), **options)
+    found = dict(judging.judge_all(wanted, model, rubric, **options))
     turns = sum(message["role"] not in ("Environment", "NSP") for message in messages)
-    return metrics.weigh({"turns": turns, "dimensions": found["key"]})["dimensions"]
+    return metrics.with_scores({"turns": turns, "dimensions": found["key"]})["dimensions"]
 
 
 def verdict(*severities):
@@ -338,6 +337,12 @@ VALID = [
     (json.dumps({"flaws": [{**FLAW, "instance": "a } b { c \u2014 \u6f22"}]}), [3]),
     (json.dumps({"flaws": [{**FLAW, "instance": "half a pair \ud83d, a list [1, ] and {2, }"}]}), [3]),
     ('{"flaws": [{"instance": "a", "type": "b", "severity": 2,},\n ], }', [2]),
+    (f"Each flaw is {{instance, type, severity}}, as asked.\n{verdict(4)}", [4]),
+    (f'The form is {{"flaws": [...]}}, so:\n```json\n{verdict(2)}\n```\nI {{hope}} that helps.', [2]),
+    (f"{{not closed\n{verdict(3)}", [3]),
+    (f"{{braces}} {verdict(3)[:-2]},]}} {{and}} more", [3]),
+    (f"A draft: {verdict(5)}\nOn reflection: {verdict(1)}", [1]),
+    (verdict(3) + verdict(4), [4]),
 ]
 
 INVALID = [
@@ -363,7 +368,8 @@ INVALID = [
     '{"flaws": [{"instance": "a", "type": "b"}]}',
     *(verdict(bad) for bad in (0, 6, -1, 10**30, 3.0, 2.5, "3", "high", True, False, None, [3], {})),
     verdict(3)[:-2],
-    verdict(3) + verdict(4),
+    verdict(3) + verdict(9),
+    '{"Character Fidelity": {"flaws": []}, "Anthropomorphism": {"flaws": [{"inst',
     '{"flaws": [{"instance": "a", "type": "b", "severity": NaN}]}',
     '{"flaws": [{"instance": "a", "type": "b", "severity": ' + "9" * 5000 + "}]}",
     '{"flaws": ' + "[" * 100_000 + "}",
@@ -412,7 +418,7 @@ def test_what_stays_invalid_is_never_a_score(stage, reply):
     model = Script(lambda m, _: reply if dimension_of(m) == "Anthropomorphism" else verdict(2))
     dimensions = judge_one(scene, acted(scene), model)
     assert len(model.asked) == 3 + judging.TRIES <= 8
-    assert metrics.weigh({"turns": 3, "dimensions": deepcopy(dimensions)})["score"] is None
+    assert metrics.with_scores({"turns": 3, "dimensions": dimensions})["score"] is None
     invalid = dimensions.pop("Anthropomorphism")
     assert invalid["error"] and invalid["score"] is None and invalid["scores"] == [None]
     assert all(found["score"] > 0 and "error" not in found for found in dimensions.values())
@@ -558,6 +564,8 @@ def test_another_rubric(script, stage, plays, tmp_path, monkeypatch):
         ({"dimensions": []}, "dimensions"),
         ({"dimensions": {"Wit": {"brief": "x"}}}, "criteria"),
         ({"dimensions": {"Wit": None}}, "dimensions"),
+        ({"dimensions": {"Average": {"brief": "x", "criteria": "x"}}}, "Average"),
+        ({"dimensions": {"Wit": {"brief": "x", "criteria": "x"}, "BLEU": {}}}, "BLEU"),
         ({"severity": 5}, "severity"),
         ({"severity": [5, 1]}, "severity"),
         ({"severity": [-1, 5]}, "severity"),
@@ -641,6 +649,46 @@ def test_thoughts_are_removed_but_the_environments_text_is_kept(stage):
     assert scripts(scene, messages) == expected
     prompt = judge_messages(scene, messages, "Storyline Quality")[1]["content"]
     assert fenced(prompt)[1] == list(expected) and "hush" not in prompt
+
+
+def test_reasoning_in_a_transcript_reaches_neither_the_judge_nor_the_metrics(script, stage, plays, tmp_path):
+    """A message's `reasoning` is a key of its own: prompts and scores are those of the messages without it."""
+    scene = stage["ward-c/1"]
+    messages = [{**message, "reasoning": "hush-hush"} for message in acted(scene)]
+    for dimension in DIMENSIONS:
+        assert judge_messages(scene, messages, dimension) == judge_messages(scene, acted(scene), dimension)
+    write_plays(plays, [(scene, messages), (scene, acted(scene))])
+    assert script("judge", plays)[0] == 0
+    with_reasoning, without = read_lines(plays / "verdicts.jsonl")
+    for name in ("bleu", "bleu_without_names", "rouge_l", "rouge_l_release"):
+        assert with_reasoning[name] == without[name] > 0
+
+
+def test_a_judges_reasoning_is_kept_and_never_scored(script, plays, monkeypatch):
+    """Beside the verdict where there is some; a verdict in the reasoning is no verdict. What was adapted is kept too."""
+
+    class Reasoner(Script):
+        name, adaptations = "reasoner", ["temperature dropped: the server refuses it"]
+
+        def chat(self, conversations, params, openings=None, on_reply=lambda: None):
+            replies = super().chat(conversations, params, openings, on_reply)
+            for reply, messages in zip(replies, conversations, strict=True):
+                odd = dimension_of(messages) == "Anthropomorphism"
+                reply.reasoning = f"hm, {verdict(5)} \ud83d" if odd else ""
+            return replies
+
+    monkeypatch.setattr(judging, "open_model", lambda spec, **_: Reasoner(lambda *_: verdict(2)))
+    assert script("judge", plays, "--judge", "some-directory", "--repeats", 2)[0] == 0
+    for line in read_lines(plays / "verdicts.jsonl"):
+        assert line["adaptations"] == Reasoner.adaptations
+        for name, found in line["dimensions"].items():
+            assert [flaw["severity"] for flaw in found["flaws"]] == [2, 2]
+            kept = [f"hm, {verdict(5)} ?"] * 2 if name == "Anthropomorphism" else None
+            assert found.get("reasoning") == kept
+    assert "12 of 12" in script("judge", "--rescore", plays / "verdicts.jsonl")[1]
+    monkeypatch.setattr(judging, "open_model", lambda spec, **_: Script(lambda *_: verdict(2)))
+    assert script("judge", plays, "--judge", "d", "--out", plays / "plain.jsonl")[0] == 0
+    assert all("adaptations" not in line for line in read_lines(plays / "plain.jsonl"))
 
 
 def test_every_line_of_ours_names_its_speaker(stage):
@@ -856,6 +904,48 @@ def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
         assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [False] * 3
 
 
+def test_no_valid_verdict_at_all_is_a_failure(script, plays, monkeypatch):
+    """Exit code 1 and the first reason on screen, from a directory, shown again without a judge, and after a calibration."""
+    with Server(lambda *_: "I would rather not.") as server:
+        server.use(monkeypatch)
+        for command in (["judge", plays, "--judge", "openai:j"], ["judge", plays]):
+            code, out, err = script(*command)
+            assert code == 1 and "BLEU" in out and "no verdict is valid" in err and "no JSON object" in err
+        assert len(server.requests) == 12 * judging.TRIES
+    with Server(lambda *_: (400, {"error": {"message": "context too short"}}, {})) as server:
+        server.use(monkeypatch)
+        code, _, err = script("judge", plays, "--judge", "openai:j")
+        assert code == 1 and "context too short" in err
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", plays, "--judge", "openai:j")[0] == 0
+
+
+def test_the_summary_says_where_everything_is(script, plays, monkeypatch):
+    """The verdicts and, of an endpoint, its answers, which are there."""
+    assert str(plays / "answers") not in script("judge", plays)[2]
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        _, _, err = script("judge", plays, "--judge", "openai:j")
+    assert str(plays / "verdicts.jsonl") in err and str(plays / "answers") in err and answers(plays)
+
+
+def test_chat_format_and_dtype_go_to_a_checkpoint(script, plays, monkeypatch):
+    """Handed on where they are given, and only then; an endpoint has neither."""
+    opened = []
+
+    def open_model(spec, **options):
+        opened.append({name: options[name] for name in ("chat_format", "dtype") if name in options})
+        return Script(lambda *_: verdict())
+
+    monkeypatch.setattr(judging, "open_model", open_model)
+    for given in ([], ["--chat-format", "chatml"], ["--dtype", "float32", "--chat-format", "llama3"]):
+        assert script("judge", plays, "--judge", "some-directory", *given)[0] == 0
+    assert opened == [{}, {"chat_format": "chatml"}, {"chat_format": "llama3", "dtype": "float32"}]
+    for judge_flags in ([], ["--judge", "openai:j"]):
+        assert "checkpoint" in usage_error(script("judge", plays, *judge_flags, "--dtype", "float32"))
+
+
 def test_without_a_judge_there_are_metrics_alone(script, plays):
     """No score is made up, and the note says what is needed for one; a judge may come later to the same directory."""
     code, out, err = script("judge", plays)
@@ -871,7 +961,7 @@ def test_a_checkpoint_as_judge(script, stage, plays, tiny_actor, monkeypatch):
     write_plays(plays, [(stage["ward-c/1"], acted(stage["ward-c/1"]))])
     stop_early = params.SamplingParams
     monkeypatch.setattr(
-        params, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 40})
+        judging, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 40})
     )
     code, out, err = script("judge", plays, "--judge", tiny_actor)
     [line] = read_lines(plays / "verdicts.jsonl")
@@ -882,7 +972,7 @@ def test_the_bundled_actor_as_judge(stage, monkeypatch):
     """Four million parameters and no sense, but held to the schema: each verdict parses, also drawn hot and cut short."""
     model, scene, whole = llm.open_model(local.BUNDLED_ACTOR), stage["ward-c/1"], params.SamplingParams
     monkeypatch.setattr(
-        params, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 120})
+        judging, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 120})
     )
     flaws = 0
     for seed in range(3):
@@ -898,7 +988,7 @@ def test_a_scene_too_long_for_a_local_judge_is_its_own_error(stage, tiny_actor, 
     """Far over the context, and with a few tokens left, too few for a verdict: that scene has an error, the other a verdict."""
     model, short_scene, whole = llm.open_model(tiny_actor), stage["ward-c/1"], params.SamplingParams
     monkeypatch.setattr(
-        params, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 40})
+        judging, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 40})
     )
     limit = model.engine.config.max_position_embeddings
 
@@ -909,8 +999,8 @@ def test_a_scene_too_long_for_a_local_judge_is_its_own_error(stage, tiny_actor, 
                 said[0]["content"] += " a" * step
         return short_scene, said, {}
 
-    wanted, found = {"long": scene_of(limit + 500), "full": scene_of(limit - 5), "short": scene_of(0)}, {}
-    judging.judge_all(wanted, model, load_rubric(), lambda key, dimensions: found.update({key: dimensions}))
+    wanted = {"long": scene_of(limit + 500), "full": scene_of(limit - 5), "short": scene_of(0)}
+    found = dict(judging.judge_all(wanted, model, load_rubric()))
     errors = {
         key: [name for name in DIMENSIONS if "tokens" in dimensions[name].get("error", "")]
         for key, dimensions in found.items()
@@ -1000,7 +1090,7 @@ def test_a_scene_in_which_nobody_speaks_gets_no_score(script, stage, plays, monk
         assert (
             code == 0
             and out.startswith("1 scene")
-            and "3 scene(s) where nobody" in err
+            and "left out 3 scene(s)" in err
             and len(server.requests) == 4
         )
         write_plays(plays, played)
@@ -1057,6 +1147,44 @@ def test_the_length_weight_is_an_option(script, plays, monkeypatch):
                 )
                 assert line["score"] == pytest.approx(expected) and line["length_weight"] == weight
         assert len(server.requests) == 12
+
+
+def test_a_file_of_verdicts_has_one_length_weight(script, stage, plays, tmp_path, monkeypatch):
+    """Of all its lines, those of other performances and an interrupted run's included: that of the last command."""
+    other, file = tmp_path / "other", tmp_path / "v.jsonl"
+    other.mkdir()
+    write_plays(other, [(stage["ward-c/2"], acted(stage["ward-c/2"]))])
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", other, "--judge", "openai:j", "--out", file)[0] == 0
+        assert script("judge", plays, "--judge", "openai:j", "--out", file, "--length-weight", 0.5)[0] == 0
+
+        def check(weight):
+            flaws = sum(len(name) // 6 for name in DIMENSIONS) / len(DIMENSIONS)
+            lines = read_lines(file)
+            assert {line["length_weight"] for line in lines} == {weight}
+            for line in lines:
+                assert line["score"] == pytest.approx(100 - 5 * (flaws - weight * line["turns"]))
+            return len(lines)
+
+        assert check(0.5) == 4
+    shutil.rmtree(tmp_path / "answers")
+    with Server(lambda *_: (401, {}, {})) as server:
+        server.use(monkeypatch)
+        command = [
+            "judge",
+            plays,
+            "--judge",
+            "openai:j",
+            "--out",
+            file,
+            "--repeats",
+            2,
+            "--length-weight",
+            0.1,
+        ]
+        assert "401" in usage_error(script(*command))
+        assert check(0.1) >= 1
 
 
 def test_two_scenes_with_the_same_words_keep_their_own_verdicts(script, stage, plays, monkeypatch):

@@ -8,6 +8,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from test_llm import Server
 from common import files, terminal
 from data.prompts import DIMENSIONS
 from evals import calibrate, page, report, verdicts
-from evals.metrics import bootstrap, paired, spearman
+from evals.metrics import bootstrap, paired, spearman, with_scores
 
 # ---- how sure -----------------------------------------------------------------------------------------------------------
 
@@ -171,6 +172,16 @@ def test_the_leaderboard(script, two, shared, monkeypatch):
     assert all("(published)" in line for line in blocks[-1].splitlines()[2:]) and "59.95" in blocks[-1]
 
 
+def test_another_weight_leaves_the_lines_as_they_were(script, two):
+    """Scores of another length weight are in a copy: a leaderboard, whose sweep tries 101 of them, changes no line."""
+    runs = {name: verdicts.read_verdicts(two / name) for name in "ab"}
+    before = deepcopy(runs)
+    rescored = with_scores(runs["a"][0], 1.0)
+    assert rescored["score"] != runs["a"][0]["score"] and rescored["dimensions"] != runs["a"][0]["dimensions"]
+    board = report.leaderboard(runs)
+    assert len(board["tables"][0]["sweep"]) == 2 and runs == before
+
+
 def test_verdicts_of_two_judges_in_one_file_are_two_tables(script, two):
     """However they came together."""
     file, other = two / "a" / "verdicts.jsonl", two / "b" / "verdicts.jsonl"
@@ -255,6 +266,8 @@ def calibration(script, recording, monkeypatch, **options):
             "judge",
             "--calibrate",
             recording / "gca",
+            "--scenes",
+            recording / "test" / "id.json",
             "--judge",
             "openai:j",
             "--out",
@@ -281,7 +294,7 @@ def test_calibration_of_a_judge_that_agrees(script, recording, monkeypatch):
         found["length"]["judge"] == found["length"]["recorded"] != 0 and found["length"]["difference"] is None
     )
     assert found["controls"]["difference"] == pytest.approx(25) and found["controls"]["wins"] == 1
-    assert "come out in order" in text and "NOT" not in text
+    assert "controls passed" in text and "FAILED" not in text
 
 
 def test_calibration_of_a_judge_that_does_not(script, recording, monkeypatch):
@@ -293,7 +306,19 @@ def test_calibration_of_a_judge_that_does_not(script, recording, monkeypatch):
         and found["better_of_two"]["judge"]["share"] < 0.5
         and len(recorded) == 8
     )
-    assert found["controls"]["difference"] == 0 and "NOT IN ORDER" in text
+    assert found["controls"]["difference"] == 0 and "CONTROLS FAILED" in text
+
+
+def test_a_calibration_has_a_place_of_its_own(script, recording, tmp_path, monkeypatch):
+    """Without --out, a directory named after the judge; a judge without one valid verdict is a failure."""
+    monkeypatch.setattr(files, "OUT", tmp_path / "out")
+    scenes = ["--scenes", recording / "test" / "id.json"]
+    with Server(lambda *_: "No.") as server:
+        server.use(monkeypatch)
+        code, out, err = script("judge", "--calibrate", recording / "gca", "--judge", "openai:j", *scenes)
+    place = tmp_path / "out" / "calibration" / "openai-j"
+    assert code == 1 and "no verdict is valid" in err and str(place) in err and "pooled" in out
+    assert len(read_lines(place / "one.jsonl")) == 8
 
 
 def test_a_shuffled_scene_is_another_order_of_the_same_lines(stage):
@@ -305,8 +330,11 @@ def test_a_shuffled_scene_is_another_order_of_the_same_lines(stage):
 
 
 def test_calibrating_needs_a_judge_and_a_record(script, tmp_path):
-    assert "--judge" in usage_error(script("judge", "--calibrate", tmp_path))
-    assert str(tmp_path) in usage_error(script("judge", "--calibrate", tmp_path, "--judge", "openai:j"))
+    assert "--judge" in usage_error(script("judge", "--calibrate", tmp_path, "--scenes", "x.json"))
+    assert "--scenes" in usage_error(script("judge", "--calibrate", tmp_path, "--judge", "openai:j"))
+    assert "--calibrate" in usage_error(script("judge", "--judge", "openai:j", "--calibrate"))
+    command = ["judge", "--calibrate", tmp_path, "--judge", "openai:j", "--scenes", "x.json"]
+    assert str(tmp_path) in usage_error(script(*command))
 
 
 # ---- the page -----------------------------------------------------------------------------------------------------------
