@@ -12,7 +12,7 @@ from common import files, terminal
 from common.files import UsageError
 from evals.judging import judge_run, open_judge
 from evals.metrics import METRICS, bootstrap, paired, spearman
-from evals.report import count_verdicts, scene_of
+from evals.report import count_verdicts, interval, number, scene_of, table
 from evals.rubric import load_rubric
 from evals.verdicts import read_performances, rescore
 
@@ -20,9 +20,9 @@ SIMULATION, EVALUATION = ".simulation.json", ".evaluation.json"
 
 
 def calibrate(args):
-    """Judges the release's recorded simulations and two controls, and compares the verdicts with the recorded ones.
+    """Judges the release's recorded simulations and two controls; compares with the recorded verdicts.
 
-    The controls: each original conversation as if it had been simulated, and the same with its messages shuffled.
+    The controls: each original conversation as if it had been simulated, and the same, messages shuffled.
     """
     folder = Path(args.calibrate)
     models = [file.name.removesuffix(SIMULATION) for file in sorted(folder.glob(f"*{SIMULATION}"))]
@@ -36,13 +36,13 @@ def calibrate(args):
         runs[control] = [(scene, messages_of(scene), {"actor": control}) for scene in chosen.values()]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", args.judge).strip("-")
     out = Path(args.out) if args.out else files.OUT / "calibration" / slug
-    model, judged = open_judge(args, out), {}
+    judge, judged = open_judge(args, out), {}
     for name, run in runs.items():
         terminal.note(f"{name}, {len(run)} scenes")
-        judged[name] = judge_run(run, out / f"{name}.jsonl", args, model)
+        judged[name] = judge_run(run, out / f"{name}.jsonl", args, judge)
     recorded = {name: rescore(folder / f"{name}{EVALUATION}", args.length_weight)[0] for name in models}
-    rubric = load_rubric(args.rubric)["name"]
-    return {"judge": model.name, "rubric": rubric, "out": str(out)} | compare_with_recorded(judged, recorded)
+    facts = {"judge": judge.name, "rubric": load_rubric(args.rubric)["name"], "out": str(out)}
+    return facts | compare_with_recorded(judged, recorded)
 
 
 def as_played(scene):
@@ -58,7 +58,7 @@ def shuffled(scene):
 
 
 def compare_with_recorded(judged, recorded):
-    """How a judge's verdicts agree with recorded ones. judged, recorded: {model: lines}; judged has the controls too."""
+    """How verdicts agree with recorded ones; both are {model: lines}, and `judged` has the controls too."""
     pairs = {name: _scored_pairs(judged[name], lines) for name, lines in recorded.items()}
     pooled = [pair for of_model in pairs.values() for pair in of_model.values()]
     models = {name: agreement(list(of_model.values())) for name, of_model in pairs.items()}
@@ -87,7 +87,7 @@ def agreement(pairs):
 
 
 def length_bias(pairs):
-    """Rank correlation of the number of messages with the judge's score, the recorded one and their difference."""
+    """Rank correlation of the number of messages with both scores and with their difference."""
     turns = [line["turns"] for line, _ in pairs]
     judge, recorded = ([pair[side]["score"] for pair in pairs] for side in (0, 1))
     difference = [round(x - y, 9) for x, y in zip(judge, recorded, strict=True)]
@@ -97,16 +97,15 @@ def length_bias(pairs):
 
 def compare_controls(original, mixed):
     """The paired comparison of the controls with both means, or None where no scene has both scores."""
-    scores = [(a["score"], b["score"]) for a, b in _scored_pairs(original, mixed).values()]
-    if not scores:
+    pairs = _scored_pairs(original, mixed).values()
+    scores = [[pair[side]["score"] for pair in pairs] for side in (0, 1)]
+    if not pairs:
         return None
-    original, mixed = zip(*scores, strict=True)
-    means = {"original": statistics.mean(original), "shuffled": statistics.mean(mixed)}
-    return paired(original, mixed) | means
+    return paired(*scores) | dict(zip(("original", "shuffled"), map(statistics.mean, scores), strict=True))
 
 
 def better_of_two(pairs, key):
-    """How often `key` and the recorded score agree on which of two models did better on a scene; a tie of `key` is half."""
+    """How often `key` agrees with the recorded score on the better of two models; a tie is half."""
     agree, scenes = [], []
     for one, two in itertools.combinations(pairs.values(), 2):
         for scene in one.keys() & two.keys():
@@ -117,3 +116,29 @@ def better_of_two(pairs, key):
                 scenes.append(str(scene))
     mean, low, high = bootstrap(agree, scenes=scenes)
     return {"share": mean, "low": low, "high": high, "pairs": len(agree)}
+
+
+def calibration_text(summary):
+    """Yields the lines and tables of a calibration."""
+    yield f"judge: {summary['judge']}, {summary['rubric']}, against recorded verdicts"
+    rows = [
+        (name, *(number(row[key]) for key in ("spearman", "mean", "recorded")), row["scenes"])
+        for name, row in summary["models"].items()
+    ]
+    yield table(("over scenes", "Spearman", "mean", "recorded", "scenes"), rows)
+    yield "\nwhich of two models did better on a scene"
+    shares = summary["better_of_two"].items()
+    rows = [(name, number(r["share"], ".1%"), interval(r, ".1%"), r["pairs"]) for name, r in shares]
+    yield table(("", "agrees", "95% interval", "pairs"), rows)
+    yield "\nrank correlation with the number of messages"
+    rows = [(name, number(value)) for name, value in summary["length"].items()]
+    yield table(("score", "Spearman"), rows)
+    if controls := summary["controls"]:
+        original, mixed, difference = (number(controls[k]) for k in ("original", "shuffled", "difference"))
+        spread = interval(controls, "+.2f")
+        yield f"\ncontrols: original {original}, shuffled {mixed}, difference {difference} ({spread})"
+        passed = controls["low"] is not None and controls["low"] > 0
+        what = (
+            "controls passed: the judge prefers" if passed else "CONTROLS FAILED: the judge does not prefer"
+        )
+        yield f"{what} the original to its shuffled messages, on these scenes"

@@ -1,4 +1,4 @@
-"""Scores and statistics: penalty scores, BLEU, ROUGE-L, bootstrap intervals, paired comparisons, rank correlation.
+"""Scores and statistics: penalty scores, BLEU, ROUGE-L, bootstrap intervals, rank correlation.
 
 score_flaws([{"severity": 3}], turns=12)        # 100 - 5 * (3 - 0.3 * 12) = 103
 bootstrap(scores)                               # (mean, low, high): 95% over scenes
@@ -11,19 +11,20 @@ import warnings
 import numpy as np
 
 LENGTH_WEIGHT = 0.3  # severity points forgiven per message
-METRICS = {
+METRICS = {  # label in tables: key in verdicts.jsonl
     "BLEU": "bleu",
     "BLEU without names": "bleu_without_names",
     "ROUGE-L": "rouge_l",
     "ROUGE-L (release)": "rouge_l_release",
-}  # the label in tables: the key in verdicts.jsonl
+}
 
 
 def score_flaws(flaws, turns, weight=LENGTH_WEIGHT, cap=None):
-    """100 - 5 * (sum of severities - weight * turns), at least 0, at most `cap` if given (CoSER paper, section 4.3).
+    """100 - 5 * (sum of severities - weight * turns), at least 0 (CoSER paper, section 4.3).
 
-    flaws: dicts with an integer `severity`. turns: simulated messages that are not the Environment's. weight: severity
-    points forgiven per message, since longer scenes show more flaws. The paper has no cap; the 2025 release caps at 100.
+    flaws: dicts with an integer `severity`. turns: simulated messages that are not the Environment's. weight:
+    severity points forgiven per message, since longer scenes show more flaws. cap: the highest score; none in
+    the paper, 100 in the 2025 release.
     """
     score = max(0.0, 100 - 5 * (sum(flaw["severity"] for flaw in flaws) - weight * turns))
     return score if cap is None else min(score, cap)
@@ -32,8 +33,8 @@ def score_flaws(flaws, turns, weight=LENGTH_WEIGHT, cap=None):
 def with_scores(line, weight=LENGTH_WEIGHT):
     """A copy of a verdict line with every score computed from its flaws.
 
-    A dimension's score is the mean over its valid repeats, the scene's score the mean over dimensions; None where
-    there is no valid verdict. In `scores`, None marks a repeat that has none.
+    A dimension's score is the mean over its valid repeats (None in `scores` marks an invalid one), the
+    scene's score the mean over dimensions, or None where a dimension has none.
     """
     dimensions = {}
     for name, verdict in line["dimensions"].items():
@@ -72,8 +73,8 @@ def _word_tokens(text):
 def rouge_l(reference, candidate, variant="lcs"):
     """ROUGE-L (Lin 2004), an F1: two texts -> 0..1.
 
-    "lcs": longest common subsequence of whitespace tokens, case kept (the published table). "release": as the release
-    records it: summary level, over sentences split at full stops, each distinct word counted once.
+    "lcs": longest common subsequence (LCS) of whitespace tokens, case kept (the published table). "release":
+    as the release records it, summary level over sentences split at full stops, each distinct word once.
     """
     if variant == "lcs":
         x, y = reference.split(), candidate.split()
@@ -97,10 +98,10 @@ def _f1(shared, candidate, reference, epsilon=0.0):
 
 
 def _lcs_rows(x, y):
-    """The rows of the longest-common-subsequence table, each as the bits of an int (Hyyro 2004): O(len(x) * len(y) / 64).
+    """The rows of the LCS table, each as the bits of an int (Hyyro 2004), in O(len(x) * len(y) / 64).
 
-    Bit j of rows[i] is set where the LCS of x[:i] and y[:j + 1] is longer than that of x[:i] and y[:j]; the number of
-    bits set in a row is therefore the length of the LCS of x[:i] and y.
+    Bit j of rows[i] is set where the LCS of x[:i] and y[:j + 1] is longer than that of x[:i] and y[:j]; the
+    number of bits set in a row is therefore the length of the LCS of x[:i] and y.
     """
     places, full = {}, (1 << len(y)) - 1
     for j, word in enumerate(y):
@@ -128,9 +129,9 @@ def _lcs_words(x, y):
 
 
 def bootstrap(values, resamples=10_000, seed=0, scenes=None):
-    """(mean, low, high): the 95% percentile interval (Efron 1979) of a mean over scenes; (mean, None, None) below two scenes.
+    """(mean, low, high): a mean over scenes, its 95% percentile interval (Efron 1979; None below two scenes).
 
-    scenes: the scene of each value, where a scene has several: scenes are then resampled with all their values.
+    scenes: the scene of each value, where a scene has several; scenes are resampled with all their values.
     """
     if not len(values):
         return None, None, None
@@ -145,7 +146,7 @@ def bootstrap(values, resamples=10_000, seed=0, scenes=None):
 
 
 def paired(ours, theirs):
-    """Two runs on the same scenes, in the same order: {difference, low, high, wins, scenes}; a tie is half a win."""
+    """{difference, low, high, wins, scenes} of two runs on the same scenes, in order; a tie is half a win."""
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     mean, low, high = bootstrap(difference)
     wins = float(np.mean((np.sign(difference) + 1) / 2)) if len(difference) else None
@@ -153,7 +154,7 @@ def paired(ours, theirs):
 
 
 def spearman(x, y):
-    """Spearman's rank correlation, ties at their mean rank; None where a side is constant or has fewer than two values."""
+    """Spearman's rank correlation, ties at their mean rank; None where a side has fewer than two values."""
     ranks = []
     for values in (x, y):
         _, where, counts = np.unique(values, return_inverse=True, return_counts=True)

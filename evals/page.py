@@ -24,54 +24,49 @@ QUOTATION = re.compile(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|(?<!\w)['\u2018](
 
 
 def html(lines, performances, summary):
-    """The page as text. It loads nothing, all text in it is escaped, and its policy allows no script but its own."""
+    """The page as text: it loads nothing, escapes all text, and its policy allows no script but its own."""
     source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     dimensions = list(dict.fromkeys(name for line in lines for name in line["dimensions"]))
     verdicts = [verdict for line in lines for verdict in line["dimensions"].values()]
     severities = [flaw["severity"] for verdict in verdicts for flaw in verdict["flaws"]]
-    ids = itertools.count()
-    scenes = [
-        scene_fields(line, scene, messages, dimensions, ids)
-        for line, (scene, messages, _) in zip(lines, performances, strict=True)
-    ]
+    ids, pairs = itertools.count(), zip(lines, performances, strict=True)
+    scenes = [scene_fields(line, scene, messages, dimensions, ids) for line, (scene, messages, _) in pairs]
+    columns = [values(line) for line in lines]
 
     def row_fields(label, row, mean):
+        scored = [(i, column[label]) for i, column in enumerate(columns) if column.get(label) is not None]
+        dots = [{"scene": i, "title": scenes[i]["book"], "value": value} for i, value in scored]
         colour = f"d{dimensions.index(label) % COLOURS}" if label in dimensions else "dx"
-        scores = [
-            (i, scene["book"], values(line).get(label)) for i, (scene, line) in enumerate(zip(scenes, lines))
-        ]
-        dots = [{"scene": i, "title": book, "value": value} for i, book, value in scores if value is not None]
         return {**row, "label": label, "mid": row[mean], "colour": colour, "dots": dots}
 
-    rows = {label: row for label, row in summary["rows"].items() if label not in METRICS}
+    scores = {label: row for label, row in summary["rows"].items() if label not in METRICS}
+    rows = [row_fields(label, row, "mean") for label, row in scores.items()]
     versus = summary.get("versus", {"name": "", "rows": {}})
-    against = {label: row for label, row in versus["rows"].items() if label in rows or label in METRICS}
-    edges = [
-        row[key] for row in against.values() for key in ("difference", "low", "high") if row[key] is not None
-    ]
-    shown = [row_fields(label, row, "mean") for label, row in rows.items()]
+    differences = [row_fields(label, row, "difference") for label, row in versus["rows"].items()]
+    edges = [row[key] or 0 for row in differences for key in ("difference", "low", "high")]
     books = list(dict.fromkeys(scene["book"] for scene in scenes))
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.from_string(source).render(
+    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Environment(autoescape=True, **options).from_string(source)
+    page = template.render(
         title=" and ".join(books) if len(books) < 3 else f"{len(lines)} scenes from {len(books)} books",
         hashes={tag: _policy_hash(source, tag) for tag in ("style", "script")},
         facts=_facts(lines, summary, len(severities)),
         against=short(versus["name"]),
-        rows=shown,
-        average=rows.get("Average"),
+        rows=rows,
+        average=scores.get("Average"),
         metrics=[(label, row) for label, row in summary["rows"].items() if label in METRICS],
         summary=summary,
-        versus=[row_fields(label, row, "difference") for label, row in against.items()],
+        versus=differences,
         reach=4 * max(1, math.ceil(max(map(abs, edges), default=0) / 4)),
-        top=max([100, *(dot["value"] for row in shown for dot in row["dots"])]),
+        top=max([100, *(dot["value"] for row in rows for dot in row["dots"])]),
         dimensions=dimensions,
         least=min([1, *severities]),
         most=min(10, max([5, *severities])),
         scenes=scenes,
         at=lambda value, low, high: round(100 * (value - low) / (high - low), 2),
-        ticks=_ticks,
+        ticks=lambda low, high: (
+            range(0, int(high) + 1, 25) if low == 0 else [low, low / 2, 0, high / 2, high]
+        ),
     )
     return page.encode("utf-8", errors="replace").decode()
 
@@ -80,10 +75,6 @@ def _policy_hash(source, tag):
     """The hash by which the page's security policy knows its own style or script."""
     own = re.search(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)[1]
     return "sha256-" + base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
-
-
-def _ticks(low, high):
-    return [low + (high - low) * i / 4 for i in range(5)] if low else range(0, int(high) + 1, 25)
 
 
 def _facts(lines, summary, flaws):
@@ -96,18 +87,18 @@ def _facts(lines, summary, flaws):
 
 
 def scene_fields(line, scene, messages, dimensions, ids):
-    """What the template shows of a scene: its messages with the flaws that quote them, and the flaws that quote none."""
+    """What the template shows of a scene: its messages, the flaws quoting each, and those quoting none."""
     spoken = [message for message in messages if message["role"] != NEXT_SPEAKER]
     texts = [terminal.plain(message["content"]) for message in spoken]
     for i, message in enumerate(spoken):
         if message.get("named"):
             texts[i] = texts[i].replace(f"{message['role']}:", "", 1).strip()
     marks, flaws, loose = place_flaws(line, texts, dimensions, ids)
+    where = f"plot {scene.i_p}, conversation {scene.i_c}"
 
     def message_fields(name, text, i=None):
         return {"name": name, "world": name == ENVIRONMENT, "spans": spans(text, marks[i]), "flaws": flaws[i]}
 
-    where = f"plot {scene.i_p}, conversation {scene.i_c}"
     return {
         "book": scene.book,
         "where": f"{scene.topic}, {where}" if scene.topic else where,
@@ -146,8 +137,8 @@ def place_flaws(line, texts, dimensions, ids):
 def find_quote(instance, texts):
     """(index of a text, first, last character) of what a flaw quotes, or None.
 
-    Searched for are its quotations, the longest first, then the longest run of at least five words that it shares with
-    a text. Only its first thousand characters are read, which bounds the time for a judge that rambles.
+    Searched for are its quotations, the longest first, then the longest run of at least five words that it
+    shares with a text. Only its first thousand characters are read, to bound the time.
     """
     instance = instance[:1000]
     words = [re.findall(r"\w+", "".join(groups)) for groups in QUOTATION.findall(instance)]
@@ -167,7 +158,7 @@ def find_quote(instance, texts):
 
 
 def spans(text, marks):
-    """A message as pieces {text, kind, flaws}: kind is thought, action or "", flaws the ids of the flaws that quote it."""
+    """A message as pieces {text, kind, flaws}: thought, action or "", and the ids of the flaws quoting it."""
     pieces, start = [], 0
     for part, channel in BracketParser().feed(text):
         edges = [edge - start for mark in marks for edge in mark[:2] if 0 < edge - start < len(part)]

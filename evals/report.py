@@ -1,4 +1,4 @@
-"""Summaries of verdict lines: means with intervals, comparisons, the leaderboard; each as a plain dict and as text.
+"""Summaries of verdict lines: means with intervals, comparisons, the leaderboard; as plain dicts and as text.
 
 `--json` prints the dicts. Scores of different judges or rubrics are never put in one table.
 """
@@ -22,7 +22,7 @@ WEIGHTS = [i / 100 for i in range(101)]  # length weights of the sweep
 
 
 def values(line):
-    """{label: value} of a scene: dimensions, their Average, and the metrics times 100; None where there is no valid verdict."""
+    """{label: value} of a scene: its dimensions, their Average, the metrics times 100; None if invalid."""
     scores = {name: verdict["score"] for name, verdict in line["dimensions"].items()}
     metrics = {label: 100 * line[key] for label, key in METRICS.items() if key in line}
     return scores | ({"Average": line["score"]} if scores else {}) | metrics
@@ -39,24 +39,22 @@ def common_value(lines, name):
 
 
 def summarise(lines):
-    """{judge, rubric, seed, ..., rows: {label: mean and interval over scenes}, repeats: their means and deviation}."""
-    columns, verdicts = defaultdict(list), count_verdicts(lines)
+    """{judge, rubric, seed, ..., rows: {label: mean and interval}, repeats: their means and deviation}."""
+    columns, rows, means = defaultdict(list), {}, repeat_means(lines)
     for line in lines:
         for label, value in values(line).items():
             columns[label] += [] if value is None else [value]
-    rows = {}
     for label, numbers in columns.items():
         if numbers:
             mean, low, high = bootstrap(numbers)
             rows[label] = {"mean": mean, "low": low, "high": high, "scenes": len(numbers)}
-    means = repeat_means(lines)
-    repeats = {"means": means, "deviation": statistics.stdev(means)} if len(means) > 1 else None
     facts = {name: common_value(lines, name) for name in ("judge", "rubric", "seed", "length_weight")}
-    return facts | {"scenes": len(lines)} | verdicts | {"rows": rows, "repeats": repeats}
+    repeats = {"means": means, "deviation": statistics.stdev(means)} if len(means) > 1 else None
+    return facts | {"scenes": len(lines)} | count_verdicts(lines) | {"rows": rows, "repeats": repeats}
 
 
 def repeat_means(lines):
-    """The mean over scenes in each repeat, of the scenes that have a valid verdict in every dimension."""
+    """The mean of each repeat over the scenes in which all its verdicts are valid."""
     repeats = defaultdict(list)
     for line in lines:
         scores = [verdict["scores"] for verdict in line["dimensions"].values()]
@@ -66,7 +64,7 @@ def repeat_means(lines):
 
 
 def count_verdicts(lines):
-    """{verdicts, invalid, first_error}: of each repeat of each dimension of each scene."""
+    """{verdicts, invalid, first_error}: over each repeat of each dimension of each scene."""
     dimensions = [verdict for line in lines for verdict in line["dimensions"].values()]
     scores = [score for verdict in dimensions for score in verdict["scores"]]
     error = next((verdict["error"] for verdict in dimensions if "error" in verdict), None)
@@ -76,35 +74,30 @@ def count_verdicts(lines):
 def require_same_judge(ours, theirs):
     """UsageError where the scores of two runs come from different judges or rubrics."""
     judges = [
-        {(line["judge"], line.get("rubric")) for line in run if line["judge"]} for run in (ours, theirs)
+        {f"{line['judge']} ({line.get('rubric')})" for line in run if line["judge"]} for run in (ours, theirs)
     ]
     if all(judges) and judges[0] != judges[1]:
-        here, there = (
-            " and ".join(f"{judge} ({rubric})" for judge, rubric in sorted(side)) for side in judges
-        )
-        raise UsageError(
-            f"--versus: judged by {here} here and {there} there; two judges' scores do not compare"
-        )
+        here, there = (" and ".join(sorted(side)) for side in judges)
+        raise UsageError(f"--versus: judged by {here} here, by {there} there; their scores do not compare")
 
 
 def compare_runs(ours, theirs):
     """{label: paired comparison} over the scenes that both runs have."""
     require_same_judge(ours, theirs)
-    others = {scene_of(line): line for line in theirs}
+    others = {scene_of(line): values(line) for line in theirs}
     pairs = defaultdict(list)
-    common = {scene_of(line): line for line in ours if scene_of(line) in others}
-    if not common:
-        raise UsageError("--versus: the two have no scene in common")
-    for scene, line in common.items():
-        other = values(others[scene])
-        for label, value in values(line).items():
-            if value is not None and other.get(label) is not None:
-                pairs[label].append((value, other[label]))
+    for scene, own in {scene_of(line): values(line) for line in ours}.items():
+        for label, value in own.items():
+            other = others.get(scene, {}).get(label)
+            if value is not None and other is not None:
+                pairs[label].append((value, other))
+    if not pairs:
+        raise UsageError("--versus: the two have no scored scene in common")
     return {label: paired(*zip(*scores, strict=True)) for label, scores in pairs.items()}
 
 
 def leaderboard(runs):
-    """{tables: one for each judge and rubric, best run first, with its `sweep`; published}. runs: {name: lines}."""
+    """{tables: one per judge and rubric, best run first, with a sweep; published}. runs: {name: lines}."""
     groups, tables = defaultdict(lambda: defaultdict(list)), []
     for name, lines in runs.items():
         for line in lines:
@@ -122,10 +115,9 @@ def leaderboard(runs):
 def _leaderboard_row(name, lines):
     settings, summary = [line.get("settings", {}) for line in lines], summarise(lines)
     actor = short(common_value(settings, "actor") or "unknown")
+    kept = ("seed", "length_weight", "scenes", "invalid", "rows", "repeats")
     row = {"run": name, "actor": actor, "protocol": protocol(settings[0])}
-    return row | {
-        key: summary[key] for key in ("seed", "length_weight", "scenes", "invalid", "rows", "repeats")
-    }
+    return row | {key: summary[key] for key in kept}
 
 
 def sweep(runs):
@@ -133,11 +125,10 @@ def sweep(runs):
     runs = {name: [line for line in lines if line["score"] is not None] for name, lines in runs.items()}
     spans = []
     for weight in WEIGHTS if len(runs) > 1 and all(runs.values()) else ():
-        means = {
-            name: statistics.mean(with_scores(line, weight)["score"] for line in lines)
-            for name, lines in runs.items()
+        scores = {
+            name: [with_scores(line, weight)["score"] for line in lines] for name, lines in runs.items()
         }
-        ranking = sorted(means, key=lambda name: -means[name])
+        ranking = sorted(scores, key=lambda name: -statistics.mean(scores[name]))
         if spans and spans[-1]["ranking"] == ranking:
             spans[-1]["to"] = weight
         else:
@@ -155,11 +146,8 @@ def protocol(settings):
 
 
 def short(name):
-    """The last two parts of an absolute path, so that what is shown to others does not name this machine's folders."""
+    """The last two parts of an absolute path: what is shown to others names no other folders."""
     return "/".join(Path(name).parts[-2:]) if str(name).startswith("/") else str(name)
-
-
-# ---- as text --------------------------------------------------------------------------------------------------------
 
 
 def number(value, form=".2f"):
@@ -173,12 +161,10 @@ def interval(row, form=".2f"):
 def table(header, rows):
     """A table for stdout: a rich Table on a terminal, elsewhere the same cells as aligned lines of text."""
     on_terminal = terminal.stdout.is_terminal
-    drawn = Table(
-        box=SIMPLE_HEAD if on_terminal else None, show_edge=False, pad_edge=False, header_style="bold"
-    )
+    drawn = Table(box=SIMPLE_HEAD if on_terminal else None, show_edge=False, pad_edge=False)
     for i, name in enumerate(header):
         style = "dim" if "interval" in name or name in ("scenes", "pairs") else ""
-        name, justify = Text(terminal.plain(name)), "right" if i else "left"
+        justify, name = "right" if i else "left", Text(terminal.plain(name))
         drawn.add_column(name, justify=justify, style=style, vertical="bottom", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(terminal.plain(str(cell))) for cell in row))
@@ -188,6 +174,13 @@ def table(header, rows):
     with console.capture() as captured:
         console.print(drawn)
     return captured.get().rstrip("\n")
+
+
+def show(parts):
+    """Prints lines and tables to stdout."""
+    for part in parts:
+        is_text = isinstance(part, str)
+        terminal.stdout.print(terminal.plain(part) if is_text else part, markup=False, soft_wrap=is_text)
 
 
 def summary_text(summary):
@@ -201,17 +194,13 @@ def summary_text(summary):
         yield f"means of the repeats: {means}, standard deviation {summary['repeats']['deviation']:.2f}"
     if "versus" in summary:
         yield f"\nagainst {summary['versus']['name']}, scene by scene"
-        rows = [
-            (
-                label,
-                number(r["difference"], "+.2f"),
-                interval(r, "+.2f"),
-                number(r["wins"], ".0%"),
-                r["scenes"],
-            )
-            for label, r in summary["versus"]["rows"].items()
-        ]
+        rows = []
+        for label, row in summary["versus"]["rows"].items():
+            cells = number(row["difference"], "+.2f"), interval(row, "+.2f"), number(row["wins"], ".0%")
+            rows.append((label, *cells, row["scenes"]))
         yield table(("", "difference", "95% interval", "better on", "scenes"), rows)
+    if "recomputed" in summary:
+        yield summary["recomputed"]
 
 
 def leaderboard_text(board):
@@ -219,52 +208,20 @@ def leaderboard_text(board):
     facts = ("run", "actor", "protocol", "seed", "scenes", "invalid")
     for part in board["tables"]:
         labels = dict.fromkeys(label for row in part["rows"] for label in row["rows"] if "(" not in label)
-        weight = part["rows"][0]["length_weight"]
+        weight, rows = part["rows"][0]["length_weight"], []
         yield f"judge: {part['judge'] or 'none'}, {part['rubric']}, length weight {weight}"
-        rows = []
         for row in part["rows"]:
             means = [number(row["rows"].get(label, {}).get("mean")) for label in labels]
             known = ["-" if row[name] is None else row[name] for name in facts]
             rows.append((*known, *means, interval(row["rows"].get("Average", {}))))
         yield table((*facts, *labels, "95% interval of the Average"), rows)
         if not part["same_scenes"]:
-            yield "These runs have different scenes, so their means do not compare; use --versus for the common ones."
+            yield "These runs have different scenes, so the means do not compare; --versus takes common ones."
         for span in part["sweep"]:
             yield f"length weight {span['from']:.2f} to {span['to']:.2f}: {' > '.join(span['ranking'])}"
         yield ""
     published = sorted(board["published"]["gca"], key=lambda row: -row["average"])
-    columns = [name for name in board["published"]["gca"][0] if name not in ("model", "weights")]
+    columns = [name for name in published[0] if name not in ("model", "weights")]
     yield f"published ({board['published']['source']})"
     rows = [(f"{row['model']} (published)", *(number(row[name]) for name in columns)) for row in published]
     yield table(("", *(name.replace("_", " ") for name in columns)), rows)
-
-
-def calibration_text(summary):
-    """Yields the lines and tables of a calibration."""
-    yield f"judge: {summary['judge']}, {summary['rubric']}, against recorded verdicts"
-    rows = [
-        (name, number(r["spearman"]), number(r["mean"]), number(r["recorded"]), r["scenes"])
-        for name, r in summary["models"].items()
-    ]
-    yield table(("over scenes", "Spearman", "mean", "recorded", "scenes"), rows)
-    yield "\nwhich of two models did better on a scene"
-    rows = [
-        (name, number(r["share"], ".1%"), interval(r, ".1%"), r["pairs"])
-        for name, r in summary["better_of_two"].items()
-    ]
-    yield table(("", "agrees", "95% interval", "pairs"), rows)
-    judge, recorded, difference = (number(summary["length"][k]) for k in ("judge", "recorded", "difference"))
-    yield (
-        f"\nrank correlation with the number of messages: {judge} for the judge's score, {recorded} for the "
-        f"recorded one, {difference} for their difference"
-    )
-    if controls := summary["controls"]:
-        original, shuffled = number(controls["original"]), number(controls["shuffled"])
-        difference = f"{number(controls['difference'], '+.2f')} ({interval(controls, '+.2f')})"
-        yield f"controls: original {original}, its messages shuffled {shuffled}, difference {difference}"
-        if controls["low"] is not None and controls["low"] > 0:
-            yield "controls passed: the judge prefers the original to its shuffled messages"
-        else:
-            yield "CONTROLS FAILED: on these scenes the judge does not prefer the original to its shuffled messages"
-    if summary["invalid"]:
-        yield f"left out of every figure: {summary['invalid']} verdict(s) that never became valid"

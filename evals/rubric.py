@@ -11,14 +11,22 @@ from data import prompts
 from data.chats import NEXT_SPEAKER, remove_thoughts
 from data.scenes import ENVIRONMENT
 from evals.metrics import METRICS
+from evals.shapes import check
 
 # what a template may name in braces
-FIELDS = """book plot_summary scenario character_profiles major_characters original_conversation fence
-simulated_conversation dimension_name dimension_brief dimension_criteria additional_instructions""".split()
+FIELDS = ["book", "plot_summary", "scenario", "character_profiles", "major_characters", "fence"]
+FIELDS += ["original_conversation", "simulated_conversation", "additional_instructions"]
+FIELDS += ["dimension_name", "dimension_brief", "dimension_criteria"]
+RUBRIC = {"template": str, "system?": str, "dimensions": dict, "severity": [int]}
+FLAW = {"instance": str, "type": str, "severity": int}
+OPENING = re.compile(r'("\s*:\s*)?\{')  # of a JSON object; with the group, of one that is another's value
+TRAILING_COMMA = re.compile(
+    r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL
+)  # the group: a string, to be kept
 
 
 def script_line(name, text, named=False, names=True):
-    """`Name: text` without thoughts; the Environment's text is kept as it is. named: the text itself names the speaker."""
+    """`Name: text` without thoughts, which the Environment has none of. named: the text names its speaker."""
     shown = text if name == ENVIRONMENT else remove_thoughts(text)
     if not names:
         return shown.replace(f"{name}:", "", 1).strip() if named else shown
@@ -41,45 +49,34 @@ def digest(*values):
 def load_rubric(path=None):
     """Our rubric, or that of a JSON file; `name` is added, which identifies it.
 
-    Fields: `template` and optionally `system`, with FIELDS in braces; `dimensions`: {name: {brief, criteria}};
-    `severity`: the smallest and the largest one allowed.
+    `template` and optionally `system`: texts with FIELDS in braces. `dimensions`: {name: {brief, criteria}}.
+    `severity`: the smallest and the largest one.
     """
     rubric = read_json(path) if path else prompts.RUBRIC
-    if problem := _problem(rubric):
-        raise UsageError(f"{path}: {problem}")
+    try:
+        _check_rubric(rubric)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
     if "{fence}" not in rubric["template"]:
-        terminal.note(
-            f"{path}: no {{fence}} around the played scene: characters' words may pose as instructions"
-        )
+        terminal.note(f"{path}: no {{fence}} around the played scene: its words may pose as instructions")
     return {**rubric, "name": f"{Path(path).stem if path else 'coser'}-{digest(rubric)[:8]}"}
 
 
-def _problem(rubric):
-    """What is wrong with a rubric, or None."""
-    texts = [rubric.get("system", ""), rubric.get("template")]
-    if not all(isinstance(text, str) for text in texts):
-        return "`template` (and `system`, if given) must be a string"
-    unknown = [field for field in re.findall(r"\{([a-z_]+)\}", "\n".join(texts)) if field not in FIELDS]
-    if unknown:
-        return f"the template has no field {{{unknown[0]}}}; choose from {', '.join(FIELDS)}"
-    if "{simulated_conversation}" not in texts[1]:
-        return "the template must contain {simulated_conversation}"
-    dimensions = rubric.get("dimensions")
-    if not isinstance(dimensions, dict) or not dimensions:
-        return "`dimensions` must be an object: {name: {brief, criteria}}"
-    for name, dimension in dimensions.items():
+def _check_rubric(rubric):
+    check(rubric, RUBRIC, "rubric")
+    used = re.findall(r"\{([a-z_]+)\}", f"{rubric.get('system', '')}\n{rubric['template']}")
+    if unknown := [field for field in used if field not in FIELDS]:
+        raise ValueError(f"the template has no field {{{unknown[0]}}}; choose from {', '.join(FIELDS)}")
+    if "{simulated_conversation}" not in rubric["template"]:
+        raise ValueError("the template must contain {simulated_conversation}")
+    if not rubric["dimensions"]:
+        raise ValueError("`dimensions` is empty; it must be {name: {brief, criteria}}")
+    for name, dimension in rubric["dimensions"].items():
+        check(dimension, {"brief": str, "criteria": str}, f"dimensions.{name}")
         if name in ("Average", *METRICS):
-            return f"a dimension cannot be called {name!r}, which is a row of the tables; choose another name"
-        if not isinstance(dimension, dict) or not all(
-            isinstance(dimension.get(key), str) for key in ("brief", "criteria")
-        ):
-            return f"`dimensions`: {name!r} must have a `brief` and `criteria`, both strings"
-    bounds = rubric.get("severity")
-    if not isinstance(bounds, list) or [type(bound) for bound in bounds] != [int, int]:
-        return "`severity` must be two integers, the smallest and the largest, such as [1, 5]"
-    return (
-        None if 0 <= bounds[0] <= bounds[1] else f"`severity`: {bounds} is not an increasing range from 0 up"
-    )
+            raise ValueError(f"a dimension cannot be called {name}, which is a row of every table; rename it")
+    if len(rubric["severity"]) != 2 or not 0 <= rubric["severity"][0] <= rubric["severity"][1]:
+        raise ValueError("`severity` must be the smallest and the largest, such as [1, 5], from 0 up")
 
 
 def judge_messages(scene, messages, dimension, rubric=prompts.RUBRIC, settings=None):
@@ -123,36 +120,30 @@ def flaw_schema(rubric):
 def parse_flaws(text, dimension=None, severity=(1, 5)):
     """The flaws of the last verdict in a judge's reply; ValueError says why there is none.
 
-    A verdict is a whole JSON object with a list `flaws`, which may stand under the dimension's name. Words and braces
-    around it are skipped and commas before a closing bracket forgiven; a flaw is never skipped or repaired.
-    """
-    verdict, problem = _last_verdict(text, dimension)
-    if verdict is None:
-        verdict, _ = _last_verdict(_without_trailing_commas(text), dimension)
-    if verdict is None:
+    A verdict is a whole JSON object with a list `flaws`, which may stand under the dimension's name. Words
+    and braces around it and commas before a closing bracket are ignored; a flaw is never left out or
+    repaired."""
+    flaws, problem = _last_verdict(text, dimension)
+    if flaws is None:
+        without_commas = TRAILING_COMMA.sub(lambda part: part[1] or "", text[max(text.find("{"), 0) :])
+        flaws, _ = _last_verdict(without_commas, dimension)
+    if flaws is None:
         raise ValueError(problem)
-    flaws = []
-    for flaw in verdict:
-        if not isinstance(flaw, dict) or not all(isinstance(flaw.get(k), str) for k in ("instance", "type")):
-            raise ValueError(f"not a flaw with instance, type and severity: {str(flaw)[:80]}")
-        value = flaw.get("severity")
-        if type(value) is not int or not severity[0] <= value <= severity[1]:
-            raise ValueError(
-                f"severity {str(value)[:20]!r} is not an integer from {severity[0]} to {severity[1]}"
-            )
-        flaws.append(
-            {"instance": writable(flaw["instance"]), "type": writable(flaw["type"]), "severity": value}
-        )
-    return flaws
+    check(flaws, [FLAW], "flaws")
+    (low, high), texts = severity, ("instance", "type")
+    for flaw in flaws:
+        if not low <= flaw["severity"] <= high:
+            raise ValueError(f"severity {str(flaw['severity'])[:20]} is not an integer from {low} to {high}")
+    return [{key: writable(flaw[key]) if key in texts else flaw[key] for key in FLAW} for flaw in flaws]
 
 
 def _last_verdict(text, dimension):
     """(the `flaws` of the last verdict in a text or None, why there is none)."""
-    decoder, opening_brace = json.JSONDecoder(object_pairs_hook=_unique_keys), re.compile(r'("\s*:\s*)?\{')
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
     flaws, problem, end = None, "no JSON object in the reply", 0
-    while opening := opening_brace.search(text, end):
+    while opening := OPENING.search(text, end):
         end = opening.end()
-        if opening[1]:  # a value inside an object that is itself broken: not a whole reply
+        if opening[1]:  # part of an object that is not whole: perhaps another dimension's verdict
             continue
         try:
             found, end = decoder.raw_decode(text, end - 1)
@@ -166,13 +157,6 @@ def _last_verdict(text, dimension):
         elif problem.startswith("no JSON"):
             problem = "no list of flaws in the reply"
     return flaws, problem
-
-
-def _without_trailing_commas(text):
-    """The text from its first brace on without commas before a closing bracket; JSON strings stay as they are."""
-    start = max(text.find("{"), 0)
-    pattern = r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])'
-    return re.sub(pattern, lambda part: part[1] or "", text[start:], flags=re.DOTALL)
 
 
 def _unique_keys(pairs):

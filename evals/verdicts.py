@@ -7,53 +7,37 @@ from common.files import UsageError, read_json, read_lines, read_text
 from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT, Scene, load_scenes, straighten
 from evals.metrics import LENGTH_WEIGHT, METRICS, bleu, rouge_l, with_scores
-from evals.rubric import digest, scripts
+from evals.rubric import FLAW, digest, scripts
+from evals.shapes import check
 from play.transcripts import TRANSCRIPT_KEYS, TRANSCRIPTS
 
 VERDICTS = "verdicts.jsonl"
 VERDICT_KEYS = ("book", "i_p", "i_c", "judge", "seed", "performance", "turns", "dimensions", "score")
 
-# Shapes of JSON values, for `check`: a type, [shape] for a list, {key: shape} for an object, "key?" for an optional key.
+# shapes of JSON, for `check`
 CASE = {"book": str, "i_p": int, "i_c": int}
 MESSAGES = [{"role": str, "content": str}]
 SETTINGS = {"actor?": str | None}
 SCENE = CASE | dict.fromkeys(("tag", "scenario", "topic", "plot_summary"), str)
 SCENE |= {"dialogues": [{"character": str, "message": str}], "profiles?": dict, "motivations?": dict}
 SCENE |= {"speaking_characters?": [str], "major_characters?": [str]}
-FLAW = {"instance": str, "type": str, "severity": int, "repeat?": int}
+VERDICT = {"flaws?": [FLAW | {"repeat?": int}], "scores?": [int | float | None], "score?": int | float | None}
 VERDICT_LINE = CASE | {"turns": int, "dimensions": dict, "settings?": SETTINGS, "seed?": int | None}
 VERDICT_LINE |= dict.fromkeys(("judge?", "rubric?", "performance?"), str | None)
 VERDICT_LINE |= {f"{key}?": int | float for key in METRICS.values()}
 
 
-def check(value, shape, name):
-    """ValueError where a JSON value does not have this shape."""
-    kind = type(shape) if isinstance(shape, dict | list) else shape
-    if not isinstance(value, kind) or isinstance(value, bool):
-        expected = getattr(kind, "__name__", kind)
-        raise ValueError(f"{name} is {repr(value)[:40]} where {expected} is expected")
-    if isinstance(shape, list):
-        for item in value:
-            check(item, shape[0], name)
-    elif isinstance(shape, dict):
-        for key, part in shape.items():
-            required, key = not key.endswith("?"), key.rstrip("?")
-            if required or key in value:
-                check(value.get(key), part, f"{name}.{key}")
-
-
 def read_performances(path, scenes_file=None):
-    """[(scene, messages, settings)] of a directory of ours, a transcripts.jsonl, or a simulation file of the release.
+    """[(scene, messages, settings)] of our directory or transcripts.jsonl, or the release's simulation file.
 
-    messages: `{role, content}`; in the release's files most contents begin with the speaker's name, which then have
-    `named` set. Performances without a word are left out, and so are duplicates.
+    messages: `{role, content}`, with `named` where a content of the release begins with the speaker's name.
+    Duplicates and performances in which nobody says a word are left out.
     """
     path = Path(path)
     file = path / TRANSCRIPTS if path.is_dir() else path
     if not file.is_file():
-        raise UsageError(
-            f"{path}: no {TRANSCRIPTS} here; python simulate.py --scene NAME --out {path} makes one"
-        )
+        hint = f"python simulate.py --scene NAME --out {path} makes one"
+        raise UsageError(f"{path}: no {TRANSCRIPTS} here; {hint}")
     try:
         if file.suffix == ".jsonl":
             performances = [_own_performance(line) for line in read_lines(file, TRANSCRIPT_KEYS)]
@@ -61,20 +45,17 @@ def read_performances(path, scenes_file=None):
             performances = _release_performances(file, scenes_file)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{file}: neither a transcript nor a simulation of the release: {error}") from None
-    spoken = {
-        digest(scene.to_dict(), messages): (scene, messages, settings)
-        for scene, messages, settings in performances
-        if _has_speech(messages)
-    }
+    spoken, silent = {}, 0
+    for scene, messages, settings in performances:
+        if any(m["role"] != NEXT_SPEAKER and m["content"].strip() for m in messages):
+            spoken[digest(scene.to_dict(), messages)] = (scene, messages, settings)
+        else:
+            silent += 1
     if not spoken:
         raise UsageError(f"{file}: no finished scene in it; python simulate.py ... --resume finishes one")
-    if silent := sum(not _has_speech(messages) for _, messages, _ in performances):
+    if silent:
         terminal.note(f"{file}: left out {silent} scene(s) in which nobody says a word")
     return list(spoken.values())
-
-
-def _has_speech(messages):
-    return any(message["role"] != NEXT_SPEAKER and message["content"].strip() for message in messages)
 
 
 def _own_performance(line):
@@ -106,9 +87,9 @@ def count_turns(messages):
 
 
 def verdict_line(key, performance, judge_fields, weight, dimensions):
-    """A line of verdicts.jsonl; without a judge `dimensions` is empty, and the line has the metrics alone.
+    """A line of verdicts.jsonl; without a judge `dimensions` is empty, and only the metrics are scored.
 
-    key: identifies the performance. judge_fields: judge, rubric, seed and temperature.
+    key: identifies the performance. judge_fields: judge, rubric, seed and so on.
     """
     scene, messages, settings = performance
     texts, without_names = scripts(scene, messages), scripts(scene, messages, names=False)
@@ -121,8 +102,8 @@ def verdict_line(key, performance, judge_fields, weight, dimensions):
 def rescore(path, weight=LENGTH_WEIGHT):
     """Recomputes every score of a verdicts.jsonl of ours or an evaluation file of the release.
 
-    Returns (verdict lines with new scores, how many recorded dimension scores came out the same to 1e-9, how many there
-    are). Of the release's flaws only those with an integer severity count, as in the release.
+    Returns (verdict lines, how many dimension scores are as recorded to 1e-9, how many there are). Of the
+    release's flaws only those with an integer severity count, as in the release.
     """
     path = Path(path)
     read_text(path)  # UsageError where it is missing or empty
@@ -133,30 +114,27 @@ def rescore(path, weight=LENGTH_WEIGHT):
         raise UsageError(f"{path}: not a file of recorded verdicts: {error}") from None
     if not lines:
         raise UsageError(f"{path}: no recorded verdict in it")
-    old, new = (
-        [v.get("score") for line in side for v in line["dimensions"].values()] for side in (recorded, lines)
-    )
-    pairs = [(before, after) for before, after in zip(old, new, strict=True) if after is not None]
-    same = sum(before is not None and abs(before - after) <= 1e-9 for before, after in pairs)
-    return lines, same, len(pairs)
+    same = total = 0
+    for old, new in zip(recorded, lines, strict=True):
+        for name, verdict in new["dimensions"].items():
+            before, after = old["dimensions"][name].get("score"), verdict["score"]
+            total += after is not None
+            same += None not in (before, after) and abs(before - after) <= 1e-9
+    return lines, same, total
 
 
 def _recorded_lines(path):
     if path.suffix == ".jsonl":
         lines = read_lines(path, VERDICT_KEYS)
     else:
-        cases = read_json(path).get("cases")
-        check(cases, dict, "cases")
-        lines = [_recorded_case(key, case, path) for key, case in cases.items()]
+        record = read_json(path)
+        check(record, {"cases": dict}, "record")
+        lines = [_recorded_case(key, case, path) for key, case in record["cases"].items()]
     for line in lines:
         check(line, VERDICT_LINE, "line")
         line.setdefault("settings", {})
         for name, verdict in line["dimensions"].items():
-            check(
-                verdict,
-                {"flaws?": [FLAW], "scores?": [int | float | None], "score?": int | float | None},
-                name,
-            )
+            check(verdict, VERDICT, name)
             # older lines have no `scores`, or no `flaws` where the verdict was invalid
             verdict.setdefault("scores", [0.0] if "flaws" in verdict else [None])
             verdict.setdefault("flaws", [])
@@ -167,25 +145,18 @@ def _recorded_case(key, case, path):
     """A case of the release's evaluation file as a verdict line."""
     check(case, {"critique": dict, "simulation": [{"role": str}]}, key)
     book, i_p, i_c = key.rsplit("-", 2)
-    dimensions = {}
+    line = {"book": straighten(book), "i_p": int(i_p), "i_c": int(i_c), "judge": "recorded"}
+    line |= {"rubric": "release", "turns": count_turns(case["simulation"]), "dimensions": {}}
     for name, verdict in case["critique"].items():
         if isinstance(verdict, dict):
             check(verdict, {"flaws": [dict], "score": int | float}, f"{key}.{name}")
             flaws = [flaw for flaw in verdict["flaws"] if type(flaw.get("severity")) is int]
-            dimensions[name] = verdict | {"flaws": flaws}
-    line = {
-        "book": straighten(book),
-        "i_p": int(i_p),
-        "i_c": int(i_c),
-        "judge": "recorded",
-        "rubric": "release",
-    }
-    settings = {"actor": path.name.split(".evaluation")[0], "protocol": "release"}
-    return line | {"settings": settings, "turns": count_turns(case["simulation"]), "dimensions": dimensions}
+            line["dimensions"][name] = verdict | {"flaws": flaws}
+    return line | {"settings": {"actor": path.name.split(".evaluation")[0], "protocol": "release"}}
 
 
 def read_verdicts(path, weight=LENGTH_WEIGHT):
-    """Verdict lines of a judged directory, without those of performances no longer in it; or of a file of verdicts."""
+    """Verdict lines of a file, or of a judged directory, there only of performances that are still in it."""
     file = Path(path) / VERDICTS if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UsageError(f"{path}: not judged yet; python judge.py {path} --judge MODEL does it")
