@@ -8,10 +8,10 @@
     python judge.py --rescore gpt-4o.evaluation.json                    recorded verdicts, scores recomputed
     python judge.py --calibrate gca --scenes test.json --judge DIR      a judge against recorded verdicts
 
-Penalty scoring (CoSER paper, section 4.3): for each dimension the judge lists flaws with a severity of 1 to 5,
-and the score, computed from the flaws, is 100 - 5 * (sum of severities - 0.3 * turns), at least 0. An invalid
-reply is asked for again; one that stays invalid is counted and in no mean. An endpoint's answers are kept in
-`answers` beside the verdicts, so that none is paid for twice.
+Penalty scoring (CoSER paper, section 4.3): for each dimension the judge lists flaws, each with a severity of
+1 to 5; the score, computed from the flaws, is 100 - 5 * (sum of severities - 0.3 * turns), at least 0. An
+invalid reply is asked for again; one that stays invalid is counted and in no mean. An endpoint's answers are
+kept in `answers` beside the verdicts, so that none is paid for twice.
 """
 
 import json

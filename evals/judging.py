@@ -53,7 +53,8 @@ def judge_all(
     wanted: {key: (scene, messages, settings)}. before: {key: dimensions} of an earlier run; what was invalid
     in it is asked again with other seeds. dimensions: {name: {flaws, scores, ...}}; `scores` has 0.0, to be
     computed, for each repeat, or None where there is no valid verdict; then there are `error` and the number
-    of `tries`."""
+    of `tries`.
+    """
     keys = list(wanted)
     for start in range(0, len(keys), group):
         questions = []
@@ -111,27 +112,21 @@ def judge_run(performances, out, args, model):
 
     Every line of the file is scored with args.length_weight. Without a model only the metrics are computed.
     """
-    rubric, repeats = load_rubric(args.rubric), args.repeats if model else 0
+    rubric = load_rubric(args.rubric)
     judge_fields = {"judge": model and model.name, "rubric": rubric["name"], "seed": args.seed}
     judge_fields["temperature"] = args.temperature
     wanted = {digest(scene.to_dict(), messages): (scene, messages, s) for scene, messages, s in performances}
     recorded = _recorded(out, args.length_weight, judge_fields)
+    repeats = args.repeats if model else 0
     left = {key: wanted[key] for key in wanted if not _is_complete(recorded.get(key), repeats)}
     lines = {key: line for key, line in recorded.items() if key not in left}
     make_dir(out.parent)
     write_lines(out, lines.values())
     try:
         with _progress(len(wanted), len(wanted) - len(left)) as count:
-            judged = ((key, {}) for key in left)
-            if model:
-                sampling = (args.seed, args.repeats, args.temperature, max(GROUP, args.concurrency))
-                before = {key: line["dimensions"] for key, line in recorded.items()}
-                judged = judge_all(left, model, rubric, *sampling, before, lambda: count("answers"))
-            for key, dimensions in judged:
-                adaptations = list(getattr(model, "adaptations", None) or [])
-                fields = judge_fields | ({"adaptations": adaptations} if adaptations else {})
-                lines[key] = verdict_line(key, left[key], fields, args.length_weight, dimensions)
-                append_line(out, lines[key])
+            for line in _new_lines(left, recorded, model, rubric, judge_fields, args, count):
+                lines[line["performance"]] = line
+                append_line(out, line)
                 count("scenes")
     except (KeyboardInterrupt, UsageError) as error:
         reason, done = f"{error}. " if str(error) else "", sum(key in lines for key in wanted)
@@ -140,6 +135,19 @@ def judge_run(performances, out, args, model):
     in_order = [lines[key] for key in wanted]
     write_lines(out, [line for key, line in lines.items() if key not in wanted] + in_order)
     return in_order
+
+
+def _new_lines(left, recorded, model, rubric, judge_fields, args, count):
+    """Yields the verdict line of each performance left to judge. recorded: lines of an earlier run."""
+    judged = ((key, {}) for key in left)
+    if model:
+        sampling = (args.seed, args.repeats, args.temperature, max(GROUP, args.concurrency))
+        before = {key: line["dimensions"] for key, line in recorded.items()}
+        judged = judge_all(left, model, rubric, *sampling, before, lambda: count("answers"))
+    for key, dimensions in judged:
+        adaptations = list(getattr(model, "adaptations", []))  # of requests to what the endpoint accepts
+        judge_fields = judge_fields | ({"adaptations": adaptations} if adaptations else {})
+        yield verdict_line(key, left[key], judge_fields, args.length_weight, dimensions)
 
 
 def _recorded(out, weight, judge_fields):

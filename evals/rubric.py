@@ -19,14 +19,14 @@ FIELDS += ["original_conversation", "simulated_conversation", "additional_instru
 FIELDS += ["dimension_name", "dimension_brief", "dimension_criteria"]
 RUBRIC = {"template": str, "system?": str, "dimensions": dict, "severity": [int]}
 FLAW = {"instance": str, "type": str, "severity": int}
-OPENING = re.compile(r'("\s*:\s*)?\{')  # of a JSON object; with the group, of one that is another's value
-TRAILING_COMMA = re.compile(
-    r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL
-)  # the group: a string, to be kept
+# the opening brace of a JSON object, with the group where the object is the value of a key
+OPENING = re.compile(r'("\s*:\s*)?\{')
+# a comma before a closing bracket, or, as the group, a whole string, in which a comma stays
+TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL)
 
 
 def script_line(name, text, named=False, names=True):
-    """`Name: text` without thoughts, which the Environment has none of. named: the text names its speaker."""
+    """`Name: text` with thoughts removed, but not from the Environment. named: the text names its speaker."""
     shown = text if name == ENVIRONMENT else remove_thoughts(text)
     if not names:
         return shown.replace(f"{name}:", "", 1).strip() if named else shown
@@ -121,29 +121,31 @@ def parse_flaws(text, dimension=None, severity=(1, 5)):
     """The flaws of the last verdict in a judge's reply; ValueError says why there is none.
 
     A verdict is a whole JSON object with a list `flaws`, which may stand under the dimension's name. Words
-    and braces around it and commas before a closing bracket are ignored; a flaw is never left out or
-    repaired."""
-    flaws, problem = _last_verdict(text, dimension)
-    if flaws is None:
-        without_commas = TRAILING_COMMA.sub(lambda part: part[1] or "", text[max(text.find("{"), 0) :])
-        flaws, _ = _last_verdict(without_commas, dimension)
-    if flaws is None:
+    and braces around it and commas before a closing bracket are ignored; no flaw is left out or repaired.
+    """
+    verdicts, problem = _verdicts(text, dimension)
+    without_commas = TRAILING_COMMA.sub(lambda part: part[1] or "", text[max(text.find("{"), 0) :])
+    verdicts = max(verdicts, _verdicts(without_commas, dimension)[0], key=len)
+    if not verdicts:
         raise ValueError(problem)
-    check(flaws, [FLAW], "flaws")
-    (low, high), texts = severity, ("instance", "type")
-    for flaw in flaws:
-        if not low <= flaw["severity"] <= high:
-            raise ValueError(f"severity {str(flaw['severity'])[:20]} is not an integer from {low} to {high}")
-    return [{key: writable(flaw[key]) if key in texts else flaw[key] for key in FLAW} for flaw in flaws]
+    check(verdicts[-1], [FLAW], "flaws")
+    (low, high), flaws = severity, []
+    for flaw in verdicts[-1]:
+        value = flaw["severity"]
+        if not low <= value <= high:
+            raise ValueError(f"severity {str(value)[:20]} is not an integer from {low} to {high}")
+        texts = {key: writable(flaw[key]) for key in ("instance", "type")}
+        flaws.append(texts | {"severity": value})
+    return flaws
 
 
-def _last_verdict(text, dimension):
-    """(the `flaws` of the last verdict in a text or None, why there is none)."""
+def _verdicts(text, dimension):
+    """(the `flaws` of each verdict in a text, why there is none if there is none)."""
     decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
-    flaws, problem, end = None, "no JSON object in the reply", 0
+    verdicts, problem, end = [], "no JSON object in the reply", 0
     while opening := OPENING.search(text, end):
         end = opening.end()
-        if opening[1]:  # part of an object that is not whole: perhaps another dimension's verdict
+        if opening[1]:  # inside an object that is broken: perhaps another dimension's verdict
             continue
         try:
             found, end = decoder.raw_decode(text, end - 1)
@@ -153,10 +155,10 @@ def _last_verdict(text, dimension):
         if "flaws" not in found and isinstance(found.get(dimension), dict):
             found = found[dimension]
         if isinstance(found.get("flaws"), list):
-            flaws = found["flaws"]
+            verdicts.append(found["flaws"])
         elif problem.startswith("no JSON"):
             problem = "no list of flaws in the reply"
-    return flaws, problem
+    return verdicts, problem
 
 
 def _unique_keys(pairs):

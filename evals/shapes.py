@@ -5,7 +5,8 @@ def check(value, shape, name):
     """ValueError where a JSON value does not have a shape; `name` says in the message which value it is.
 
     shape: a type (never met by a bool), [shape] for a list, {key: shape} for an object, "key?" for an
-    optional key."""
+    optional key.
+    """
     kind = type(shape) if isinstance(shape, dict | list) else shape
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{name} is {repr(value)[:40]} where {getattr(kind, '__name__', kind)} is expected")

@@ -1,4 +1,6 @@
-"""What verdicts add up to: intervals against brute force, comparisons, leaderboards, calibration, and a page safe to open."""
+"""What verdicts add up to: intervals against brute force, comparisons, leaderboards, calibration, and a page
+safe to open.
+"""
 
 import html.parser
 import itertools
@@ -21,11 +23,13 @@ from data.prompts import DIMENSIONS
 from evals import calibrate, page, report, verdicts
 from evals.metrics import bootstrap, paired, spearman, with_scores
 
-# ---- how sure -----------------------------------------------------------------------------------------------------------
+# ---- how sure ------------------------------------------------------------------------------------
 
 
 def test_the_bootstrap_covers_what_it_should():
-    """Of 300 samples of 40 from a known distribution, about 95 in 100 intervals hold the true mean; narrower with more data."""
+    """Of 300 samples of 40 from a known distribution, about 95 in 100 intervals hold the true mean; narrower
+    with more data.
+    """
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(300):
@@ -88,12 +92,14 @@ def test_rank_correlations():
     assert spearman([1, 1, 1], [1, 2, 3]) is spearman([5], [5]) is spearman([], []) is None
 
 
-# ---- comparisons --------------------------------------------------------------------------------------------------------
+# ---- comparisons ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def two(script, stage, tmp_path, monkeypatch):
-    """Directories a and b with six scenes each, by the same judge: a has one flaw fewer everywhere, and shorter scenes."""
+    """Directories a and b with six scenes each, by the same judge: a has one flaw fewer everywhere, and
+    shorter scenes.
+    """
     scenes = list(stage.values())[:6]
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -140,7 +146,9 @@ def test_a_terminal_shows_tables(script, two, monkeypatch):
 
 
 def test_the_leaderboard(script, two, shared, monkeypatch):
-    """A table a judge, best first; published rows apart and named so; the length weights at which the ranking turns."""
+    """A table a judge, best first; published rows apart and named so; the length weights at which the ranking
+    turns.
+    """
     with Server(judge_answer) as server:
         server.use(monkeypatch)
         assert (
@@ -173,7 +181,9 @@ def test_the_leaderboard(script, two, shared, monkeypatch):
 
 
 def test_another_weight_leaves_the_lines_as_they_were(script, two):
-    """Scores of another length weight are in a copy: a leaderboard, whose sweep tries 101 of them, changes no line."""
+    """Scores of another length weight are in a copy: a leaderboard, whose sweep tries 101 of them, changes no
+    line.
+    """
     runs = {name: verdicts.read_verdicts(two / name) for name in "ab"}
     before = deepcopy(runs)
     rescored = with_scores(runs["a"][0], 1.0)
@@ -202,12 +212,14 @@ def test_verdicts_of_plays_that_are_gone_are_in_no_table(script, two):
     assert tables[0]["rows"][0]["scenes"] == len(kept)
 
 
-# ---- calibration --------------------------------------------------------------------------------------------------------
+# ---- calibration ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def recording(stage, tmp_path):
-    """A folder as the release has it: two models' simulations of eight scenes, with recorded verdicts, and the scenes."""
+    """A folder as the release has it: two models' simulations of eight scenes, with recorded verdicts, and
+    the scenes.
+    """
     scenes = list(stage.values())[:8]
     (tmp_path / "gca").mkdir()
     (tmp_path / "test").mkdir()
@@ -237,7 +249,9 @@ def recording(stage, tmp_path):
 
 
 def echo(recording, sane=True, sign=1):
-    """A judge that says what is recorded (sign 1) or the reverse (-1), and finds every line out of place if it is sane."""
+    """A judge that says what is recorded (sign 1) or the reverse (-1), and finds every line out of place if
+    it is sane.
+    """
     known = {}
     for model in ("one", "two"):
         cases = json.loads((recording / "gca" / f"{model}.evaluation.json").read_text())["cases"].values()
@@ -298,7 +312,9 @@ def test_calibration_of_a_judge_that_agrees(script, recording, monkeypatch):
 
 
 def test_calibration_of_a_judge_that_does_not(script, recording, monkeypatch):
-    """One who says the opposite correlates the other way, and one who likes everything does not pass the controls."""
+    """One who says the opposite correlates the other way, and one who likes everything does not pass the
+    controls.
+    """
     found, text = calibration(script, recording, monkeypatch, sane=False, sign=-1)
     recorded = json.loads((recording / "gca" / "one.evaluation.json").read_text())["cases"].values()
     assert (
@@ -337,7 +353,7 @@ def test_calibrating_needs_a_judge_and_a_record(script, tmp_path):
     assert str(tmp_path) in usage_error(script(*command))
 
 
-# ---- the page -----------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def hostile():
@@ -391,7 +407,9 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture
 def hostile_page(script, stage, tmp_path, monkeypatch):
-    """(file, strings) of a report in which each string is a line, a name, a flaw, a rubric's dimension or a model."""
+    """(file, strings) of a report in which each string is a line, a name, a flaw, a rubric's dimension or a
+    model.
+    """
     strings, scenes = hostile(), list(stage.values())[:8]
     assert len(strings) == len(set(strings)) == 200
     pool = iter(strings)
@@ -429,7 +447,7 @@ def stage():
 
 
 def test_hostile_text_is_never_live(hostile_page):
-    """Of 200 strings none makes a tag or an attribute: every tag is the template's, nothing points outside."""
+    """Of 200 strings none makes a tag or an attribute: every tag is the template's, none points outside."""
     file, strings = hostile_page
     page = Page(file.read_text(encoding="utf-8"))
     template = Page((files.ROOT / "evals" / "page.html").read_text(encoding="utf-8"))
@@ -471,7 +489,9 @@ def dom(file):
 
 
 def test_no_script_but_its_own_runs_in_a_browser(hostile_page, tmp_path):
-    """In Chromium, with its security policy and without: our filter has counted the flaws, and none of the strings has run."""
+    """In Chromium, with its security policy and without: our filter has counted the flaws, and none of the
+    strings has run.
+    """
     file, _ = hostile_page
     text = file.read_text(encoding="utf-8")
     bare = tmp_path / "bare.html"
@@ -491,7 +511,9 @@ def test_no_script_but_its_own_runs_in_a_browser(hostile_page, tmp_path):
 
 
 def test_flaws_stand_beside_the_lines_they_quote(script, plays, stage, tmp_path, monkeypatch):  # noqa: F811
-    """By a quotation in any quotes, else by a run of words; what quotes nothing stands at the end; no flaw is lost."""
+    """By a quotation in any quotes, else by a run of words; what quotes nothing stands at the end; no flaw is
+    lost.
+    """
     scene = stage["the-last-ferry/1"]
     messages = [
         {
@@ -540,7 +562,8 @@ def test_filters_in_a_browser(hostile_page, tmp_path):
     file, _ = hostile_page
     text = file.read_text(encoding="utf-8")
     text = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)
-    act = "document.querySelector('[name=dimension]').click(); document.querySelector('[name=severity][value=\"3\"]').click();"
+    act = "document.querySelector('[name=dimension]').click();"
+    act += " document.querySelector('[name=severity][value=\"3\"]').click();"
     (tmp_path / "acted.html").write_text(
         text.replace("</body>", f"<script>{act}</script></body>"), encoding="utf-8"
     )
