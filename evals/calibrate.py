@@ -1,4 +1,4 @@
-"""Compares a judge with recorded verdicts."""
+"""Compares a judge with the verdicts recorded in the release."""
 
 import itertools
 import random
@@ -8,123 +8,137 @@ from pathlib import Path
 
 import numpy as np
 
-from common import terminal
+from common import files, terminal
 from common.files import UsageError
 from evals.judging import judge_run, open_judge
-from evals.metrics import bootstrap, paired, spearman
-from evals.report import METRICS, invalid, scene_of
+from evals.metrics import METRICS, bootstrap, paired, spearman
+from evals.report import count_verdicts, interval, number, scene_of, table
 from evals.rubric import load_rubric
 from evals.verdicts import read_performances, rescore
 
+SIMULATION, EVALUATION = ".simulation.json", ".evaluation.json"
+
 
 def calibrate(args):
-    """Runs a judge over the release's recorded simulations, and over two controls, and compares with the recorded verdicts.
+    """Judges the release's recorded simulations and two controls; compares with the recorded verdicts.
 
-    Controls: the original conversation as if it had been played, and its messages in another order.
+    The controls: each original conversation as if it had been simulated, and the same, messages shuffled.
     """
     folder = Path(args.calibrate)
-    files = [f for f in sorted(folder.glob("*.simulation.json")) if f.with_name(evaluation_of(f)).is_file()]
-    if not files:
-        raise UsageError(f"{folder}: no MODEL.simulation.json with its MODEL.evaluation.json here")
-    scenes_file = args.scenes or folder.parent / "test" / "id.json"
-    runs = {
-        file.name.removesuffix(".simulation.json"): read_performances(file, scenes_file) for file in files
-    }
-    chosen = {scene.key: scene for scene, *_ in next(iter(runs.values()))[: args.limit]}
-    runs = {name: [p for p in run if p[0].key in chosen] for name, run in runs.items()}
-    controls = {"original": as_played, "shuffled": shuffled}
-    runs |= {
-        name: [(scene, make(scene), {"actor": name}) for scene in chosen.values()]
-        for name, make in controls.items()
-    }
-    out = (
-        Path(args.out)
-        if args.out
-        else files.OUT / "calibration" / re.sub(r"[^A-Za-z0-9.]+", "-", args.judge).strip("-")
-    )
-    model = open_judge(args, out)
-    judged = {}
+    models = [file.name.removesuffix(SIMULATION) for file in sorted(folder.glob(f"*{SIMULATION}"))]
+    models = [model for model in models if (folder / f"{model}{EVALUATION}").is_file()]
+    if not models:
+        raise UsageError(f"{folder}: no MODEL{SIMULATION} with its MODEL{EVALUATION} here")
+    runs = {model: read_performances(folder / f"{model}{SIMULATION}", args.scenes) for model in models}
+    chosen = {scene.key: scene for scene, *_ in runs[models[0]][: args.limit]}
+    runs = {model: [p for p in run if p[0].key in chosen] for model, run in runs.items()}
+    for control, messages_of in (("original", as_played), ("shuffled", shuffled)):
+        runs[control] = [(scene, messages_of(scene), {"actor": control}) for scene in chosen.values()]
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", args.judge).strip("-")
+    out = Path(args.out) if args.out else files.OUT / "calibration" / slug
+    judge, judged = open_judge(args, out), {}
     for name, run in runs.items():
         terminal.note(f"{name}, {len(run)} scenes")
-        judged[name] = judge_run(run, out / f"{name}.jsonl", args, model)
-    recorded = {
-        f.name.removesuffix(".simulation.json"): rescore(f.with_name(evaluation_of(f)), args.length_weight)[0]
-        for f in files
-    }
-    terminal.note(f"verdicts are in {out}")
-    return compare_judges(judged, recorded) | {
-        "judge": model.name,
-        "rubric": load_rubric(args.rubric)["name"],
-    }
-
-
-def evaluation_of(file):
-    return file.name.replace(".simulation.json", ".evaluation.json")
+        judged[name] = judge_run(run, out / f"{name}.jsonl", args, judge)
+    recorded = {name: rescore(folder / f"{name}{EVALUATION}", args.length_weight)[0] for name in models}
+    facts = {"judge": judge.name, "rubric": load_rubric(args.rubric)["name"], "out": str(out)}
+    return facts | compare_with_recorded(judged, recorded)
 
 
 def as_played(scene):
-    """The original conversation in the shape of a performance."""
+    """The original conversation in the form of a performance."""
     return [{"role": turn["character"], "content": turn["message"]} for turn in scene.dialogues]
 
 
 def shuffled(scene):
-    """The same messages in another order."""
+    """The original messages in another order, always the same one."""
     messages = as_played(scene)
     mixed = random.Random(scene.key).sample(messages, len(messages))
     return mixed if mixed != messages else messages[::-1]
 
 
-def compare_judges(judged, recorded):
-    """How a judge's verdict lines agree with recorded ones. judged, recorded: {model: lines}; judged has the controls too."""
-    both, points = {}, []
-    for name, lines in recorded.items():
-        other = {scene_of(line): line for line in lines}
-        pairs = {scene: (line, other[scene]) for line in judged[name] if (scene := scene_of(line)) in other}
-        both[name] = {
-            scene: pair for scene, pair in pairs.items() if None not in (pair[0]["score"], pair[1]["score"])
-        }
-        points += both[name].values()
-
-    def agreement(pairs):
-        scores = [[line["score"] for line in side] for side in zip(*pairs, strict=True)] or [[], []]
-        ranks = {"scenes": len(pairs), "spearman": spearman(*scores)}
-        return ranks | {
-            name: bootstrap(side)[0] for name, side in zip(("mean", "recorded"), scores, strict=True)
-        }
-
-    length = {"turns": [line["turns"] for line, _ in points], "judge": [line["score"] for line, _ in points]}
-    length["recorded"] = [old["score"] for _, old in points]
-    length["difference"] = [round(x - y, 9) for x, y in zip(length["judge"], length["recorded"], strict=True)]
-    names = ("original", "shuffled")
-    original, mixed = ({scene_of(line): line["score"] for line in judged[name]} for name in names)
-    controls = [
-        (original[scene], mixed[scene]) for scene in original if None not in (original[scene], mixed[scene])
-    ]
-    told = paired(*zip(*controls, strict=True)) if controls else None
-    for i, name in enumerate(names if controls else ()):
-        told[name] = statistics.mean(pair[i] for pair in controls)
+def compare_with_recorded(judged, recorded):
+    """How verdicts agree with recorded ones; both are {model: lines}, and `judged` has the controls too."""
+    pairs = {name: _scored_pairs(judged[name], lines) for name, lines in recorded.items()}
+    pooled = [pair for of_model in pairs.values() for pair in of_model.values()]
+    models = {name: agreement(list(of_model.values())) for name, of_model in pairs.items()}
+    keys = {"judge": "score"} | METRICS
     return {
-        "models": {name: agreement(list(pairs.values())) for name, pairs in both.items()}
-        | {"pooled": agreement(points)},
-        "better_of_two": {
-            label: better_of_two(both, key) for label, key in (("judge", "score"), *METRICS.items())
-        },
-        "length": {
-            name: spearman(length["turns"], length[name]) for name in ("judge", "recorded", "difference")
-        },
-        "controls": told,
-        "invalid": sum(map(invalid, judged.values())),
+        "models": models | {"pooled": agreement(pooled)},
+        "better_of_two": {label: better_of_two(pairs, key) for label, key in keys.items()},
+        "length": length_bias(pooled),
+        "controls": compare_controls(judged["original"], judged["shuffled"]),
+        **count_verdicts([line for lines in judged.values() for line in lines]),
     }
 
 
-def better_of_two(both, key):
-    """How often `key` and the recorded score agree on which of two models did better on a scene; a tie of `key`'s is half."""
+def _scored_pairs(lines, others):
+    """{scene: (line, other line)} of the scenes that have a score in both."""
+    others = {scene_of(line): line for line in others if line["score"] is not None}
+    scored = {scene_of(line): line for line in lines if line["score"] is not None}
+    return {scene: (line, others[scene]) for scene, line in scored.items() if scene in others}
+
+
+def agreement(pairs):
+    """{scenes, spearman, mean, recorded}: rank correlation over scenes and the two means."""
+    judge, recorded = ([pair[side]["score"] for pair in pairs] for side in (0, 1))
+    means = {"mean": bootstrap(judge)[0], "recorded": bootstrap(recorded)[0]}
+    return {"scenes": len(pairs), "spearman": spearman(judge, recorded)} | means
+
+
+def length_bias(pairs):
+    """Rank correlation of the number of messages with both scores and with their difference."""
+    turns = [line["turns"] for line, _ in pairs]
+    judge, recorded = ([pair[side]["score"] for pair in pairs] for side in (0, 1))
+    difference = [round(x - y, 9) for x, y in zip(judge, recorded, strict=True)]
+    scores = {"judge": judge, "recorded": recorded, "difference": difference}
+    return {name: spearman(turns, values) for name, values in scores.items()}
+
+
+def compare_controls(original, mixed):
+    """The paired comparison of the controls with both means, or None where no scene has both scores."""
+    pairs = _scored_pairs(original, mixed).values()
+    scores = [[pair[side]["score"] for pair in pairs] for side in (0, 1)]
+    if not pairs:
+        return None
+    return paired(*scores) | dict(zip(("original", "shuffled"), map(statistics.mean, scores), strict=True))
+
+
+def better_of_two(pairs, key):
+    """How often `key` agrees with the recorded score on the better of two models; a tie is half."""
     agree, scenes = [], []
-    for one, two in itertools.combinations(both.values(), 2):
+    for one, two in itertools.combinations(pairs.values(), 2):
         for scene in one.keys() & two.keys():
-            (a, old_a), (b, old_b) = one[scene], two[scene]
-            if old_a["score"] != old_b["score"]:
-                agree.append((np.sign(a[key] - b[key]) * np.sign(old_a["score"] - old_b["score"]) + 1) / 2)
+            (a, recorded_a), (b, recorded_b) = one[scene], two[scene]
+            if recorded_a["score"] != recorded_b["score"]:
+                order = np.sign(recorded_a["score"] - recorded_b["score"])
+                agree.append((np.sign(a[key] - b[key]) * order + 1) / 2)
                 scenes.append(str(scene))
     mean, low, high = bootstrap(agree, scenes=scenes)
     return {"share": mean, "low": low, "high": high, "pairs": len(agree)}
+
+
+def calibration_text(summary):
+    """Yields the lines and tables of a calibration."""
+    yield f"judge: {summary['judge']}, {summary['rubric']}, against recorded verdicts"
+    rows = [
+        (name, *(number(row[key]) for key in ("spearman", "mean", "recorded")), row["scenes"])
+        for name, row in summary["models"].items()
+    ]
+    yield table(("over scenes", "Spearman", "mean", "recorded", "scenes"), rows)
+    yield "\nwhich of two models did better on a scene"
+    shares = summary["better_of_two"].items()
+    rows = [(name, number(r["share"], ".1%"), interval(r, ".1%"), r["pairs"]) for name, r in shares]
+    yield table(("", "agrees", "95% interval", "pairs"), rows)
+    yield "\nrank correlation with the number of messages"
+    rows = [(name, number(value)) for name, value in summary["length"].items()]
+    yield table(("score", "Spearman"), rows)
+    if controls := summary["controls"]:
+        original, mixed, difference = (number(controls[k]) for k in ("original", "shuffled", "difference"))
+        spread = interval(controls, "+.2f")
+        yield f"\ncontrols: original {original}, shuffled {mixed}, difference {difference} ({spread})"
+        passed = controls["low"] is not None and controls["low"] > 0
+        what = (
+            "controls passed: the judge prefers" if passed else "CONTROLS FAILED: the judge does not prefer"
+        )
+        yield f"{what} the original to its shuffled messages, on these scenes"

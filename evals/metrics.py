@@ -1,4 +1,4 @@
-"""What a judged scene is worth, and how sure that is: penalty scores, BLEU, ROUGE-L, intervals, rank correlations.
+"""Scores and statistics: penalty scores, BLEU, ROUGE-L, bootstrap intervals, rank correlation.
 
 score_flaws([{"severity": 3}], turns=12)        # 100 - 5 * (3 - 0.3 * 12) = 103
 bootstrap(scores)                               # (mean, low, high): 95% over scenes
@@ -7,54 +7,58 @@ paired([a1, a2, ...], [b1, b2, ...])            # two runs on the same scenes
 
 import statistics
 import warnings
-from collections import defaultdict
 
 import numpy as np
 
-LENGTH_WEIGHT = 0.3  # severity points forgiven a message
+LENGTH_WEIGHT = 0.3  # severity points forgiven per message
+METRICS = {  # label in tables: key in verdicts.jsonl
+    "BLEU": "bleu",
+    "BLEU without names": "bleu_without_names",
+    "ROUGE-L": "rouge_l",
+    "ROUGE-L (release)": "rouge_l_release",
+}
 
 
 def score_flaws(flaws, turns, weight=LENGTH_WEIGHT, cap=None):
-    """100 - 5 * (sum of severities - weight * turns), not below 0, and not above cap where one is given.
+    """100 - 5 * (sum of severities - weight * turns), at least 0 (CoSER paper, section 4.3).
 
-    flaws: dicts with an integer `severity`; turns: simulated messages that are not the Environment's; weight: severity points
-    forgiven a message, since longer scenes show more flaws. The paper has no cap; the release of 2025 caps at 100.
+    flaws: dicts with an integer `severity`. turns: simulated messages that are not the Environment's. weight:
+    severity points forgiven per message, since longer scenes show more flaws. cap: the highest score; none in
+    the paper, 100 in the 2025 release.
     """
     score = max(0.0, 100 - 5 * (sum(flaw["severity"] for flaw in flaws) - weight * turns))
     return score if cap is None else min(score, cap)
 
 
-def weigh(line, weight=LENGTH_WEIGHT):
-    """A line of verdicts.jsonl with every score computed from its flaws.
+def with_scores(line, weight=LENGTH_WEIGHT):
+    """A copy of a verdict line with every score computed from its flaws.
 
-    A dimension's score is the mean over its valid repeats, the scene's that over dimensions; without a valid verdict, None.
+    A dimension's score is the mean over its valid repeats (None in `scores` marks an invalid one), the
+    scene's score the mean over dimensions, or None where a dimension has none.
     """
-    for verdict in line["dimensions"].values():
-        parts = defaultdict(list)
-        for flaw in verdict.get("flaws", ()):
-            parts[flaw.get("repeat", 0)].append(flaw)
-        old = verdict.get("scores", [0.0] if "flaws" in verdict else [None])
-        verdict["scores"] = [
-            None if s is None else score_flaws(parts[r], line["turns"], weight) for r, s in enumerate(old)
-        ]
-        valid = [score for score in verdict["scores"] if score is not None]
-        verdict["score"] = statistics.mean(valid) if valid else None
-    scores = [verdict["score"] for verdict in line["dimensions"].values()]
-    return line | {
-        "length_weight": weight,
-        "score": statistics.mean(scores) if scores and None not in scores else None,
-    }
+    dimensions = {}
+    for name, verdict in line["dimensions"].items():
+        scores = list(verdict["scores"])
+        for repeat, recorded in enumerate(scores):
+            if recorded is not None:
+                flaws = [flaw for flaw in verdict["flaws"] if flaw.get("repeat", 0) == repeat]
+                scores[repeat] = score_flaws(flaws, line["turns"], weight)
+        valid = [score for score in scores if score is not None]
+        dimensions[name] = verdict | {"scores": scores, "score": statistics.mean(valid) if valid else None}
+    scores = [verdict["score"] for verdict in dimensions.values()]
+    score = statistics.mean(scores) if scores and None not in scores else None
+    return line | {"dimensions": dimensions, "length_weight": weight, "score": score}
 
 
 def bleu(reference, candidate):
-    """Sentence BLEU-4 (Papineni et al. 2002) of two texts, lower-cased, one reference, no smoothing: 0..1.
+    """Sentence BLEU-4 (Papineni et al. 2002), lower-cased, one reference, no smoothing: two texts -> 0..1.
 
-    Tokens are nltk's, after an untrained sentence splitter, so no data is downloaded.
+    Tokens are nltk's, after its untrained sentence splitter, so that no data has to be downloaded.
     """
     from nltk.translate.bleu_score import sentence_bleu
 
-    with warnings.catch_warnings():  # no 4-gram in common is a score, not a mishap
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nltk warns where no n-gram is shared; the score is then 0
         return float(sentence_bleu([_word_tokens(reference)], _word_tokens(candidate)))
 
 
@@ -67,10 +71,10 @@ def _word_tokens(text):
 
 
 def rouge_l(reference, candidate, variant="lcs"):
-    """ROUGE-L (Lin 2004) of two texts, an F1 in 0..1.
+    """ROUGE-L (Lin 2004), an F1: two texts -> 0..1.
 
-    "lcs": over the longest common subsequence of whitespace tokens, case kept (the published table). "release": as the release
-    records it, which is summary-level over sentences split at full stops, counting each distinct word once.
+    "lcs": longest common subsequence (LCS) of whitespace tokens, case kept (the published table). "release":
+    as the release records it, summary level over sentences split at full stops, each distinct word once.
     """
     if variant == "lcs":
         x, y = reference.split(), candidate.split()
@@ -78,7 +82,7 @@ def rouge_l(reference, candidate, variant="lcs"):
     if variant != "release":
         raise ValueError(f"variant {variant!r} is neither 'lcs' nor 'release'")
     reference, candidate = (
-        [" ".join(part.split()).split(" ") for part in text.split(".") if part]
+        [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
         for text in (reference, candidate)
     )
     shared = {word for x in reference for y in candidate for word in _lcs_words(x, y)}
@@ -94,9 +98,10 @@ def _f1(shared, candidate, reference, epsilon=0.0):
 
 
 def _lcs_rows(x, y):
-    """Longest common subsequences, a row of the table as the bits of one int (Hyyro 2004): O(len(x) * len(y) / 64).
+    """The rows of the LCS table, each as the bits of an int (Hyyro 2004), in O(len(x) * len(y) / 64).
 
-    Bit j of rows[i] is set where x[:i] has a longer one with y[: j + 1] than with y[:j], so a row's bits add up to the length.
+    Bit j of rows[i] is set where the LCS of x[:i] and y[:j + 1] is longer than that of x[:i] and y[:j]; the
+    number of bits set in a row is therefore the length of the LCS of x[:i] and y.
     """
     places, full = {}, (1 << len(y)) - 1
     for j, word in enumerate(y):
@@ -110,13 +115,13 @@ def _lcs_rows(x, y):
 
 
 def _lcs_words(x, y):
-    """The words of one longest common subsequence, ties taken as the release takes them."""
+    """The words of one longest common subsequence; ties are broken as in the release."""
     rows, i, j, words = _lcs_rows(x, y), len(x), len(y), []
     while i and j:
         if x[i - 1] == y[j - 1]:
             i, j = i - 1, j - 1
             words.append(x[i])
-        elif rows[i] >> (j - 1) & 1:  # without y[j - 1] it is shorter, so without x[i - 1] it is not
+        elif rows[i] >> (j - 1) & 1:  # dropping y[j - 1] would shorten the subsequence, so drop x[i - 1]
             i -= 1
         else:
             j -= 1
@@ -124,9 +129,9 @@ def _lcs_words(x, y):
 
 
 def bootstrap(values, resamples=10_000, seed=0, scenes=None):
-    """(mean, low, high): the 95% percentile interval (Efron 1979) of a mean over scenes; without one (None) below two.
+    """(mean, low, high): a mean over scenes, its 95% percentile interval (Efron 1979; None below two scenes).
 
-    scenes: which each value is of, where a scene has several: scenes are then drawn with all their values.
+    scenes: the scene of each value, where a scene has several; scenes are resampled with all their values.
     """
     if not len(values):
         return None, None, None
@@ -141,7 +146,7 @@ def bootstrap(values, resamples=10_000, seed=0, scenes=None):
 
 
 def paired(ours, theirs):
-    """Two runs on the same scenes, in the same order: {difference, low, high, wins, scenes}; a tie is half a win."""
+    """{difference, low, high, wins, scenes} of two runs on the same scenes, in order; a tie is half a win."""
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     mean, low, high = bootstrap(difference)
     wins = float(np.mean((np.sign(difference) + 1) / 2)) if len(difference) else None
@@ -149,7 +154,7 @@ def paired(ours, theirs):
 
 
 def spearman(x, y):
-    """Rank correlation, ties with their mean rank; None where one side is constant or there are fewer than two."""
+    """Spearman's rank correlation, ties at their mean rank; None where a side has fewer than two values."""
     ranks = []
     for values in (x, y):
         _, where, counts = np.unique(values, return_inverse=True, return_counts=True)

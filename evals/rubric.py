@@ -1,4 +1,4 @@
-"""What the judge is asked, and what of its reply is a verdict."""
+"""What the judge is asked, and how a verdict is read from its reply."""
 
 import hashlib
 import json
@@ -10,28 +10,23 @@ from common.files import UsageError, read_json
 from data import prompts
 from data.chats import NEXT_SPEAKER, remove_thoughts
 from data.scenes import ENVIRONMENT
+from evals.metrics import METRICS
+from evals.shapes import check
 
-FIELDS = (
-    "book",
-    "plot_summary",
-    "scenario",
-    "character_profiles",
-    "major_characters",
-    "original_conversation",
-    "fence",
-)
-
-FIELDS += (
-    "simulated_conversation",
-    "dimension_name",
-    "dimension_brief",
-    "dimension_criteria",
-    "additional_instructions",
-)
+# what a template may name in braces
+FIELDS = ["book", "plot_summary", "scenario", "character_profiles", "major_characters", "fence"]
+FIELDS += ["original_conversation", "simulated_conversation", "additional_instructions"]
+FIELDS += ["dimension_name", "dimension_brief", "dimension_criteria"]
+RUBRIC = {"template": str, "system?": str, "dimensions": dict, "severity": [int]}
+FLAW = {"instance": str, "type": str, "severity": int}
+# the opening brace of a JSON object, with the group where the object is the value of a key
+OPENING = re.compile(r'("\s*:\s*)?\{')
+# a comma before a closing bracket, or, as the group, a whole string, in which a comma stays
+TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL)
 
 
 def script_line(name, text, named=False, names=True):
-    """`Name: text`, thoughts removed but for the Environment, whose text stays as it is. named: the text says who speaks."""
+    """`Name: text` with thoughts removed, but not from the Environment. named: the text names its speaker."""
     shown = text if name == ENVIRONMENT else remove_thoughts(text)
     if not names:
         return shown.replace(f"{name}:", "", 1).strip() if named else shown
@@ -39,7 +34,7 @@ def script_line(name, text, named=False, names=True):
 
 
 def scripts(scene, messages, names=True):
-    """(original, simulated) as one text each, a blank line between messages."""
+    """(original, simulated): the text of each conversation, messages separated by a blank line."""
     original = [script_line(turn["character"], turn["message"], names=names) for turn in scene.dialogues]
     spoken = [message for message in messages if message["role"] != NEXT_SPEAKER]
     simulated = [script_line(m["role"], m["content"], m.get("named", False), names) for m in spoken]
@@ -47,45 +42,48 @@ def scripts(scene, messages, names=True):
 
 
 def digest(*values):
-    """What tells a performance, or a rubric, from every other."""
+    """16 hex digits that identify JSON values, such as a performance or a rubric."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def load_rubric(path=None):
-    """Ours, or that of a JSON file: `template` and, if wanted, `system`, with FIELDS in braces; `dimensions`, {name: {brief,
-    criteria}}; `severity`, its least and greatest value. Adds `name`, which tells it from every other rubric.
+    """Our rubric, or that of a JSON file; `name` is added, which identifies it.
+
+    `template` and optionally `system`: texts with FIELDS in braces. `dimensions`: {name: {brief, criteria}}.
+    `severity`: the smallest and the largest one.
     """
     rubric = read_json(path) if path else prompts.RUBRIC
-    texts = [rubric.get("system", ""), rubric.get("template")]
-    dimensions, bounds = rubric.get("dimensions"), rubric.get("severity")
-    if not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"{path}: `template` (and `system`, where given) has to be a text")
-    unknown = [field for field in re.findall(r"\{([a-z_]+)\}", "\n".join(texts)) if field not in FIELDS]
-    if unknown or "{simulated_conversation}" not in texts[1]:
-        what = f"knows no field {{{unknown[0]}}}" if unknown else "lacks {simulated_conversation}"
-        raise UsageError(f"{path}: the template {what}; there are {', '.join(FIELDS)}")
-    good = (
-        isinstance(dimensions, dict) and dimensions and all(isinstance(d, dict) for d in dimensions.values())
-    )
-    if not good or not all(
-        isinstance(d.get(key), str) for d in dimensions.values() for key in ("brief", "criteria")
-    ):
-        raise UsageError(f"{path}: `dimensions` has to hold, for each name, a `brief` and `criteria`")
-    if (
-        not isinstance(bounds, list)
-        or [type(b) for b in bounds] != [int, int]
-        or not 0 <= bounds[0] <= bounds[1]
-    ):
-        raise UsageError(f"{path}: `severity` has to be the least and the greatest, such as [1, 5]")
-    if "{fence}" not in texts[1]:
-        terminal.note(
-            f"{path}: without {{fence}} round the played scene, what characters say may pose as instructions"
-        )
+    try:
+        _check_rubric(rubric)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
+    if "{fence}" not in rubric["template"]:
+        terminal.note(f"{path}: no {{fence}} around the played scene: its words may pose as instructions")
     return {**rubric, "name": f"{Path(path).stem if path else 'coser'}-{digest(rubric)[:8]}"}
 
 
+def _check_rubric(rubric):
+    check(rubric, RUBRIC, "rubric")
+    used = re.findall(r"\{([a-z_]+)\}", f"{rubric.get('system', '')}\n{rubric['template']}")
+    if unknown := [field for field in used if field not in FIELDS]:
+        raise ValueError(f"the template has no field {{{unknown[0]}}}; choose from {', '.join(FIELDS)}")
+    if "{simulated_conversation}" not in rubric["template"]:
+        raise ValueError("the template must contain {simulated_conversation}")
+    if not rubric["dimensions"]:
+        raise ValueError("`dimensions` is empty; it must be {name: {brief, criteria}}")
+    for name, dimension in rubric["dimensions"].items():
+        check(dimension, {"brief": str, "criteria": str}, f"dimensions.{name}")
+        if name in ("Average", *METRICS):
+            raise ValueError(f"a dimension cannot be called {name}, which is a row of every table; rename it")
+    if len(rubric["severity"]) != 2 or not 0 <= rubric["severity"][0] <= rubric["severity"][1]:
+        raise ValueError("`severity` must be the smallest and the largest, such as [1, 5], from 0 up")
+
+
 def judge_messages(scene, messages, dimension, rubric=prompts.RUBRIC, settings=None):
-    """What the judge is asked about one dimension. The fence depends on both texts, so no character can close it."""
+    """The conversation that asks the judge about one dimension.
+
+    The fence around each script depends on both texts, so nothing said in the scene can close it.
+    """
     original, simulated = scripts(scene, messages)
     profiles = "\n\n".join(
         f"{name}: {text}" for name, text in scene.profiles.items() if name in scene.speaking_characters
@@ -110,7 +108,7 @@ def judge_messages(scene, messages, dimension, rubric=prompts.RUBRIC, settings=N
 
 
 def flaw_schema(rubric):
-    """JSON schema of a verdict, to which a local judge is held."""
+    """The JSON schema of a verdict, for constrained decoding."""
     low, high = rubric["severity"]
     text = {"type": "string"}
     flaw = {"instance": text, "type": text, "severity": {"type": "integer", "minimum": low, "maximum": high}}
@@ -120,44 +118,55 @@ def flaw_schema(rubric):
 
 
 def parse_flaws(text, dimension=None, severity=(1, 5)):
-    """The flaws of a judge's reply; ValueError says what is wrong with it. An invalid severity is never just left out.
+    """The flaws of the last verdict in a judge's reply; ValueError says why there is none.
 
-    What is mended: words and code fences around the JSON, commas before a closing bracket. The flaws may stand under the name
-    of the dimension.
+    A verdict is a whole JSON object with a list `flaws`, which may stand under the dimension's name. Words
+    and braces around it and commas before a closing bracket are ignored; no flaw is left out or repaired.
     """
-    first, last = text.find("{"), text.rfind("}")
-    if first < 0 or last < first:
-        raise ValueError("no JSON object in the reply")
-    mended = re.sub(
-        r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])',
-        lambda part: part[1] or "",
-        text[first : last + 1],
-        flags=re.DOTALL,
-    )
-    found = json.loads(mended, object_pairs_hook=_unique)
-    if "flaws" not in found and isinstance(found.get(dimension), dict):
-        found = found[dimension]
-    if not isinstance(found.get("flaws"), list):
-        raise ValueError("no list of flaws in the reply")
-    for flaw in found["flaws"]:
-        if not isinstance(flaw, dict) or not all(
-            isinstance(flaw.get(key), str) for key in ("instance", "type")
-        ):
-            raise ValueError(f"not a flaw with instance, type and severity: {str(flaw)[:80]}")
-        value = flaw.get("severity")
-        if type(value) is not int or not severity[0] <= value <= severity[1]:
-            raise ValueError(
-                f"severity {str(value)[:20]!r} is not a whole number from {severity[0]} to {severity[1]}"
-            )
-    return [{key: _whole(flaw[key]) for key in ("instance", "type", "severity")} for flaw in found["flaws"]]
+    verdicts, problem = _verdicts(text, dimension)
+    without_commas = TRAILING_COMMA.sub(lambda part: part[1] or "", text[max(text.find("{"), 0) :])
+    verdicts = max(verdicts, _verdicts(without_commas, dimension)[0], key=len)
+    if not verdicts:
+        raise ValueError(problem)
+    check(verdicts[-1], [FLAW], "flaws")
+    (low, high), flaws = severity, []
+    for flaw in verdicts[-1]:
+        value = flaw["severity"]
+        if not low <= value <= high:
+            raise ValueError(f"severity {str(value)[:20]} is not an integer from {low} to {high}")
+        texts = {key: writable(flaw[key]) for key in ("instance", "type")}
+        flaws.append(texts | {"severity": value})
+    return flaws
 
 
-def _unique(pairs):
+def _verdicts(text, dimension):
+    """(the `flaws` of each verdict in a text, why there is none if there is none)."""
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
+    verdicts, problem, end = [], "no JSON object in the reply", 0
+    while opening := OPENING.search(text, end):
+        end = opening.end()
+        if opening[1]:  # inside an object that is broken: perhaps another dimension's verdict
+            continue
+        try:
+            found, end = decoder.raw_decode(text, end - 1)
+        except ValueError as error:
+            problem = f"no whole JSON object in the reply ({error})"
+            continue
+        if "flaws" not in found and isinstance(found.get(dimension), dict):
+            found = found[dimension]
+        if isinstance(found.get("flaws"), list):
+            verdicts.append(found["flaws"])
+        elif problem.startswith("no JSON"):
+            problem = "no list of flaws in the reply"
+    return verdicts, problem
+
+
+def _unique_keys(pairs):
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice in an object of the reply")
+        raise ValueError("a key stands twice in an object")
     return dict(pairs)
 
 
-def _whole(value):
-    """Half of a surrogate pair is no character and cannot be written: it becomes a question mark."""
-    return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else value
+def writable(text):
+    """The text with lone surrogates, which UTF-8 cannot encode, replaced by question marks."""
+    return text.encode("utf-8", errors="replace").decode()

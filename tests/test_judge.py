@@ -1,4 +1,6 @@
-"""The judge: recorded scores and metrics come out as recorded, verdicts are read strictly, what is judged stays fenced in."""
+"""The judge: recorded scores and metrics come out as recorded, verdicts are read strictly, what is judged
+stays fenced in.
+"""
 
 import hashlib
 import json
@@ -45,7 +47,7 @@ def gca(shared):
 
 @pytest.fixture(scope="module")
 def performed(gca, shared):
-    """{case: (original, simulated)} of GPT-4o's hundred simulations, as the judge reads the release's file."""
+    """{case: (original, simulated)} of GPT-4o's hundred simulations, as the judge reads the file."""
     found = read_performances(gca / "gpt-4o.simulation.json", shared / "coser" / "test" / "id.json")
     return {scene.key: scripts(scene, messages) for scene, messages, _ in found}
 
@@ -110,18 +112,17 @@ def dimension_of(messages):
 
 def judge_one(scene, messages, model, rubric=None, **options):
     """The dimensions of one performance, judged by a model object."""
-    found = {}
     wanted, rubric = {"key": (scene, messages, {})}, rubric or load_rubric()
-    judging.judge_all(wanted, model, rubric, lambda key, d: found.update({key: d}), **options)
+    found = dict(judging.judge_all(wanted, model, rubric, **options))
     turns = sum(message["role"] not in ("Environment", "NSP") for message in messages)
-    return metrics.weigh({"turns": turns, "dimensions": found["key"]})["dimensions"]
+    return metrics.with_scores({"turns": turns, "dimensions": found["key"]})["dimensions"]
 
 
 def verdict(*severities):
     return json.dumps({"flaws": [{**FLAW, "severity": severity} for severity in severities]})
 
 
-# ---- scores -------------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -175,7 +176,7 @@ def test_score_of_flaws(severities, turns, options, score):
     ) == pytest.approx(score, abs=1e-9)
 
 
-# ---- BLEU and ROUGE-L ---------------------------------------------------------------------------------------------------
+# ---- BLEU and ROUGE-L ----------------------------------------------------------------------------
 
 
 def test_recorded_bleu(performed, recorded):
@@ -188,7 +189,9 @@ def test_recorded_bleu(performed, recorded):
 
 
 def test_recorded_rouge(performed, recorded):
-    """On the same texts the release's ROUGE-L comes out to 1e-6; the other one has the published mean of 0.120."""
+    """On the same texts the release's ROUGE-L comes out to 1e-6; the other one has the published mean of
+    0.120.
+    """
     for case, record in recorded.items():
         assert (
             abs(rouge_l(performed[case][0], record["simulation_str"], "release") - record["rouge_l"]) < 1e-6
@@ -200,7 +203,7 @@ def test_recorded_rouge(performed, recorded):
 
 
 def test_the_releases_simulations_read_as_it_read_them(performed, recorded):
-    """What is judged of its simulation file is, word for word, the text the release computed its metrics on."""
+    """What is judged of its simulation file is, word for word, the text of the release's metrics."""
     differing = [
         case
         for case, record in recorded.items()
@@ -238,7 +241,9 @@ def test_release_rouge_is_the_packages():
 
 
 def test_lcs_rouge_is_a_plain_f1():
-    """Equal on 1,000 random pairs to twice the longest common subsequence over the number of words of both, case kept."""
+    """Equal on 1,000 random pairs to twice the longest common subsequence over the number of words of both,
+    case kept.
+    """
     for reference, candidate in random_pairs("lcs", 1000):
         x, y = reference.split(), candidate.split()
 
@@ -254,7 +259,9 @@ def test_lcs_rouge_is_a_plain_f1():
 
 
 def test_rouge_takes_texts_of_any_length():
-    """Twenty thousand words, also as one sentence, and none at all: no recursion, no table that fills the memory."""
+    """Twenty thousand words, also as one sentence, and none at all: no recursion, no table that fills the
+    memory.
+    """
     rng = random.Random(1)
     x, y = (" ".join(rng.choice(["tea", "Ferry", "night", "key"]) for _ in range(20_000)) for _ in range(2))
     for variant in ("lcs", "release"):
@@ -307,7 +314,9 @@ def test_bleu_is_nltks():
 
 
 def test_metrics_at_their_ends():
-    """1 for the same text, 0 for nothing in common or no text at all; a beginning is punished for its length by BLEU."""
+    """1 for the same text, 0 for nothing in common or no text at all; a beginning is punished for its length
+    by BLEU.
+    """
     text = "The ferry leaves at nine, and nobody waits for it."
     for metric in (bleu, rouge_l, lambda a, b: rouge_l(a, b, "release")):
         assert metric(text, text) == pytest.approx(1, abs=1e-6)
@@ -326,7 +335,7 @@ def test_metrics_at_their_ends():
         rouge_l("a", "a", "rouge-l")
 
 
-# ---- verdicts -----------------------------------------------------------------------------------------------------------
+# ---- verdicts ------------------------------------------------------------------------------------
 
 VALID = [
     ('{"flaws": []}', []),
@@ -338,6 +347,13 @@ VALID = [
     (json.dumps({"flaws": [{**FLAW, "instance": "a } b { c \u2014 \u6f22"}]}), [3]),
     (json.dumps({"flaws": [{**FLAW, "instance": "half a pair \ud83d, a list [1, ] and {2, }"}]}), [3]),
     ('{"flaws": [{"instance": "a", "type": "b", "severity": 2,},\n ], }', [2]),
+    (f"Each flaw is {{instance, type, severity}}, as asked.\n{verdict(4)}", [4]),
+    (f'The form is {{"flaws": [...]}}, so:\n```json\n{verdict(2)}\n```\nI {{hope}} that helps.', [2]),
+    (f"{{not closed\n{verdict(3)}", [3]),
+    (f"{{braces}} {verdict(3)[:-2]},]}} {{and}} more", [3]),
+    (f"A draft: {verdict(5)}\nOn reflection: {verdict(1)}", [1]),
+    (f"A draft: {verdict(5)}\nOn reflection: {verdict(1)[:-2]},]}}", [1]),
+    (verdict(3) + verdict(4), [4]),
 ]
 
 INVALID = [
@@ -363,7 +379,8 @@ INVALID = [
     '{"flaws": [{"instance": "a", "type": "b"}]}',
     *(verdict(bad) for bad in (0, 6, -1, 10**30, 3.0, 2.5, "3", "high", True, False, None, [3], {})),
     verdict(3)[:-2],
-    verdict(3) + verdict(4),
+    verdict(3) + verdict(9),
+    '{"Character Fidelity": {"flaws": []}, "Anthropomorphism": {"flaws": [{"inst',
     '{"flaws": [{"instance": "a", "type": "b", "severity": NaN}]}',
     '{"flaws": [{"instance": "a", "type": "b", "severity": ' + "9" * 5000 + "}]}",
     '{"flaws": ' + "[" * 100_000 + "}",
@@ -391,7 +408,9 @@ def test_a_verdict_is_read_out_of_what_stands_around_it(stage, reply, severities
 
 @pytest.mark.parametrize("reply", INVALID, ids=short)
 def test_an_invalid_verdict_is_asked_for_again(stage, reply):
-    """Only the dimension it was about, hotter and with another seed; what then is valid counts as if said at once."""
+    """Only the dimension it was about, hotter and with another seed; what then is valid counts as if said at
+    once.
+    """
     scene = stage["ward-c/1"]
     model = Script(
         lambda m, p: reply if p.temperature == 0 and dimension_of(m) == "Anthropomorphism" else verdict(2)
@@ -412,14 +431,16 @@ def test_what_stays_invalid_is_never_a_score(stage, reply):
     model = Script(lambda m, _: reply if dimension_of(m) == "Anthropomorphism" else verdict(2))
     dimensions = judge_one(scene, acted(scene), model)
     assert len(model.asked) == 3 + judging.TRIES <= 8
-    assert metrics.weigh({"turns": 3, "dimensions": deepcopy(dimensions)})["score"] is None
+    assert metrics.with_scores({"turns": 3, "dimensions": dimensions})["score"] is None
     invalid = dimensions.pop("Anthropomorphism")
     assert invalid["error"] and invalid["score"] is None and invalid["scores"] == [None]
     assert all(found["score"] > 0 and "error" not in found for found in dimensions.values())
 
 
 def mutated(rng, text):
-    """A reply with some of its characters gone, doubled, swapped, cut off or replaced by what breaks a parser."""
+    """A reply with some of its characters gone, doubled, swapped, cut off or replaced by what breaks a
+    parser.
+    """
     odd = [
         "{",
         "}",
@@ -460,7 +481,9 @@ def mutated(rng, text):
 
 
 def test_two_thousand_mutated_replies(stage):
-    """None crashes; each ends as a list of whole flaws, the ones that JSON itself finds where it does, or as an error."""
+    """None crashes; each ends as a list of whole flaws, the ones that JSON itself finds where it does, or as
+    an error.
+    """
     scene, replies, valid = stage["ward-c/1"], [], 0
     for seed in range(2000):
         rng = random.Random(seed)
@@ -496,10 +519,11 @@ def test_two_thousand_mutated_replies(stage):
     assert 300 < valid < 1700
 
 
-# ---- rubrics ------------------------------------------------------------------------------------------------------------
+# ---- rubrics -------------------------------------------------------------------------------------
 
 RUBRIC = {
-    "system": "Read {book} with {major_characters} in mind: {dimension_name}, {dimension_brief}\n{additional_instructions}\n"
+    "system": "Read {book} with {major_characters} in mind: {dimension_name}, {dimension_brief}\n"
+    "{additional_instructions}\n"
     "{plot_summary} {scenario} {character_profiles} {original_conversation}\n{dimension_criteria}\n"
     'Answer\n{\n  "{dimension_name}": {"flaws": [{"instance": <...>, "severity": <0 to 3>}]}\n}',
     "template": "{simulated_conversation}",
@@ -512,7 +536,9 @@ RUBRIC = {
 
 
 def test_another_rubric(script, stage, plays, tmp_path, monkeypatch):
-    """Its prompts reach the judge filled in one pass, other braces as they are; nested flaws and its own bound are read."""
+    """Its prompts reach the judge filled in one pass, other braces as they are; nested flaws and its own
+    bound are read.
+    """
     (tmp_path / "wit.json").write_text(json.dumps(RUBRIC))
     scene = stage["ward-c/1"]
     scene_with_braces = deepcopy(scene)
@@ -525,7 +551,8 @@ def test_another_rubric(script, stage, plays, tmp_path, monkeypatch):
     )
     assert f"{scene_with_braces.scenario} " in system["content"] and original in system["content"]
     assert system["content"].endswith(
-        '- a joke falls flat {scenario}\nAnswer\n{\n  "Wit": {"flaws": [{"instance": <...>, "severity": <0 to 3>}]}\n}'
+        "- a joke falls flat {scenario}\nAnswer\n"
+        '{\n  "Wit": {"flaws": [{"instance": <...>, "severity": <0 to 3>}]}\n}'
     )
 
     def answer(body, _):
@@ -558,6 +585,8 @@ def test_another_rubric(script, stage, plays, tmp_path, monkeypatch):
         ({"dimensions": []}, "dimensions"),
         ({"dimensions": {"Wit": {"brief": "x"}}}, "criteria"),
         ({"dimensions": {"Wit": None}}, "dimensions"),
+        ({"dimensions": {"Average": {"brief": "x", "criteria": "x"}}}, "Average"),
+        ({"dimensions": {"Wit": {"brief": "x", "criteria": "x"}, "BLEU": {}}}, "BLEU"),
         ({"severity": 5}, "severity"),
         ({"severity": [5, 1]}, "severity"),
         ({"severity": [-1, 5]}, "severity"),
@@ -575,7 +604,7 @@ def test_a_rubric_that_is_none_is_one_line(script, plays, tmp_path, monkeypatch,
     assert "wit.json" in line and says in line and not server.requests
 
 
-# ---- what the judge is shown --------------------------------------------------------------------------------------------
+# ---- what the judge is shown ---------------------------------------------------------------------
 
 
 def fenced(prompt):
@@ -591,7 +620,9 @@ def fenced(prompt):
 
 
 def test_what_poses_as_instructions_stays_between_the_fences(stage):
-    """Nothing a character says or is called closes the fence, fills in a field or changes what stands outside."""
+    """Nothing a character says or is called closes the fence, fills in a field or changes what stands
+    outside.
+    """
     scene = deepcopy(stage["ward-c/1"])
     first, _, outside = fenced(judge_messages(scene, acted(scene), "Anthropomorphism")[1]["content"])
     attacks = [
@@ -643,8 +674,52 @@ def test_thoughts_are_removed_but_the_environments_text_is_kept(stage):
     assert fenced(prompt)[1] == list(expected) and "hush" not in prompt
 
 
+def test_reasoning_in_a_transcript_reaches_neither_the_judge_nor_the_metrics(script, stage, plays, tmp_path):
+    """A message's `reasoning` is a key of its own: prompts and scores are those without it."""
+    scene = stage["ward-c/1"]
+    messages = [{**message, "reasoning": "hush-hush"} for message in acted(scene)]
+    for dimension in DIMENSIONS:
+        assert judge_messages(scene, messages, dimension) == judge_messages(scene, acted(scene), dimension)
+    write_plays(plays, [(scene, messages), (scene, acted(scene))])
+    assert script("judge", plays)[0] == 0
+    with_reasoning, without = read_lines(plays / "verdicts.jsonl")
+    for name in ("bleu", "bleu_without_names", "rouge_l", "rouge_l_release"):
+        assert with_reasoning[name] == without[name] > 0
+
+
+def test_a_judges_reasoning_is_kept_and_never_scored(script, plays, monkeypatch):
+    """Beside the verdict where there is some; a verdict in the reasoning is no verdict. What was adapted is
+    kept too.
+    """
+
+    class Reasoner(Script):
+        name, adaptations = "reasoner", ["temperature dropped: the server refuses it"]
+
+        def chat(self, conversations, params, openings=None, on_reply=lambda: None):
+            replies = super().chat(conversations, params, openings, on_reply)
+            for reply, messages in zip(replies, conversations, strict=True):
+                odd = dimension_of(messages) == "Anthropomorphism"
+                reply.reasoning = f"hm, {verdict(5)} \ud83d" if odd else ""
+            return replies
+
+    monkeypatch.setattr(judging, "open_model", lambda spec, **_: Reasoner(lambda *_: verdict(2)))
+    assert script("judge", plays, "--judge", "some-directory", "--repeats", 2)[0] == 0
+    for line in read_lines(plays / "verdicts.jsonl"):
+        assert line["adaptations"] == Reasoner.adaptations
+        for name, found in line["dimensions"].items():
+            assert [flaw["severity"] for flaw in found["flaws"]] == [2, 2]
+            kept = [f"hm, {verdict(5)} ?"] * 2 if name == "Anthropomorphism" else None
+            assert found.get("reasoning") == kept
+    assert "12 of 12" in script("judge", "--rescore", plays / "verdicts.jsonl")[1]
+    monkeypatch.setattr(judging, "open_model", lambda spec, **_: Script(lambda *_: verdict(2)))
+    assert script("judge", plays, "--judge", "d", "--out", plays / "plain.jsonl")[0] == 0
+    assert all("adaptations" not in line for line in read_lines(plays / "plain.jsonl"))
+
+
 def test_every_line_of_ours_names_its_speaker(stage):
-    """`Name: message` for the original and for our own performances, also where a message holds the name and a colon itself."""
+    """`Name: message` for the original and for our own performances, also where a message holds the name and
+    a colon itself.
+    """
     scene = deepcopy(stage["ward-c/1"])
     text = "(reads from the label) Juno: do not touch."
     scene.dialogues = [{"character": "Juno", "message": text}]
@@ -652,7 +727,9 @@ def test_every_line_of_ours_names_its_speaker(stage):
 
 
 def test_the_judge_knows_the_circumstances(stage):
-    """Plot summary, scenario, profiles of those who speak and the main characters stand in each prompt, and one dimension."""
+    """Plot summary, scenario, profiles of those who speak and the main characters stand in each prompt, and
+    one dimension.
+    """
     scene = stage["ward-c/1"]
     for dimension in DIMENSIONS:
         system, user = judge_messages(scene, acted(scene), dimension)
@@ -664,7 +741,7 @@ def test_the_judge_knows_the_circumstances(stage):
         assert [other for other in DIMENSIONS if other in system["content"] + user["content"]] == [dimension]
 
 
-# ---- command line -------------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def judge_answer(body, _):
@@ -673,7 +750,9 @@ def judge_answer(body, _):
 
 
 def test_verdicts_of_a_judge(script, stage, plays, monkeypatch):
-    """One line a scene with all that the design names, scores computed from the flaws, a summary with the judge's name."""
+    """One line a scene with all that the design names, scores computed from the flaws, a summary with the
+    judge's name.
+    """
     with Server(judge_answer) as server:
         server.use(monkeypatch)
         code, out, err = script("judge", plays, "--judge", "openai:j")
@@ -704,7 +783,9 @@ def test_verdicts_of_a_judge(script, stage, plays, monkeypatch):
 
 
 def test_judging_again_asks_nothing_again(script, plays, monkeypatch):
-    """The same command asks no more, a torn last line is made again from the replies, another judge is sent elsewhere."""
+    """The same command asks no more, a torn last line is made again from the replies, another judge is sent
+    elsewhere.
+    """
     file = plays / "verdicts.jsonl"
     with Server(judge_answer) as server:
         server.use(monkeypatch)
@@ -776,7 +857,9 @@ def run_judge(directory):
 
 
 def test_a_kill_loses_only_what_is_in_flight(script, seven, monkeypatch):
-    """SIGKILL at each of the first 25 requests: no answer on disk is asked for again, the verdicts are the same."""
+    """SIGKILL at each of the first 25 requests: no answer on disk is asked for again, the verdicts are the
+    same.
+    """
     fork, file = multiprocessing.get_context("fork"), seven / "verdicts.jsonl"
     state = {"process": None, "at": None}
 
@@ -809,7 +892,9 @@ def test_a_kill_loses_only_what_is_in_flight(script, seven, monkeypatch):
 
 
 def test_a_torn_file_is_gone_on_with(script, seven, monkeypatch):
-    """Cut at any byte, as a loss of power leaves it, the file is made whole again, and nothing is asked twice."""
+    """Cut at any byte, as a loss of power leaves it, the file is made whole again, and nothing is asked
+    twice.
+    """
     file = seven / "verdicts.jsonl"
     with Server(judge_answer) as server:
         server.use(monkeypatch)
@@ -822,7 +907,9 @@ def test_a_torn_file_is_gone_on_with(script, seven, monkeypatch):
 
 
 def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
-    """One dimension of one scene without a valid reply: left out of the means and counted; judging again asks for it again."""
+    """One dimension of one scene without a valid reply: left out of the means and counted; judging again asks
+    for it again.
+    """
     bad = True
 
     def answer(body, number):
@@ -856,8 +943,54 @@ def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
         assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [False] * 3
 
 
+def test_no_valid_verdict_at_all_is_a_failure(script, plays, monkeypatch):
+    """Exit code 1 and the first reason on screen, from a directory, shown again without a judge, and after a
+    calibration.
+    """
+    with Server(lambda *_: "I would rather not.") as server:
+        server.use(monkeypatch)
+        for command in (["judge", plays, "--judge", "openai:j"], ["judge", plays]):
+            code, out, err = script(*command)
+            assert code == 1 and "BLEU" in out and "no verdict is valid" in err and "no JSON object" in err
+        assert len(server.requests) == 12 * judging.TRIES
+    with Server(lambda *_: (400, {"error": {"message": "context too short"}}, {})) as server:
+        server.use(monkeypatch)
+        code, _, err = script("judge", plays, "--judge", "openai:j")
+        assert code == 1 and "context too short" in err
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", plays, "--judge", "openai:j")[0] == 0
+
+
+def test_the_summary_says_where_everything_is(script, plays, monkeypatch):
+    """The verdicts and, of an endpoint, its answers, which are there."""
+    assert str(plays / "answers") not in script("judge", plays)[2]
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        _, _, err = script("judge", plays, "--judge", "openai:j")
+    assert str(plays / "verdicts.jsonl") in err and str(plays / "answers") in err and answers(plays)
+
+
+def test_chat_format_and_dtype_go_to_a_checkpoint(script, plays, monkeypatch):
+    """Handed on where they are given, and only then; an endpoint has neither."""
+    opened = []
+
+    def open_model(spec, **options):
+        opened.append({name: options[name] for name in ("chat_format", "dtype") if name in options})
+        return Script(lambda *_: verdict())
+
+    monkeypatch.setattr(judging, "open_model", open_model)
+    for given in ([], ["--chat-format", "chatml"], ["--dtype", "float32", "--chat-format", "llama3"]):
+        assert script("judge", plays, "--judge", "some-directory", *given)[0] == 0
+    assert opened == [{}, {"chat_format": "chatml"}, {"chat_format": "llama3", "dtype": "float32"}]
+    for judge_flags in ([], ["--judge", "openai:j"]):
+        assert "checkpoint" in usage_error(script("judge", plays, *judge_flags, "--dtype", "float32"))
+
+
 def test_without_a_judge_there_are_metrics_alone(script, plays):
-    """No score is made up, and the note says what is needed for one; a judge may come later to the same directory."""
+    """No score is made up, and the note says what is needed for one; a judge may come later to the same
+    directory.
+    """
     code, out, err = script("judge", plays)
     assert code == 0 and "BLEU" in out and "ROUGE-L" in out and "Average" not in out and "--judge" in err
     assert all(
@@ -867,11 +1000,13 @@ def test_without_a_judge_there_are_metrics_alone(script, plays):
 
 
 def test_a_checkpoint_as_judge(script, stage, plays, tiny_actor, monkeypatch):
-    """A model that talks nonsense, cut short after forty tokens: whatever comes of it, the run ends well and counts it."""
+    """A model that talks nonsense, cut short after forty tokens: whatever comes of it, the run ends well and
+    counts it.
+    """
     write_plays(plays, [(stage["ward-c/1"], acted(stage["ward-c/1"]))])
     stop_early = params.SamplingParams
     monkeypatch.setattr(
-        params, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 40})
+        judging, "SamplingParams", lambda *args, **options: stop_early(*args, **{**options, "max_tokens": 40})
     )
     code, out, err = script("judge", plays, "--judge", tiny_actor)
     [line] = read_lines(plays / "verdicts.jsonl")
@@ -879,10 +1014,12 @@ def test_a_checkpoint_as_judge(script, stage, plays, tiny_actor, monkeypatch):
 
 
 def test_the_bundled_actor_as_judge(stage, monkeypatch):
-    """Four million parameters and no sense, but held to the schema: each verdict parses, also drawn hot and cut short."""
+    """Four million parameters and no sense, but held to the schema: each verdict parses, also drawn hot and
+    cut short.
+    """
     model, scene, whole = llm.open_model(local.BUNDLED_ACTOR), stage["ward-c/1"], params.SamplingParams
     monkeypatch.setattr(
-        params, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 120})
+        judging, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 120})
     )
     flaws = 0
     for seed in range(3):
@@ -895,10 +1032,12 @@ def test_the_bundled_actor_as_judge(stage, monkeypatch):
 
 
 def test_a_scene_too_long_for_a_local_judge_is_its_own_error(stage, tiny_actor, monkeypatch):
-    """Far over the context, and with a few tokens left, too few for a verdict: that scene has an error, the other a verdict."""
+    """Far over the context, and with a few tokens left, too few for a verdict: that scene has an error, the
+    other a verdict.
+    """
     model, short_scene, whole = llm.open_model(tiny_actor), stage["ward-c/1"], params.SamplingParams
     monkeypatch.setattr(
-        params, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 40})
+        judging, "SamplingParams", lambda *args, **options: whole(*args, **{**options, "max_tokens": 40})
     )
     limit = model.engine.config.max_position_embeddings
 
@@ -909,8 +1048,8 @@ def test_a_scene_too_long_for_a_local_judge_is_its_own_error(stage, tiny_actor, 
                 said[0]["content"] += " a" * step
         return short_scene, said, {}
 
-    wanted, found = {"long": scene_of(limit + 500), "full": scene_of(limit - 5), "short": scene_of(0)}, {}
-    judging.judge_all(wanted, model, load_rubric(), lambda key, dimensions: found.update({key: dimensions}))
+    wanted = {"long": scene_of(limit + 500), "full": scene_of(limit - 5), "short": scene_of(0)}
+    found = dict(judging.judge_all(wanted, model, load_rubric()))
     errors = {
         key: [name for name in DIMENSIONS if "tokens" in dimensions[name].get("error", "")]
         for key, dimensions in found.items()
@@ -930,7 +1069,9 @@ def test_the_bundled_actor_as_judge_of_twenty_scenes(script, stage, plays):
 
 
 def test_no_file_holds_the_key(script, plays, tmp_path, monkeypatch):
-    """A server that repeats the key in its errors: neither verdicts nor answers nor reports nor messages have it."""
+    """A server that repeats the key in its errors: neither verdicts nor answers nor reports nor messages have
+    it.
+    """
 
     def answer(body, number):
         if number % 5 == 4:
@@ -1000,7 +1141,7 @@ def test_a_scene_in_which_nobody_speaks_gets_no_score(script, stage, plays, monk
         assert (
             code == 0
             and out.startswith("1 scene")
-            and "3 scene(s) where nobody" in err
+            and "left out 3 scene(s)" in err
             and len(server.requests) == 4
         )
         write_plays(plays, played)
@@ -1008,7 +1149,9 @@ def test_a_scene_in_which_nobody_speaks_gets_no_score(script, stage, plays, monk
 
 
 def test_repeats_and_their_spread(script, plays, monkeypatch):
-    """Each repeat has a seed of its own; a scene's score is their mean; more repeats ask only for what is missing."""
+    """Each repeat has a seed of its own; a scene's score is their mean; more repeats ask only for what is
+    missing.
+    """
 
     def answer(body, _):
         return verdict(*[1] * (1 + body["seed"] // 1000))  # one flaw more in each repeat
@@ -1059,6 +1202,46 @@ def test_the_length_weight_is_an_option(script, plays, monkeypatch):
         assert len(server.requests) == 12
 
 
+def test_a_file_of_verdicts_has_one_length_weight(script, stage, plays, tmp_path, monkeypatch):
+    """Of all its lines, those of other performances and an interrupted run's included: that of the last
+    command.
+    """
+    other, file = tmp_path / "other", tmp_path / "v.jsonl"
+    other.mkdir()
+    write_plays(other, [(stage["ward-c/2"], acted(stage["ward-c/2"]))])
+    with Server(judge_answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", other, "--judge", "openai:j", "--out", file)[0] == 0
+        assert script("judge", plays, "--judge", "openai:j", "--out", file, "--length-weight", 0.5)[0] == 0
+
+        def check(weight):
+            flaws = sum(len(name) // 6 for name in DIMENSIONS) / len(DIMENSIONS)
+            lines = read_lines(file)
+            assert {line["length_weight"] for line in lines} == {weight}
+            for line in lines:
+                assert line["score"] == pytest.approx(100 - 5 * (flaws - weight * line["turns"]))
+            return len(lines)
+
+        assert check(0.5) == 4
+    shutil.rmtree(tmp_path / "answers")
+    with Server(lambda *_: (401, {}, {})) as server:
+        server.use(monkeypatch)
+        command = [
+            "judge",
+            plays,
+            "--judge",
+            "openai:j",
+            "--out",
+            file,
+            "--repeats",
+            2,
+            "--length-weight",
+            0.1,
+        ]
+        assert "401" in usage_error(script(*command))
+        assert check(0.1) >= 1
+
+
 def test_two_scenes_with_the_same_words_keep_their_own_verdicts(script, stage, plays, monkeypatch):
     """Performances that happen to be equal are told apart by their scenes."""
     scenes = [stage["the-last-ferry/1"], stage["ward-c/1"]]
@@ -1074,7 +1257,9 @@ def test_two_scenes_with_the_same_words_keep_their_own_verdicts(script, stage, p
 
 
 def test_the_releases_files_are_judged_as_ours(script, stage, plays, tmp_path):
-    """The same performances as a simulation file of the release, names in front, with --scenes: the same metrics."""
+    """The same performances as a simulation file of the release, names in front, with --scenes: the same
+    metrics.
+    """
     assert script("judge", plays)[0] == 0
     lines = read_lines(plays / "transcripts.jsonl")
     cases = [{key: line[key] for key in ("book", "i_p", "i_c")} for line in lines]
@@ -1106,7 +1291,9 @@ def test_the_releases_files_are_judged_as_ours(script, stage, plays, tmp_path):
 
 
 def test_rescoring_our_verdicts(script, plays, monkeypatch):
-    """Our own file comes out the same; a severity changed by hand is found, and its new score is in the means."""
+    """Our own file comes out the same; a severity changed by hand is found, and its new score is in the
+    means.
+    """
     file = plays / "verdicts.jsonl"
     with Server(judge_answer) as server:
         server.use(monkeypatch)
@@ -1300,9 +1487,11 @@ def test_every_recorded_simulation_finds_its_scene(gca, shared):
     ids=str,
 )
 def test_verdicts_that_give_no_score_are_one_line(script, tmp_path, change):
-    """Neither a table nor a zero comes of a line with other types, as a severity that is not a number would give."""
+    """Neither a table nor a zero comes of a line with other types, as a severity that is not a number would
+    give.
+    """
     line = dict.fromkeys(verdicts.VERDICT_KEYS, 1) | {"book": "a", "judge": "x", "performance": "p"}
-    line["dimensions"] = {"A": {"flaws": [], "score": 1}}
+    line["dimensions"] = {"A": {"flaws": [], "score": 1}, "B": {"error": "an older line"}}
     for value in (line, line | change):
         (tmp_path / "v.jsonl").write_text(json.dumps(value) + "\n")
         for option in ("--rescore", "--table"):
@@ -1313,7 +1502,9 @@ def test_verdicts_that_give_no_score_are_one_line(script, tmp_path, change):
 
 
 def test_verdicts_of_another_seed_are_another_run(script, plays, monkeypatch):
-    """A second run with another seed is not answered from the first: it is refused, and goes to a file of its own."""
+    """A second run with another seed is not answered from the first: it is refused, and goes to a file of its
+    own.
+    """
     with Server(judge_answer) as server:
         server.use(monkeypatch)
         assert script("judge", plays, "--judge", "openai:j")[0] == 0
@@ -1327,7 +1518,7 @@ def test_verdicts_of_another_seed_are_another_run(script, plays, monkeypatch):
 
 
 def test_verdicts_of_other_performances_are_kept(script, stage, plays, tmp_path, monkeypatch):
-    """Two directories judged into one file: the first one's verdicts, which may have cost money, stay in it."""
+    """Two directories judged into one file: the first one's verdicts, which may have cost money, stay."""
     other = tmp_path / "other"
     other.mkdir()
     write_plays(other, [(stage["ward-c/2"], acted(stage["ward-c/2"]))])

@@ -1,4 +1,6 @@
-"""What verdicts add up to: intervals against brute force, comparisons, leaderboards, calibration, and a page safe to open."""
+"""What verdicts add up to: intervals against brute force, comparisons, leaderboards, calibration, and a page
+safe to open.
+"""
 
 import html.parser
 import itertools
@@ -8,6 +10,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -18,13 +21,15 @@ from test_llm import Server
 from common import files, terminal
 from data.prompts import DIMENSIONS
 from evals import calibrate, page, report, verdicts
-from evals.metrics import bootstrap, paired, spearman
+from evals.metrics import bootstrap, paired, spearman, with_scores
 
-# ---- how sure -----------------------------------------------------------------------------------------------------------
+# ---- how sure ------------------------------------------------------------------------------------
 
 
 def test_the_bootstrap_covers_what_it_should():
-    """Of 300 samples of 40 from a known distribution, about 95 in 100 intervals hold the true mean; narrower with more data."""
+    """Of 300 samples of 40 from a known distribution, about 95 in 100 intervals hold the true mean; narrower
+    with more data.
+    """
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(300):
@@ -87,12 +92,14 @@ def test_rank_correlations():
     assert spearman([1, 1, 1], [1, 2, 3]) is spearman([5], [5]) is spearman([], []) is None
 
 
-# ---- comparisons --------------------------------------------------------------------------------------------------------
+# ---- comparisons ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def two(script, stage, tmp_path, monkeypatch):
-    """Directories a and b with six scenes each, by the same judge: a has one flaw fewer everywhere, and shorter scenes."""
+    """Directories a and b with six scenes each, by the same judge: a has one flaw fewer everywhere, and
+    shorter scenes.
+    """
     scenes = list(stage.values())[:6]
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -139,7 +146,9 @@ def test_a_terminal_shows_tables(script, two, monkeypatch):
 
 
 def test_the_leaderboard(script, two, shared, monkeypatch):
-    """A table a judge, best first; published rows apart and named so; the length weights at which the ranking turns."""
+    """A table a judge, best first; published rows apart and named so; the length weights at which the ranking
+    turns.
+    """
     with Server(judge_answer) as server:
         server.use(monkeypatch)
         assert (
@@ -171,6 +180,18 @@ def test_the_leaderboard(script, two, shared, monkeypatch):
     assert all("(published)" in line for line in blocks[-1].splitlines()[2:]) and "59.95" in blocks[-1]
 
 
+def test_another_weight_leaves_the_lines_as_they_were(script, two):
+    """Scores of another length weight are in a copy: a leaderboard, whose sweep tries 101 of them, changes no
+    line.
+    """
+    runs = {name: verdicts.read_verdicts(two / name) for name in "ab"}
+    before = deepcopy(runs)
+    rescored = with_scores(runs["a"][0], 1.0)
+    assert rescored["score"] != runs["a"][0]["score"] and rescored["dimensions"] != runs["a"][0]["dimensions"]
+    board = report.leaderboard(runs)
+    assert len(board["tables"][0]["sweep"]) == 2 and runs == before
+
+
 def test_verdicts_of_two_judges_in_one_file_are_two_tables(script, two):
     """However they came together."""
     file, other = two / "a" / "verdicts.jsonl", two / "b" / "verdicts.jsonl"
@@ -191,12 +212,14 @@ def test_verdicts_of_plays_that_are_gone_are_in_no_table(script, two):
     assert tables[0]["rows"][0]["scenes"] == len(kept)
 
 
-# ---- calibration --------------------------------------------------------------------------------------------------------
+# ---- calibration ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def recording(stage, tmp_path):
-    """A folder as the release has it: two models' simulations of eight scenes, with recorded verdicts, and the scenes."""
+    """A folder as the release has it: two models' simulations of eight scenes, with recorded verdicts, and
+    the scenes.
+    """
     scenes = list(stage.values())[:8]
     (tmp_path / "gca").mkdir()
     (tmp_path / "test").mkdir()
@@ -226,7 +249,9 @@ def recording(stage, tmp_path):
 
 
 def echo(recording, sane=True, sign=1):
-    """A judge that says what is recorded (sign 1) or the reverse (-1), and finds every line out of place if it is sane."""
+    """A judge that says what is recorded (sign 1) or the reverse (-1), and finds every line out of place if
+    it is sane.
+    """
     known = {}
     for model in ("one", "two"):
         cases = json.loads((recording / "gca" / f"{model}.evaluation.json").read_text())["cases"].values()
@@ -255,6 +280,8 @@ def calibration(script, recording, monkeypatch, **options):
             "judge",
             "--calibrate",
             recording / "gca",
+            "--scenes",
+            recording / "test" / "id.json",
             "--judge",
             "openai:j",
             "--out",
@@ -281,11 +308,13 @@ def test_calibration_of_a_judge_that_agrees(script, recording, monkeypatch):
         found["length"]["judge"] == found["length"]["recorded"] != 0 and found["length"]["difference"] is None
     )
     assert found["controls"]["difference"] == pytest.approx(25) and found["controls"]["wins"] == 1
-    assert "come out in order" in text and "NOT" not in text
+    assert "controls passed" in text and "FAILED" not in text
 
 
 def test_calibration_of_a_judge_that_does_not(script, recording, monkeypatch):
-    """One who says the opposite correlates the other way, and one who likes everything does not pass the controls."""
+    """One who says the opposite correlates the other way, and one who likes everything does not pass the
+    controls.
+    """
     found, text = calibration(script, recording, monkeypatch, sane=False, sign=-1)
     recorded = json.loads((recording / "gca" / "one.evaluation.json").read_text())["cases"].values()
     assert (
@@ -293,7 +322,19 @@ def test_calibration_of_a_judge_that_does_not(script, recording, monkeypatch):
         and found["better_of_two"]["judge"]["share"] < 0.5
         and len(recorded) == 8
     )
-    assert found["controls"]["difference"] == 0 and "NOT IN ORDER" in text
+    assert found["controls"]["difference"] == 0 and "CONTROLS FAILED" in text
+
+
+def test_a_calibration_has_a_place_of_its_own(script, recording, tmp_path, monkeypatch):
+    """Without --out, a directory named after the judge; a judge without one valid verdict is a failure."""
+    monkeypatch.setattr(files, "OUT", tmp_path / "out")
+    scenes = ["--scenes", recording / "test" / "id.json"]
+    with Server(lambda *_: "No.") as server:
+        server.use(monkeypatch)
+        code, out, err = script("judge", "--calibrate", recording / "gca", "--judge", "openai:j", *scenes)
+    place = tmp_path / "out" / "calibration" / "openai-j"
+    assert code == 1 and "no verdict is valid" in err and str(place) in err and "pooled" in out
+    assert len(read_lines(place / "one.jsonl")) == 8
 
 
 def test_a_shuffled_scene_is_another_order_of_the_same_lines(stage):
@@ -305,11 +346,14 @@ def test_a_shuffled_scene_is_another_order_of_the_same_lines(stage):
 
 
 def test_calibrating_needs_a_judge_and_a_record(script, tmp_path):
-    assert "--judge" in usage_error(script("judge", "--calibrate", tmp_path))
-    assert str(tmp_path) in usage_error(script("judge", "--calibrate", tmp_path, "--judge", "openai:j"))
+    assert "--judge" in usage_error(script("judge", "--calibrate", tmp_path, "--scenes", "x.json"))
+    assert "--scenes" in usage_error(script("judge", "--calibrate", tmp_path, "--judge", "openai:j"))
+    assert "--calibrate" in usage_error(script("judge", "--judge", "openai:j", "--calibrate"))
+    command = ["judge", "--calibrate", tmp_path, "--judge", "openai:j", "--scenes", "x.json"]
+    assert str(tmp_path) in usage_error(script(*command))
 
 
-# ---- the page -----------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def hostile():
@@ -363,7 +407,9 @@ class Page(html.parser.HTMLParser):
 
 @pytest.fixture
 def hostile_page(script, stage, tmp_path, monkeypatch):
-    """(file, strings) of a report in which each string is a line, a name, a flaw, a rubric's dimension or a model."""
+    """(file, strings) of a report in which each string is a line, a name, a flaw, a rubric's dimension or a
+    model.
+    """
     strings, scenes = hostile(), list(stage.values())[:8]
     assert len(strings) == len(set(strings)) == 200
     pool = iter(strings)
@@ -401,7 +447,7 @@ def stage():
 
 
 def test_hostile_text_is_never_live(hostile_page):
-    """Of 200 strings none makes a tag or an attribute: every tag is the template's, nothing points outside."""
+    """Of 200 strings none makes a tag or an attribute: every tag is the template's, none points outside."""
     file, strings = hostile_page
     page = Page(file.read_text(encoding="utf-8"))
     template = Page((files.ROOT / "evals" / "page.html").read_text(encoding="utf-8"))
@@ -443,7 +489,9 @@ def dom(file):
 
 
 def test_no_script_but_its_own_runs_in_a_browser(hostile_page, tmp_path):
-    """In Chromium, with its security policy and without: our filter has counted the flaws, and none of the strings has run."""
+    """In Chromium, with its security policy and without: our filter has counted the flaws, and none of the
+    strings has run.
+    """
     file, _ = hostile_page
     text = file.read_text(encoding="utf-8")
     bare = tmp_path / "bare.html"
@@ -463,7 +511,9 @@ def test_no_script_but_its_own_runs_in_a_browser(hostile_page, tmp_path):
 
 
 def test_flaws_stand_beside_the_lines_they_quote(script, plays, stage, tmp_path, monkeypatch):  # noqa: F811
-    """By a quotation in any quotes, else by a run of words; what quotes nothing stands at the end; no flaw is lost."""
+    """By a quotation in any quotes, else by a run of words; what quotes nothing stands at the end; no flaw is
+    lost.
+    """
     scene = stage["the-last-ferry/1"]
     messages = [
         {
@@ -512,7 +562,8 @@ def test_filters_in_a_browser(hostile_page, tmp_path):
     file, _ = hostile_page
     text = file.read_text(encoding="utf-8")
     text = re.sub(r"<meta http-equiv=\"Content-Security-Policy\"[^>]*>", "", text)
-    act = "document.querySelector('[name=dimension]').click(); document.querySelector('[name=severity][value=\"3\"]').click();"
+    act = "document.querySelector('[name=dimension]').click();"
+    act += " document.querySelector('[name=severity][value=\"3\"]').click();"
     (tmp_path / "acted.html").write_text(
         text.replace("</body>", f"<script>{act}</script></body>"), encoding="utf-8"
     )
