@@ -20,7 +20,18 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     py_modules=["generate", "judge", "model", "simulate", "tokenizer", "train"],
-    packages=["checkpoint", "common", "data", "engine", "evals", "kernels", "llm", "play", "training"],
+    packages=[
+        "bench",
+        "checkpoint",
+        "common",
+        "data",
+        "engine",
+        "evals",
+        "kernels",
+        "llm",
+        "play",
+        "training",
+    ],
     cmdclass={"bdist_wheel": CheckoutOnly},
     install_requires=[
         "torch>=2.11",
@@ -35,5 +46,11 @@ setup(
         "nltk",  # BLEU
         "rich",  # the terminal
     ],
-    extras_require={"test": ["pytest", "hypothesis", "rouge==1.0.0", "ruff", "transformers"]},
+    extras_require={
+        "test": ["pytest", "hypothesis", "rouge==1.0.0", "ruff", "transformers"],
+        "bench": [
+            "transformers",
+            "xllamacpp",
+        ],  # the peers of bench.py; xllamacpp has llama.cpp and its server
+    },
 )
