@@ -34,9 +34,9 @@ def collect(measurements):
     samples, stopped, rows, ours = {}, None, [], {}
     try:
         for number, case, figures in measurements:
+            samples.setdefault(tuple(case.items()), []).append((number, figures))
             known = ", ".join(f"{name} {shown(value)}" for name, value in (case | figures).items())
             terminal.note(f"{f'round {number}' if number else 'warm-up'}: {known}")
-            samples.setdefault(tuple(case.items()), []).append((number, figures))
     except (KeyboardInterrupt, UsageError) as error:
         stopped = error
     for case, rounds in samples.items():
