@@ -29,9 +29,10 @@ def measure(args):
         sides["transformers, static cache"] = Transformers(peer, static=True)
     elif args.peer:
         sides["llama.cpp, GGUF"] = LlamaCpp(args, max(batches), max(lengths) + new + 1)
-    c, copy = model.config, machine.copy_rate(args.device, args.toy)
+    c = model.config
     cases = [(length, batch) for length in lengths for batch in batches]
     for number in range(args.rounds + 1):
+        copy = machine.copy_rate(args.device, args.toy)  # in each round: what a machine gives changes
         for length, batch in cases:
             prompts = torch.randint(0, c.vocab_size, (batch, length), generator=generator).tolist()
             for name, side in sides.items():

@@ -1,6 +1,5 @@
 """What the machine can do: bytes a second of a copy, operations a second of a matrix product."""
 
-import functools
 import platform
 from pathlib import Path
 
@@ -24,7 +23,6 @@ def describe(device):
     return f"{name}, {torch.get_num_threads()} thread(s), {' '.join(x for x in INSTRUCTIONS if x in flags)}"
 
 
-@functools.cache
 def copy_rate(device, toy):
     """Bytes read and written a second by a copy too large for the caches, the best of five."""
     source = torch.ones(2**20 if toy else 2**30 if device == "cuda" else 2**25, device=device)
@@ -47,7 +45,7 @@ def measure(args):
         for threads in counts:
             torch.set_num_threads(threads)
             case = {"threads": threads, "of": "copy", "unit": "GB/s"}
-            yield number, case, {"rate": copy_rate.__wrapped__(args.device, args.toy) / 1e9}
+            yield number, case, {"rate": copy_rate(args.device, args.toy) / 1e9}
             for dtype in (torch.float32, torch.bfloat16):
                 case = {"threads": threads, "of": f"product, {str(dtype)[6:]}", "unit": "GFLOP/s"}
                 yield number, case, {"rate": product_rate(args.device, args.toy, dtype) / 1e9}

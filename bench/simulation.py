@@ -72,13 +72,11 @@ def with_llama_cpp(ours, args, context):
 
 
 def choose_scenes(args):
-    """--scenes of --data or of the bundled scenes, repeated if need be; no two prompts begin alike."""
+    """--scenes of --data or of the bundled ones; beyond their number copies, in books of other titles."""
     scenes = list(load_scenes(args.data) if args.data else load_stage().values())
-    return [
-        replace(scene, book=f"{scene.book} {i}", scenario=f"{i}. {scene.scenario}")
-        for i in range(args.scenes)
-        for scene in [scenes[i % len(scenes)]]
-    ]
+    while len(scenes) < args.scenes:  # the title stands early in a prompt, so that copies share no cache
+        scenes += [replace(scene, book=f"{scene.book} {len(scenes)}") for scene in scenes]
+    return scenes[: args.scenes]
 
 
 def measure(args):
@@ -109,10 +107,11 @@ def measure(args):
     protocol = Protocol(max_rounds=args.max_rounds, retry_temperature=0.0)
     protocol = replace(protocol, max_tokens=args.turn or (60 if random else 512))
     sides = {"ours": (lambda: ours(model), scenes, len(scenes))}
-    if args.peer:
-        cpp = args.peer == "llama.cpp"
-        peer = with_llama_cpp(local, args, context) if cpp else with_transformers(local, model)
-        sides[f"{args.peer}, one by one"] = lambda: peer, few, 1
+    if args.peer == "transformers":
+        peer = with_transformers(local, model)
+        sides["transformers, one by one"] = lambda: peer, few, 1
+    elif args.peer:  # a server of its own each time, with nothing in its cache
+        sides["llama.cpp, one by one"] = lambda: with_llama_cpp(local, args, context), few, 1
     else:
         sides["ours, one by one"] = lambda: ours(model), few, 1
     for number in range(args.rounds + 1):
