@@ -29,7 +29,7 @@ def collect(measurements):
 
     A measurement is (round, case, figures); a case is a dict of labels. A row is a case with the medians of
     its figures over its counted rounds; `rounds` is 0 where only the warm-up, round 0, is known. Of cases
-    that differ in `side` alone the first is ours; beside the others, `ours / it` compares the first figure.
+    that differ in `side` alone the first is ours; beside the others, `ours / this` compares the first figure.
     """
     samples, stopped, rows, ours = {}, None, [], {}
     try:
@@ -47,7 +47,7 @@ def collect(measurements):
         rate = next(iter(medians.values()))
         side, first = ours.setdefault(tuple(label for label in case if label[0] != "side"), (case, rate))
         if side != case:
-            rows[-1]["ours / it"] = first / rate
+            rows[-1]["ours / this"] = first / rate
     return rows, stopped
 
 

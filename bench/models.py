@@ -55,12 +55,19 @@ def in_transformers(model, directory, tokenizer=None):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=like.dtype).to(like.device).eval()
 
 
+def bytes_read(model, config):
+    """Bytes of weights that a step of decoding reads: all but an embedding table that is not also the head."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    table = config.vocab_size * config.hidden_size * next(model.parameters()).itemsize
+    return weights if config.tie_word_embeddings else weights - table
+
+
 class Ours:
     """Our engine, one token a sequence and step: without speculation."""
 
     def __init__(self, model):
         self.engine = Engine(model, max_batch=256, lookup=False)
-        self.weights, self.itemsize = sum(p.nbytes for p in model.parameters()), self.engine.kv.itemsize
+        self.weights, self.itemsize = bytes_read(model, model.config), self.engine.kv.itemsize
 
     def prefill(self, prompts, new):
         params = SamplingParams(0, max_tokens=new + 1)
@@ -78,7 +85,7 @@ class Transformers:
 
     def __init__(self, model, static):
         self.model, self.static = model, static
-        self.weights, self.itemsize = sum(p.nbytes for p in model.parameters()), model.dtype.itemsize
+        self.weights, self.itemsize = bytes_read(model, model.config), model.dtype.itemsize
 
     def prefill(self, prompts, new):
         from transformers import DynamicCache, StaticCache

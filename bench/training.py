@@ -61,7 +61,8 @@ def measured_step():
 def open_side(args, side):
     """Makes this process a side, for `measured_step`."""
     global opened
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked for figures ends this one
+    for number in (signal.SIGINT, signal.SIGTERM):  # they come to all processes; the first one ends this one
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1 if args.toy else torch.get_num_threads())
     cuda, device = args.device == "cuda", train.start_ranks()
     tokenizer = load_tokenizer(Path(args.tokenizer or STAGE_TOKENIZER))

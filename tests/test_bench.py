@@ -79,7 +79,7 @@ def test_generation_against_transformers(bench, name):
     figure = f"{name} tok/s"
     for ours, *peers in (rows[:3], rows[3:]):
         for peer in peers:
-            assert peer["ours / it"] == pytest.approx(ours[figure] / peer[figure])
+            assert peer["ours / this"] == pytest.approx(ours[figure] / peer[figure])
     if name == "decode":  # bytes read: one layer of the toy and its embeddings, then keys and values
         row, weights = rows[0], 4 * (49_152 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 3 * 64)
         bytes_ = weights + (9 + 3 / 2) * 2 * 2 * 16 * 4
@@ -121,6 +121,9 @@ def test_llama_cpp(bench):
         pytest.skip("GGUF=FILE.gguf names no model")
     rows = rows_of(bench("decode", *TOY, "--peer", "llama.cpp", "--peer-model", file))
     assert rows[1]["side"] == "llama.cpp, GGUF" and rows[1]["decode tok/s"] > 0
+    options = ("--model", "135m", "--scenes", 1, "--max-rounds", 5, "--turn", 3)  # its words make no sense
+    _, peer = rows_of(bench("simulate", *TOY, *options, "--peer", "llama.cpp", "--peer-model", file))
+    assert peer["scenes"] == 1 and 0 < peer["spoken"] <= 5 * 3 + 4 * 32
 
 
 def test_json_goes_to_a_file_too(bench, tmp_path):
@@ -142,8 +145,8 @@ def test_what_is_known_when_stopped(monkeypatch, capsys):
     assert isinstance(stopped, KeyboardInterrupt)
     assert rows == [
         {"side": "ours", "rate": 20.0, "rounds": 3},
-        {"side": "peer", "rate": 40.0, "rounds": 2, "ours / it": 0.5},
-        {"side": "slow", "rate": 4.0, "rounds": 0, "ours / it": 5.0},  # its warm-up is all there is
+        {"side": "peer", "rate": 40.0, "rounds": 2, "ours / this": 0.5},
+        {"side": "slow", "rate": 4.0, "rounds": 0, "ours / this": 5.0},  # its warm-up is all there is
     ]
     figures.report(SimpleNamespace(name="decode", model=None, toy=False, json=None), rows, "a processor")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == rows
@@ -188,3 +191,16 @@ def test_a_difference_between_losses_is_an_error_after_the_table():
 
     rows, stopped = figures.collect(measurements())
     assert len(rows) == 1 and "differ" in str(stopped)
+
+
+@pytest.mark.slow
+def test_every_line_of_the_gpu_script(tmp_path):
+    env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    run = subprocess.run(["runs/gpu.sh", "--dry"], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.stdout.count("== exit code 0 ") == 5, run.stdout + run.stderr
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["benchmark"] for line in lines] == ["kernels", "train", "decode", "simulate"]
+    bars = (tmp_path / "bars.txt").read_text()
+    assert "train, ours, tok/s" in bars and "toy" in bars and "met" not in bars
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bars.txt", "log", "results.jsonl"]
