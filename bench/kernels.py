@@ -19,9 +19,9 @@ def cases(args, dtype):
     """
     scale = 1 if args.device == "cuda" else 256 if args.toy else 8  # a minute on a CPU
     H, K, D, C = (32, 8, 128, 4096) if scale == 1 else (8, 2, 64, 1024) if scale == 8 else (2, 1, 16, 64)
-    backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION} | (
-        {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION} if args.device == "cuda" else {}
-    )
+    backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION}
+    if args.device == "cuda":
+        backends["sdpa cudnn"] = SDPBackend.CUDNN_ATTENTION
     documents = [max(1, n // scale) for n in (2032, 1003, 4319, 1689, 640, 1217, 2711, 500, 1451, 822)]
 
     def random(*shape):
@@ -35,9 +35,8 @@ def cases(args, dtype):
     for B, lengths, size in ((4, [4096 // scale], D), (4, [4096 // scale], D // 2), (1, documents, D)):
         packed, T = len(lengths) > 1, sum(lengths)
         inputs = [random(B, T, heads, size) for heads in (H, K, K)]
-        positions = (
-            torch.cat([torch.arange(n, device=args.device) for n in lengths])[None] if packed else None
-        )
+        places = torch.cat([torch.arange(n, device=args.device) for n in lengths])
+        positions = places[None] if packed else None
         operations = 4 * B * sum(n * (n + 1) / 2 for n in lengths) * H * size
         sides = {"ours": functools.partial(kernels.attention, *inputs, positions)}
         sides |= {
@@ -97,13 +96,7 @@ def measure(args):
                 if inputs:
                     times["backward"] = max(clock(both) - forward, 1e-9), work * backward
                 for direction, (took, done) in times.items():
-                    case = {
-                        "kernel": kernel,
-                        "shape": shape,
-                        "direction": direction,
-                        "side": side,
-                        "unit": unit,
-                    }
+                    case = dict(kernel=kernel, shape=shape, direction=direction, side=side, unit=unit)
                     rate = done / took
                     figures = {"rate": rate / (1e9 if unit == "GB/s" else 1e12), "ms": took * 1e3}
                     yield number, case, figures | {"of the limit": rate / limits[unit]}

@@ -39,8 +39,12 @@ def product_rate(device, toy, dtype):
 
 def measure(args):
     """Copy, and products of each dtype; on a CPU with 1, 2, 4 ... threads up to all of them."""
-    most = torch.get_num_threads()
-    counts = sorted({2**i for i in range(most.bit_length())} | {most}) if args.device == "cpu" else [most]
+    available = torch.get_num_threads()
+    counts = (
+        sorted({2**i for i in range(available.bit_length())} | {available})
+        if args.device == "cpu"
+        else [available]
+    )
     for number in range(args.rounds + 1):
         for threads in counts:
             torch.set_num_threads(threads)

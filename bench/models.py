@@ -56,7 +56,7 @@ def in_transformers(model, directory, tokenizer=None):
 
 
 def bytes_read(model, config):
-    """Bytes of weights that a step of decoding reads: all but an embedding table that is not also the head."""
+    """Bytes of weights that a decode step reads: all but an embedding table that is not also the head."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
     table = config.vocab_size * config.hidden_size * next(model.parameters()).itemsize
     return weights if config.tie_word_embeddings else weights - table
