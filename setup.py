@@ -21,16 +21,7 @@ setup(
     python_requires=">=3.11",
     py_modules=["generate", "judge", "model", "simulate", "tokenizer", "train"],
     packages=[
-        "checkpoint",
-        "common",
-        "data",
-        "engine",
-        "evals",
-        "kernels",
-        "llm",
-        "play",
-        "text",
-        "training",
+        *("checkpoint", "common", "data", "engine", "evals", "kernels", "llm", "play", "text", "training"),
     ],
     cmdclass={"bdist_wheel": CheckoutOnly},
     install_requires=[
@@ -40,6 +31,7 @@ setup(
         "sentencepiece",
         "tiktoken",
         "safetensors",
+        "gguf",  # llama.cpp's files: dequantisation
         "numpy",
         "httpx",  # endpoints
         "jinja2",  # the report
@@ -48,7 +40,7 @@ setup(
         "rich",  # the terminal
     ],
     extras_require={
-        "gguf": ["gguf"],  # llama.cpp's files as models
-        "test": ["gguf", "hypothesis", "pytest", "peft", "rouge==1.0.0", "ruff", "transformers"],
+        "bench": ["transformers", "xllamacpp"],  # the peers of bench.py
+        "test": ["hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"],
     },
 )

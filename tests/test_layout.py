@@ -26,6 +26,7 @@ def modules():
         path
         for path in ROOT.rglob("*.py")
         if not path.relative_to(ROOT).parts[0].startswith((".", "tests", "out"))
+        and path != ROOT / "bench" / "__init__.py"  # shares its name with the script
     ]
     names = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -69,6 +70,6 @@ def test_imports_go_downward_and_nothing_imports_a_script():
             if other is None or imported == name:
                 continue
             same = imported.split(".")[0] == name.split(".")[0] != "data"
-            if name != "bench" and (other > row or (imported in SCRIPTS and not same)):
+            if name != "bench.training" and (other > row or (imported in SCRIPTS and not same)):
                 wrong.append(f"{name} imports {imported}")
     assert not wrong, "\n".join(wrong)

@@ -1,0 +1,154 @@
+"""A training step of ours on packed rows, against transformers on the same rows or on padded batches."""
+
+import functools
+import multiprocessing
+import re
+import signal
+import tempfile
+import types
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import train
+from bench.figures import seconds
+from bench.models import SHAPES, config_of, in_transformers, randomise
+from common.files import UsageError
+from data.packing import IGNORE
+from data.scenes import STAGE
+from data.stream import Stream
+from tokenizer import STAGE_TOKENIZER, load_tokenizer
+from training import costs
+
+
+def measure(args):
+    """Tokens a second, peak memory and loss of each side, in a process of its own, all from the same weights.
+
+    The padded peer is left out at a vocabulary above 100,000, where its logits would take some 20 GB.
+    """
+    args.model = args.model or ("8b" if args.device == "cuda" else "stage")
+    args.seq_len = min(args.seq_len, 1024) if args.toy else args.seq_len
+    if args.model not in SHAPES or args.peer == "llama.cpp":
+        raise UsageError(f"train takes --model {', '.join(SHAPES)} (random weights), --peer transformers")
+    tokenizer = load_tokenizer(Path(args.tokenizer or STAGE_TOKENIZER))
+    sides = ["ours", "transformers, packed"][: 1 + bool(args.peer)]
+    sides += ["transformers, padded"] * (bool(args.peer) and tokenizer.vocab_size < 100_000)
+    with ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")
+        workers = {side: stack.enter_context(ProcessPoolExecutor(1, spawn)) for side in sides}
+        for side, worker in workers.items():
+            worker.submit(open_side, args, side).result()
+        for number in range(args.rounds + 1):
+            losses = {}
+            for side, worker in workers.items():
+                figures = worker.submit(measured_step).result()
+                losses[side] = figures["loss"]
+                yield number, {"side": side, "rows": f"{args.rows} x {args.seq_len}"}, figures
+            if max(losses.values()) - min(losses.values()) > 1e-4 * losses["ours"]:
+                raise UsageError(f"the losses differ, so that nothing can be compared: {losses}")
+
+
+opened = None  # in the process of a side: its step, tokens, device
+
+
+def measured_step():
+    return figures_of(*opened)
+
+
+def open_side(args, side):
+    """Makes this process a side, for `measured_step`."""
+    global opened
+    for number in (signal.SIGINT, signal.SIGTERM):  # they come to all processes; the first one ends this one
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1 if args.toy else torch.get_num_threads())
+    cuda, device = args.device == "cuda", train.start_ranks()
+    tokenizer = load_tokenizer(Path(args.tokenizer or STAGE_TOKENIZER))
+    own = 0 if args.toy or args.model == "stage" else SHAPES[args.model]["vocab_size"]
+    config = config_of(args, vocab_size=max(own, tokenizer.vocab_size))
+    options = dict(
+        micro_batch=1, clip=1.0, shard_ranks=None, lora=None, lr=1e-6, weight_decay=0.0, compile=args.compile
+    )
+    options |= dict(recompute="full", dtype="bfloat16") if cuda else dict(recompute="none", dtype="float32")
+    options = types.SimpleNamespace(**options | ({"dtype": args.dtype} if args.dtype else {}))
+    rows = Stream([args.data or STAGE], tokenizer, args.seq_len).take(args.rows)[:]
+    model = randomise(train.shard_model(config, device, options))
+    if side == "ours":
+        optimizer = train.make_optimizer(model, options)
+        run = functools.partial(train.train_step, model, optimizer, rows, options, device)
+    else:
+        batches = [batch([tuple(part[: row["used"]] for part in labelled(row))]) for row in rows]
+        if side.endswith("padded"):
+            documents = [document for row in rows for document in split(row)]
+            batches = [batch(documents[i : i + 8]) for i in range(0, len(documents), 8)]
+        with tempfile.TemporaryDirectory() as directory:
+            run = peer_step(in_transformers(model, f"{directory}/model"), batches, options)
+        del model
+    opened = run, sum(row["used"].item() for row in rows), device
+
+
+def figures_of(run, tokens, device):
+    """The figures of a step; run() -> a dict with `loss`, and of ours `flops`."""
+    line = {}
+    took = seconds(lambda: line.update(run()), device.type)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
+    figures = {"tok/s": tokens / took, "seconds": took, "peak GiB": peak / 2**30, "loss": line["loss"]}
+    if "flops" in line:
+        figures["TFLOP/s"] = line["flops"] / took / 1e12
+        limit = costs.peak_flops(device, torch.bfloat16)
+        figures |= {"MFU": line["flops"] / took / limit} if limit else {}
+    return figures
+
+
+def resident_peak():
+    """Bytes; getrusage would count what the parent process held as well."""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("utf-8"))[1]) * 2**10
+
+
+def labelled(row):
+    """(tokens, labels, positions) [T]; transformers has labels at the token itself, not at the one before."""
+    return row["tokens"], F.pad(row["targets"][:-1], (1, 0), value=IGNORE), row["positions"]
+
+
+def split(row):
+    """The same for each document of a row."""
+    parts = [part[: row["used"]] for part in labelled(row)]
+    starts = (parts[2] == 0).nonzero().flatten().tolist()
+    return zip(*(part.tensor_split(starts[1:]) for part in parts), strict=True)
+
+
+def batch(documents):
+    """Arguments of transformers' forward pass: documents padded to the longest, or one packed row.
+
+    From the positions of a row alone transformers makes the mask of its documents itself.
+    """
+    ids, labels, positions = map(list, zip(*documents, strict=True))
+    if len(ids) == 1:
+        return {"input_ids": ids[0][None], "labels": labels[0][None], "position_ids": positions[0][None]}
+    pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    mask = pad([torch.ones_like(part) for part in ids])
+    return {"input_ids": pad(ids), "labels": pad(labels, padding_value=IGNORE), "attention_mask": mask}
+
+
+def peer_step(model, batches, options):
+    """One optimiser step of transformers, its gradient accumulated over batches."""
+    model.train()
+    adamw = dict(lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
+    batches = [{name: part.to(model.device) for name, part in made.items()} for made in batches]
+    supervised = sum((made["labels"] != IGNORE).sum() for made in batches)
+
+    def run():
+        total = 0.0
+        for made in batches:
+            loss = model(**made, use_cache=False, num_items_in_batch=supervised).loss
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": total}
+
+    return run
