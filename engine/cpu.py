@@ -1,13 +1,12 @@
-"""A model for decoding on a CPU: weights in the layout that few rows are multiplied by fastest, q/k/v and gate/up as one.
+"""The model that the engine runs on a CPU: weights packed for few rows, q/k/v and gate/up as one product each.
 
-    model = packed(model)                        # shares embeddings and norms; the model given stays as it was
+    model = packed(model)                        # shares embeddings and norms; the given model stays as it was
 
-Large weights are in oneDNN's own layout, small ones in fp32 column by column. All linear layers of one step of a 135M model on
-two cores with AVX512, row-major against packed against column-major, in ms: 21, 22, 19 for 1 row, 36, 26, 27 for 4, 46, 37, 44
-for 16; the 512 rows of a prompt take as long either way. A call to oneDNN takes 15 us more, which is most of the time of a
-weight that a core's cache holds. With both, a row's results do not depend on how many rows there are, so that a text comes out
-the same in any batch; that is why 1 row is no exception. The two private operators are called here and nowhere else; where they
-are missing or refuse, plain ones serve.
+Every weight is in oneDNN's blocked layout. There a row's product has the same bits however many rows are multiplied with it, so
+a text does not depend on what else is in the batch; MKL's products of row-major and column-major weights do not have that
+property on AVX2. One row alone is the exception (oneDNN adds up more than 1,024 inputs in another order), so it is run twice.
+Without oneDNN, or where it refuses a dtype, plain `F.linear` serves and the property does not hold (`PackedLinear.blocked`).
+The two private operators of torch are called in this file and nowhere else.
 """
 
 import copy
@@ -18,11 +17,7 @@ from torch import nn
 
 from model import MLP, Attention, RMSNorm, Transformer, rotate, select
 
-ROWS = 16  # what the layout is chosen for; chosen for 1 it would be slow at more
-SMALL, NARROW = (
-    2**21,
-    1024,
-)  # bytes and inputs of a weight; with more inputs some numbers of rows are added up in two parts
+ROWS = 16  # the number of rows the blocked layout is chosen for: chosen for 1 it would be slow for more
 
 
 def fast_bf16():
@@ -43,43 +38,29 @@ class PackedLinear(nn.Module):
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         biases = [layer.bias.detach() for layer in layers if getattr(layer, "bias", None) is not None]
         self.bias = torch.cat(biases) if biases else None
-        self.layout = "rows"
-        if (
-            self.weight.dtype == torch.float32
-            and self.weight.nbytes <= SMALL
-            and self.weight.shape[1] <= NARROW
-        ):
-            self.weight, self.layout = self.weight.T.contiguous(), "columns"
-            return
-        try:
-            types = (
-                {torch.float32, torch.bfloat16}
-                if torch.ops.mkldnn._is_mkldnn_bf16_supported()
-                else {torch.float32}
-            )
-            if self.weight.dtype in types:
-                self.weight, self.layout = (
-                    torch.ops.mkldnn._reorder_linear_weight(self.weight, ROWS),
-                    "blocks",
-                )
-        except (AttributeError, RuntimeError):
-            pass  # no oneDNN in this torch
+        blocked = block_layout(self.weight)
+        self.blocked = blocked is not None
+        self.weight = blocked if self.blocked else self.weight
 
     def forward(self, x):
-        if self.layout == "rows":
+        if not self.blocked:
             return F.linear(x, self.weight, self.bias)
-        if self.layout == "blocks":
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         rows = x.flatten(0, -2)
-        several = (
-            rows.expand(2, -1) if len(rows) == 1 else rows
-        )  # one row alone would be added up in another order
-        out = (
-            torch.mm(several, self.weight)
-            if self.bias is None
-            else torch.addmm(self.bias, several, self.weight)
-        )
+        padded = rows.expand(2, -1) if len(rows) == 1 else rows
+        out = torch.ops.mkldnn._linear_pointwise(padded, self.weight, self.bias, "none", [], "")
         return out[: len(rows)].view(*x.shape[:-1], out.shape[-1])
+
+
+def block_layout(weight):
+    """weight [out, in] in oneDNN's blocked layout; None where this torch has no oneDNN or the processor lacks the dtype."""
+    try:
+        if weight.dtype == torch.float32 or (
+            weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
+            return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+    except (AttributeError, RuntimeError):  # a build without oneDNN; bf16 on a processor without it
+        pass
+    return None
 
 
 class PackedRMSNorm(RMSNorm):
