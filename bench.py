@@ -273,7 +273,7 @@ class Peer:
 class Ours:
     def __init__(self, model):
 
-        self.engine = Engine(model, max_batch=256, lookup=False)  # a token a step, as the peer
+        self.engine = Engine(model, max_batch=256)
 
     def start(self, prompts, new):
 

@@ -1,4 +1,4 @@
-"""Decode attention: the last few tokens of each sequence against all its keys, which lie in pages.
+"""Paged attention: the last tokens of each sequence against all its keys, which lie in pages.
 
 The torch twin; the kernel is in decode_triton.py. Shapes: S sequences, Q queries each (their last Q tokens), H query heads, K
 key/value heads, D head size, P pages of `page_size` tokens. A step reads every key and value once, 2 K D values a token, and
@@ -9,6 +9,8 @@ of reading one. So it is bound by memory, and all that counts is to read each ke
 import torch
 
 from kernels.attention import _selected
+
+MAX_TILE_ROWS = 128  # queries times query heads of a group that the kernel takes at once
 
 
 def decode_attention_torch(q, key_pages, value_pages, block_table, lengths, window=None):

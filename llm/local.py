@@ -83,7 +83,7 @@ class Local:
     def ask(self, key, messages, params, opening=""):
         """Puts a conversation in line, as `chat`; `step` will give its reply under this key."""
         ids, own = self.prompt(messages, opening)
-        takes = self.engine.room - 1
+        takes = self.engine.max_sequence_tokens - 1
         needed = len(ids) + max(len(self.encode(choice)) for choice in params.choices or [""])
         needed += 64 if params.json_schema is not None else 0  # a schema's shortest text has to fit as well
         if needed > takes:

@@ -32,8 +32,8 @@ from common.terminal import plain
 from data import prompts
 from data.chats import perspective, system_prompt
 from engine import constrain
-from engine.cpu import packed
-from engine.pages import BLANK, USED, in_one_piece
+from engine.cpu import PackedLinear
+from engine.pages import contiguous
 from generate import Engine, SamplingParams, find_character
 from llm import open_model
 from llm.local import load_engine
@@ -213,23 +213,33 @@ def test_a_chat_that_grows_is_never_read_twice(page_size):
         known = len(history) - 1  # the last token said was never run
 
 
-def test_chats_with_the_same_beginning_do_not_move_each_other():
-    """Each lies in one piece where it can grow, at all its returns in the same place: the first as it was begun, the second
-    where it went when it turned out to be another."""
-    model, [shared, *own] = (
-        random_model(random_config(2)),
-        random_prompts(random_model(random_config(2)), 3, [40, 6, 7, 8]),
-    )
-    engine, chats, tables = Engine(model, page_size=4), [shared + ids for ids in own], []
+def test_chats_lie_in_a_row():
+    """Chats that take turns keep their pages in a row as they grow, so that their keys need not be gathered."""
+    model = random_model(random_config(2))
+    chats, tables = random_prompts(model, 3, [46, 47, 5]), []
+    engine = Engine(model, page_size=4)
     running = engine.run
-    engine.run = lambda batch, wanted: tables.append(batch[0][0].block_table) or running(batch, wanted)
+    engine.run = lambda batch: tables.append(batch[0][0].block_table) or running(batch)
     for _ in range(4):
         for i, chat in enumerate(chats):
             done = engine.generate([chat], greedy(5))[0]
             assert done.ids == alone(model, chat, greedy(5)).ids
-            chats[i] = chat + done.ids[:3] + [i + 1] * 5  # goes on in another way than it was told
-    tables = [table for table in tables if table]
-    assert all(map(in_one_piece, tables)) and len({table[0] for table in tables}) == 3
+            chats[i] = chat + done.ids + [i + 1] * 5
+    assert all(map(contiguous, filter(None, tables))) and len({table[0] for table in tables if table}) == 3
+
+
+def test_chats_with_the_same_beginning_do_not_disturb_each_other():
+    """They share its pages; what each says after it is its own, at all its returns."""
+    model = random_model(random_config(2))
+    shared, *own = random_prompts(model, 3, [42, 6, 7, 8])
+    engine, chats = Engine(model, page_size=4), [shared + ids for ids in own]
+    for turn in range(4):
+        for i, chat in enumerate(chats):
+            done = engine.generate([chat], greedy(5))[0]
+            assert done.ids == alone(model, chat, greedy(5)).ids
+            assert done.cached_tokens >= 42 or (turn, i) == (0, 0)
+            chats[i] = chat + done.ids[:3] + [i + 1] * 5
+    everything_given_back(engine)
 
 
 def test_the_cache_is_bounded():
@@ -244,7 +254,7 @@ def test_the_cache_is_bounded():
         19,
     ]
     assert engine.generate([batch[0]], greedy(1))[0].cached_tokens < 19
-    assert engine.blocks.available() == 50 and not engine.blocks.held
+    assert engine.scheduler.blocks.available() == 50 and not engine.scheduler.blocks.ref_counts
 
 
 def test_caches_take_no_memory_until_they_are_used():
@@ -292,44 +302,17 @@ def test_tables_of_blocks_and_views_agree(seed):
     batch = random_prompts(model, seed, [1, 40, 2, 23, 7])
     expected = [alone(model, prompt, greedy(30)).ids for prompt in batch]
     engine = Engine(model, page_size=4)
-    engine.kernel = True
+    engine.use_tables = True
     assert [c.ids for c in engine.generate(batch, greedy(30))] == expected
     engine = Engine(model, page_size=4, cache_tokens=1000)
     rng = random.Random(seed)
-    engine.blocks.take = lambda n, *_: scattered(engine.blocks, n, rng)
+    engine.scheduler.blocks.allocate = lambda n, *_: scattered(engine.scheduler.blocks, n, rng)
     assert [c.ids for c in engine.generate(batch, greedy(30))] == expected
-
-
-@pytest.mark.parametrize("kernel", [False, True])
-def test_what_is_guessed_changes_nothing(kernel):
-    """Drafts of what was said before save steps, and neither tokens, nor their log-probabilities, nor where a text ends."""
-    model = random_model(random_config(3))
-    batch = random_prompts(model, 0, [3, 20, 9, 30, 5])
-    params = [greedy(90), greedy(61), SamplingParams(0.2, seed=1, max_tokens=90, logprobs=True)]
-    looping = alone(model, batch[0], params[0]).ids
-    params += [SamplingParams(0.4, top_k=4, seed=2, max_tokens=70), greedy(90, stop_ids=(looping[-1],))]
-    sides = []
-    for lookup in (False, True):
-        engine = Engine(model, page_size=8, cache_tokens=4000, lookup=lookup)
-        engine.kernel = kernel
-        turns, running = [], engine.run
-        engine.run = lambda b, w, turns=turns, running=running: turns.extend(b) or running(b, w)
-        sides.append((engine.generate(batch, params), len(turns), engine.stats["accepted"]))
-        everything_given_back(engine)
-        again = engine.generate([batch[0] + looping[:40]], greedy(20))[
-            0
-        ]  # what is found in the cache is what was accepted
-        assert again.ids == looping[40:60] and again.cached_tokens >= 35
-    (without, most, none), (with_, fewer, accepted) = sides
-    assert none == 0 < accepted and fewer == most - accepted
-    for a, b in zip(without, with_, strict=True):
-        assert (a.ids, a.finish_reason, a.prompt_tokens) == (b.ids, b.finish_reason, b.prompt_tokens)
-    assert with_[2].logprobs == pytest.approx(without[2].logprobs, abs=1e-4)
 
 
 def scattered(blocks, n, rng):
     """Blank pages anywhere."""
-    pages = rng.sample(np.flatnonzero(blocks.state == BLANK).tolist(), n)
+    pages = rng.sample(np.flatnonzero(blocks.blank).tolist(), n)
     blocks.hold(pages)
     return pages
 
@@ -341,16 +324,16 @@ def scattered(blocks, n, rng):
 def test_a_row_has_the_same_bits_in_any_batch(shape, threads):
     """However many rows are multiplied at once, one alone included, and whatever the number of inputs."""
     layer = torch.nn.Linear(*reversed(shape), bias=False).requires_grad_(False)
-    if not packed(layer).blocked:
+    if not PackedLinear(layer).blocked:
         pytest.skip("without oneDNN a row's bits depend on the number of rows")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         x = torch.randn(64, shape[1])
-        together = packed(layer)(x)
+        together = PackedLinear(layer)(x)
         torch.testing.assert_close(together, layer(x), rtol=1e-4, atol=1e-5)
         for n in (1, 2, 3, 4, 5, 16, 33):
-            assert torch.equal(packed(layer)(x[:n]), together[:n])
+            assert torch.equal(PackedLinear(layer)(x[:n]), together[:n])
     finally:
         torch.set_num_threads(before)
 
@@ -368,11 +351,15 @@ def bounded(engine, steps):
 
 
 def everything_given_back(engine):
-    blocks = engine.blocks
-    assert not (engine.waiting or engine.running or blocks.held) and blocks.available() == blocks.num_pages
-    assert blocks.free.keys() == blocks.known.keys() == {*np.flatnonzero(blocks.state == USED).tolist()}
-    assert all(blocks.known[page][2] == digest for digest, pages in blocks.full.items() for page in pages)
-    assert sorted(p for pages in blocks.following.values() for p in pages) == sorted(blocks.known)
+    scheduler, blocks = engine.scheduler, engine.scheduler.blocks
+    assert not (scheduler.waiting or scheduler.running or blocks.ref_counts)
+    assert blocks.available() == blocks.num_pages
+    assert blocks.free.keys() == blocks.known.keys() == {*np.flatnonzero(~blocks.blank).tolist()}
+    children = [
+        (before, tokens, page) for before, own in blocks.children.items() for tokens, page in own.items()
+    ]
+    assert sorted(page for *_, page in children) == sorted(blocks.known)
+    assert all(blocks.known[page] == (before, tokens) for before, tokens, page in children)
 
 
 @pytest.mark.parametrize("chunk", [5, 4096])
@@ -382,10 +369,10 @@ def test_pages_run_out(chunk):
     batch = random_prompts(model, 0, [rng.randrange(1, 40) for _ in range(12)])
     params = [greedy(rng.randrange(1, 60)) for _ in batch]
     engine = bounded(Engine(model, cache_tokens=112, page_size=4, max_step_tokens=chunk), 2000)
-    put_back, put_away = [], engine.put_away
-    engine.put_away = lambda s: (
+    put_back, release = [], engine.scheduler.release
+    engine.scheduler.release = lambda s: (
         put_back.append(s) if s.finish_reason is None and s.block_table else None,
-        put_away(s),
+        release(s),
     )
     done = engine.generate(batch, params)
     assert [c.ids for c in done] == [
@@ -403,7 +390,7 @@ def soak(requests, seed):
     )
     starts = random_prompts(model, seed, [30, 12, 50])
     asked, cancelled = [], 0
-    while len(asked) < requests or engine.waiting or engine.running:
+    while len(asked) < requests or engine.scheduler.waiting or engine.scheduler.running:
         for _ in range(rng.choice([0, 0, 0, 1, 2, 12]) if len(asked) < requests else 0):
             start = rng.choice(starts)[: rng.randrange(50)] if rng.random() < 0.6 else []
             prompt = start + [rng.randrange(100) for _ in range(rng.randrange(1, 60))]
@@ -422,7 +409,7 @@ def soak(requests, seed):
         if asked and rng.random() < 0.1:
             victim = rng.choice(asked[-20:])[2]
             cancelled += victim.finish_reason is None and (
-                victim in engine.waiting or victim in engine.running
+                victim in engine.scheduler.waiting or victim in engine.scheduler.running
             )
             engine.cancel([victim])
         engine.step()
@@ -463,7 +450,7 @@ def test_the_packed_twin(family, dtype):
     assert engine.model is not model and model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     logits, run = [], engine.run
-    engine.run = lambda *args: logits.append(run(*args)) or logits[-1]
+    engine.run = lambda batch: logits.append(run(batch)) or logits[-1]
     engine.generate([prompt], greedy(1))
     expected = model(torch.tensor([prompt]))[0, -1].float()
     assert (logits[0][0].float() - expected).abs().max() < (
@@ -489,7 +476,7 @@ def test_a_model_that_is_consumed():
 
 def forced_onto_tables(engine):
     """The engine as it attends on a GPU, by block tables."""
-    engine.kernel = True
+    engine.use_tables = True
     return engine
 
 
@@ -702,17 +689,17 @@ def test_pages_lost_to_an_interrupt_come_back(chatter):
     """Ctrl-C may come while pages change hands; once nothing is in flight, none is held."""
     model, tokenizer, prompt, _ = chatter
     engine = Engine(model, tokenizer, cache_tokens=64, page_size=4)
-    engine.blocks.hold([3, 5])
+    engine.scheduler.blocks.hold([3, 5])
     for _ in range(2):
         assert engine.generate([prompt], greedy(20))[0].ids == alone(model, prompt, greedy(20)).ids
-        assert not engine.blocks.held
+        assert not engine.scheduler.blocks.ref_counts
 
 
 def test_rooms_for_nothing_are_refused():
     """An engine that could never run a sequence says so, and does not wait for ever."""
     model = random_model(random_config(0))
     for options in ({"max_batch": 0}, {"max_step_tokens": 0}, {"cache_tokens": 8}, {"page_size": 0}):
-        with pytest.raises(UsageError, match="an engine has room"):
+        with pytest.raises(UsageError, match="at least"):
             Engine(model, **options)
 
 
@@ -824,20 +811,19 @@ def test_several_stop_ids(chatter):
 NAMES = ["Hanne", "Hanne Brod", "Jory", "<END CHAT>", "Environment"]
 
 
-def test_choices_share_a_trie(chatter):
-    """Every edge of the trie of the choices' tokens is scored once, however many choices run through it."""
-    model, tokenizer, prompt, _ = chatter
-    end = tokenizer.stop_ids[:1]
+@pytest.mark.parametrize("length", [9, 16, 70])
+def test_choices_read_the_prompt_once(chatter, length):
+    """The first choice reads it, the others find it in the cache and run their own tokens only; so does `score`."""
+    model, tokenizer, *_ = chatter
+    prompt = [i % 50 + 5 for i in range(length)]
     paths = [tokenizer.encode(name) for name in NAMES]
-    paths = [
-        path + end * any(other != path and other[: len(path)] == path for other in paths) for path in paths
-    ]
-    edges = {tuple(path[:n]) for path in paths for n in range(1, len(path) + 1)}
-    assert len(edges) < sum(map(len, paths))
-    engine, params = Engine(model, tokenizer), greedy(1, choices=NAMES)
-    lines = engine.sequences(prompt, params)
-    assert sum(len(line.ids) - line.prompt_tokens for line in lines) == len(edges)
-    assert sorted(line.ids[len(prompt) :] for line in lines) == sorted(paths)
+    own = [len(path) + any(other != path and other[: len(path)] == path for other in paths) for path in paths]
+    engine = Engine(model, tokenizer)
+    engine.generate([prompt], greedy(1, choices=NAMES))
+    assert engine.stats["prefilled"] == length - 1 + sum(own)
+    engine = Engine(model)
+    engine.score([prompt] * len(paths), paths)
+    assert engine.stats["prefilled"] == length - 1 + sum(map(len, paths))
 
 
 def test_choices_of_the_same_tokens(chatter, monkeypatch):
@@ -1033,7 +1019,7 @@ def test_cancelling_gives_pages_back(chatter):
     engine = Engine(model, tokenizer)
     stream = engine.stream(prompt, greedy(60))
     next(stream)
-    assert engine.blocks.held
+    assert engine.scheduler.blocks.ref_counts
     stream.close()
     everything_given_back(engine)
     run, calls = engine.run, iter(range(100))
