@@ -1,7 +1,7 @@
 """Keys and values: the memory they are kept in, and the attention of one forward pass over it.
 
-All new tokens of a step lie one after the other in a single row of N, sequence by sequence. In shapes, K is key/value heads, H
-query heads, D head size, S sequences.
+All new tokens of a step lie one after the other in a single row of N, sequence by sequence. In shapes, K is
+key/value heads, H query heads, D head size, S sequences.
 """
 
 import mmap
@@ -20,13 +20,15 @@ GPU_SHARE, CPU_SHARE, CPU_BYTES = (
     0.25,
     2**33,
 )  # of a GPU's free memory; of the machine's memory, and at most 8 GiB
-# memory that is taken page by page as it is written, and not counted before; Python names MAP_NORESERVE from 3.13 on
+# memory that is taken page by page as it is written, and not counted before; Python names MAP_NORESERVE from
+# 3.13 on
 LAZY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 LAZY |= getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0
 
 
 def allocate_cache(config, dtype, device, page_size, cache_tokens=None):
-    """Room for the keys and values of so many tokens, by default what the memory allows: [2 layers, P, page_size, K, D]."""
+    """Room for the keys and values of so many tokens, by default what the memory allows: [2 layers, P,
+    page_size, K, D]."""
     layers, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     page_bytes = 2 * layers * page_size * K * D * dtype.itemsize
     if cache_tokens is None:
@@ -42,7 +44,8 @@ def allocate_cache(config, dtype, device, page_size, cache_tokens=None):
 
 
 class StepCache:
-    """The cache of one forward pass, for Transformer's `cache`: writes new keys and values to their pages, then attends.
+    """The cache of one forward pass, for Transformer's `cache`: writes new keys and values to their pages,
+    then attends.
 
     kv: as of `allocate_cache`. batch: [(sequence, number of its tokens to run)], single tokens first.
     """
@@ -64,7 +67,8 @@ class StepCache:
 
 
 class ViewCache(StepCache):
-    """On a CPU: PyTorch's attention, a sequence at a time, over views where its pages lie in a row, else over gathered pages."""
+    """On a CPU: PyTorch's attention, a sequence at a time, over views where its pages lie in a row, else over
+    gathered pages."""
 
     def __init__(self, kv, batch, window):
         super().__init__(kv, batch, window)
@@ -76,7 +80,8 @@ class ViewCache(StepCache):
         return max(0, position + 1 - self.window) if self.window else 0
 
     def keys_seen(self, block_table, begin, end):
-        """Where the keys lie that tokens begin to end see: views for each layer's keys and values, or (pages, part of them)."""
+        """Where the keys lie that tokens begin to end see: views for each layer's keys and values, or (pages,
+        part of them)."""
         size, first = self.kv.shape[2], self.first_seen(begin)
         pages = block_table[first // size : -(-end // size)]
         start = first % size
@@ -86,7 +91,8 @@ class ViewCache(StepCache):
         return torch.tensor(pages), slice(start, start + end - first)
 
     def mask(self, begin, end):
-        """What to add to the scores of queries begin to end, [queries, seen]; None for a whole prompt (plainly causal)."""
+        """What to add to the scores of queries begin to end, [queries, seen]; None for a whole prompt
+        (plainly causal)."""
         if begin == 0 and not (self.window and end > self.window):
             return None
         query, key = torch.arange(begin, end)[:, None], torch.arange(self.first_seen(begin), end)
@@ -127,7 +133,8 @@ class ViewCache(StepCache):
 
 
 class TableCache(StepCache):
-    """On a GPU: a call of the paged kernel for all single tokens, one for all prompts, which are cut into blocks of queries."""
+    """On a GPU: a call of the paged kernel for all single tokens, one for all prompts, which are cut into
+    blocks of queries."""
 
     def __init__(self, kv, batch, window, query_heads):
         super().__init__(kv, batch, window)
@@ -146,9 +153,11 @@ class TableCache(StepCache):
         return table if owners is None else table[owners], ends
 
     def blocks(self, batch):
-        """Prompts cut into blocks of Q queries: rows of q int64 [S, Q], where the results lie in S * Q, tables and lengths.
+        """Prompts cut into blocks of Q queries: rows of q int64 [S, Q], where the results lie in S * Q,
+        tables and lengths.
 
-        Of a chunk's last block, which may have fewer queries, the places before the first are padded with some row.
+        Of a chunk's last block, which may have fewer queries, the places before the first are padded with
+        some row.
         """
         group = self.query_heads // self.kv.shape[3]
         size = max(1, min(MAX_TILE_ROWS // group, max(n for _, n in batch)))

@@ -1,12 +1,14 @@
-"""The model that the engine runs on a CPU: weights packed for few rows, q/k/v and gate/up as one product each.
+"""The model that the engine runs on a CPU: weights packed for few rows, q/k/v and gate/up as one product
+each.
 
     twin = PackedTransformer(model)              # shares embeddings and norms; the model stays as it was
 
-Every weight is in oneDNN's blocked layout. There a row's product has the same bits however many rows are multiplied with it, so
-a text does not depend on what else is in the batch; MKL's products of row-major and column-major weights do not have that
-property on AVX2. One row alone is the exception (oneDNN adds up more than 1,024 inputs in another order), so it is run twice.
-Without oneDNN, or where it refuses a dtype, plain `F.linear` serves and the property does not hold (`PackedLinear.blocked`).
-The two private operators of torch are called in this file and nowhere else.
+Every weight is in oneDNN's blocked layout. There a row's product has the same bits however many rows are
+multiplied with it, so a text does not depend on what else is in the batch; MKL's products of row-major and
+column-major weights do not have that property on AVX2. One row alone is the exception (oneDNN adds up more
+than 1,024 inputs in another order), so it is run twice. Without oneDNN, or where it refuses a dtype, plain
+`F.linear` serves and the property does not hold (`PackedLinear.blocked`). The two private operators of torch
+are called in this file and nowhere else.
 """
 
 import torch
@@ -21,8 +23,9 @@ ROWS = 16  # the number of rows the blocked layout is chosen for: chosen for 1 i
 def fast_bf16():
     """Whether this processor multiplies tiles of bfloat16 (AMX), which makes bfloat16 the faster choice.
 
-    With AVX512-BF16 alone float32 is better: on one core the linear layers of a 135M model took 0.75 of its time in bfloat16 for
-    1 row, the same for 16, and 1.7 of it for the 512 and 2,048 rows of a prompt. Without either bfloat16 is emulated.
+    With AVX512-BF16 alone float32 is better: on one core the linear layers of a 135M model took 0.75 of its
+    time in bfloat16 for 1 row, the same for 16, and 1.7 of it for the 512 and 2,048 rows of a prompt. Without
+    either bfloat16 is emulated.
     """
     return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
@@ -50,7 +53,8 @@ class PackedLinear(nn.Module):
 
 
 def block_layout(weight):
-    """weight [out, in] in oneDNN's blocked layout; None where this torch has no oneDNN or the processor lacks the dtype."""
+    """weight [out, in] in oneDNN's blocked layout; None where this torch has no oneDNN or the processor lacks
+    the dtype."""
     try:
         if weight.dtype == torch.float32 or (
             weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -3,12 +3,14 @@
     engine = Engine(model, tokenizer)
     completions = engine.generate(prompts, SamplingParams(temperature=0))        # prompts: lists of token ids
 
-A step is: schedule, run, sample, advance. All scheduled sequences share one forward pass: their new tokens lie one after the
-other in a single row, chunks of prompts beside single tokens. Keys and values live in pages; a sequence's block table lists its
-pages, and a prompt that begins like an earlier one reuses them. Sequences join and leave at every step.
+A step is: schedule, run, sample, advance. All scheduled sequences share one forward pass: their new tokens
+lie one after the other in a single row, chunks of prompts beside single tokens. Keys and values live in
+pages; a sequence's block table lists its pages, and a prompt that begins like an earlier one reuses them.
+Sequences join and leave at every step.
 
-Greedy text is the same alone, in any batch, and with any part of it found in the cache, up to the rounding of attention, which
-may add in another order. A seed and a position determine a draw, whatever else is in the batch.
+Greedy text is the same alone, in any batch, and with any part of it found in the cache, up to the rounding of
+attention, which may add in another order. A seed and a position determine a draw, whatever else is in the
+batch.
 """
 
 import json
@@ -31,11 +33,12 @@ MAX_LOGITS = 2**26  # of scored sequences in a step: 256 MiB in fp32
 class Engine:
     """Generates text for many prompts at once, and scores given text.
 
-    model: a Transformer in eval mode, any dtype and device. On a CPU the engine runs a packed twin of it (see cpu.py), made
-    here; with `consume` it takes the model apart for it, so that no weight is held twice. tokenizer: None where only ids go in
-    and out. max_batch: sequences that run at once. max_step_tokens: tokens of prompts in a step; longer prompts are prefilled
-    in chunks. cache_tokens: size of the key/value cache, by default most of a GPU's free memory, or a quarter of the machine's
-    (at most 8 GiB, taken only as it is used). UsageError for sizes with which nothing could run.
+    model: a Transformer in eval mode, any dtype and device. On a CPU the engine runs a packed twin of it (see
+    cpu.py), made here; with `consume` it takes the model apart for it, so that no weight is held twice.
+    tokenizer: None where only ids go in and out. max_batch: sequences that run at once. max_step_tokens:
+    tokens of prompts in a step; longer prompts are prefilled in chunks. cache_tokens: size of the key/value
+    cache, by default most of a GPU's free memory, or a quarter of the machine's (at most 8 GiB, taken only as
+    it is used). UsageError for sizes with which nothing could run.
     """
 
     def __init__(
@@ -70,10 +73,12 @@ class Engine:
         self.stats["decoded"] = 0
         self.grammars, self.vocabulary = {}, None
 
-    # ---- requests ----------------------------------------------------------------------------------------------------
+    # ---- requests
+    # ----------------------------------------------------------------------------------------------------
 
     def generate(self, prompts, params):
-        """prompts (token ids each), one SamplingParams for all or a list -> list[Completion], in the prompts' order."""
+        """prompts (token ids each), one SamplingParams for all or a list -> list[Completion], in the prompts'
+        order."""
         params = params if isinstance(params, list) else [params] * len(prompts)
         requests = [self.request(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
         self.finish([sequence for request in requests for sequence in request])
@@ -90,9 +95,11 @@ class Engine:
         return [sum(sequence.logprobs) for sequence in sequences]
 
     def stream(self, prompt, params, goes_on=False):
-        """Yields the text of one completion piece by piece, in whole characters; its `return` value is the Completion.
+        """Yields the text of one completion piece by piece, in whole characters; its `return` value is the
+        Completion.
 
-        goes_on: the text continues the prompt's, so a space between them is part of it (SentencePiece drops the first).
+        goes_on: the text continues the prompt's, so a space between them is part of it (SentencePiece drops
+        the first).
         """
         if params.choices:
             done = self.generate([prompt], params)[0]
@@ -117,7 +124,8 @@ class Engine:
         return self.completion(request)
 
     def add(self, prompt, params):
-        """Enqueues a prompt for the next steps; returns its request, a list of Sequences, for `completion` and `cancel`.
+        """Enqueues a prompt for the next steps; returns its request, a list of Sequences, for `completion`
+        and `cancel`.
 
         RequestRefused if the prompt cannot fit; other requests go on.
         """
@@ -153,8 +161,8 @@ class Engine:
         ]
 
     def sequence(self, prompt, params, continuation=None):
-        """A prompt as a Sequence, scored if it has a continuation. RequestRefused if it is empty, not made of the model's
-        tokens, or can never fit."""
+        """A prompt as a Sequence, scored if it has a continuation. RequestRefused if it is empty, not made of
+        the model's tokens, or can never fit."""
         ids, scored = [*prompt, *(continuation or [])], continuation is not None
         most = self.max_sequence_tokens - (not scored)
         if not prompt or len(ids) > most:
@@ -175,9 +183,8 @@ class Engine:
             sequence.grammar_state = sequence.grammar.start
             needed, left = cost(sequence.grammar_state), max_length - len(prompt)
             if needed > left:
-                raise RequestRefused(
-                    f"the shortest JSON of this schema takes up to {needed} tokens, but there is room for {left}"
-                )
+                what = f"the shortest JSON of this schema takes up to {needed} tokens"
+                raise RequestRefused(f"{what}, but there is room for {left}")
         return sequence
 
     def grammar(self, schema):
@@ -198,8 +205,9 @@ class Engine:
         return Completion(s.generated, s.text, s.finish_reason, s.prompt_tokens, s.reused, logprobs)
 
     def choose(self, request):
-        """The Completion of scored choices. Their probabilities are those of their tokens after the prompt, divided by their
-        sum; temperature 0 takes the likeliest, others draw from the probabilities to the power of 1 / temperature."""
+        """The Completion of scored choices. Their probabilities are those of their tokens after the prompt,
+        divided by their sum; temperature 0 takes the likeliest, others draw from the probabilities to the
+        power of 1 / temperature."""
         first, params = request[0], request[0].params
         scores = torch.tensor([sum(choice.logprobs) for choice in request], dtype=torch.float64)
         chosen = int(scores.argmax())
@@ -212,7 +220,8 @@ class Engine:
         ids, cached = request[chosen].generated[:length], min(choice.reused for choice in request)
         return Completion(ids, text, "stop", first.prompt_tokens, cached, logprobs, probabilities)
 
-    # ---- a step ------------------------------------------------------------------------------------------------------
+    # ---- a step
+    # ------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self):
@@ -230,7 +239,8 @@ class Engine:
         self.cancel([sequence for sequence, _ in batch if sequence.finish_reason])
 
     def run(self, batch):
-        """Logits [queries, V] of a batch, [(sequence, number of its tokens to run)]; of one token where there is no query."""
+        """Logits [queries, V] of a batch, [(sequence, number of its tokens to run)]; of one token where there
+        is no query."""
         tokens = [i for s, n in batch for i in s.ids[s.cached : s.cached + n]]
         rows, first = [], 0  # of the queries
         for s, n in batch:
@@ -244,7 +254,8 @@ class Engine:
         return self.model(tokens, cache.positions, cache=cache, rows=rows)
 
     def advance(self, s, token, logprob):
-        """Appends a sampled token to a sequence and finishes it at a stop id, a stop string or its length limit."""
+        """Appends a sampled token to a sequence and finishes it at a stop id, a stop string or its length
+        limit."""
         if logprob is not None:
             s.logprobs.append(logprob)
         if s.scored:

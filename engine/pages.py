@@ -8,10 +8,11 @@ import numpy as np
 class BlockManager:
     """Allocates pages, counts their references, and finds the pages that hold the beginning of a prompt.
 
-    A page in use has a reference count. One that nobody uses any more keeps its tokens (it is `free`) until its room is needed;
-    the least recently used goes first, and of a sequence the last page first. A page without known tokens is blank.
-    Known pages form a prefix tree: `children` leads from the digest of all tokens before a page to the pages that may follow.
-    The last page of a sequence is often partly filled, and known by the tokens it has.
+    A page in use has a reference count. One that nobody uses any more keeps its tokens (it is `free`) until
+    its room is needed; the least recently used goes first, and of a sequence the last page first. A page
+    without known tokens is blank. Known pages form a prefix tree: `children` leads from the digest of all
+    tokens before a page to the pages that may follow. The last page of a sequence is often partly filled, and
+    known by the tokens it has.
     """
 
     def __init__(self, num_pages, page_size):
@@ -27,10 +28,11 @@ class BlockManager:
         return self.num_pages - len(self.ref_counts)
 
     def allocate(self, n, after=None):
-        """n pages to write to, in a row where possible, since keys and values that lie in a row need not be gathered.
+        """n pages to write to, in a row where possible, since keys and values that lie in a row need not be
+        gathered.
 
-        They follow the page `after` if those are blank; else they lie in the middle of the longest run of blank pages, which
-        leaves room to grow for them and for the sequence before them; else anywhere.
+        They follow the page `after` if those are blank; else they lie in the middle of the longest run of
+        blank pages, which leaves room to grow for them and for the sequence before them; else anywhere.
         """
         while self.available() - len(self.free) < n:
             self.forget(next(iter(self.free)))
@@ -65,7 +67,8 @@ class BlockManager:
                     self.blank[page] = True
 
     def remember(self, page, before, tokens):
-        """Makes known that a page holds these tokens (tuple) after those of a digest; returns the digest that includes them."""
+        """Makes known that a page holds these tokens (tuple) after those of a digest; returns the digest that
+        includes them."""
         self.forget(page)
         pages = self.children.setdefault(before, {})
         if pages.setdefault(tokens, page) == page:
@@ -87,7 +90,8 @@ class BlockManager:
         return chain(*self.known[page]) not in self.children
 
     def find(self, tokens):
-        """The longest known beginning of tokens: (its full pages, their digests, a page that goes on or None, how far)."""
+        """The longest known beginning of tokens: (its full pages, their digests, a page that goes on or None,
+        how far)."""
         pages, digests, before, size = [], [], b"", self.page_size
         while True:
             block = tuple(tokens[len(pages) * size : (len(pages) + 1) * size])

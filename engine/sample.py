@@ -7,10 +7,11 @@ from engine.constrain import cost
 
 
 def sample(logits, queries, stop_ids):
-    """The token after each query, and its log-probability under the model where wanted: [(token, log-probability or None)].
+    """The token after each query, and its log-probability under the model where wanted: [(token,
+    log-probability or None)].
 
-    logits [N, V]; queries: the (sequence, position) of each row. The token of a scored sequence is the one that it has there.
-    stop_ids: what may follow a whole JSON document. The device is waited for once.
+    logits [N, V]; queries: the (sequence, position) of each row. The token of a scored sequence is the one
+    that it has there. stop_ids: what may follow a whole JSON document. The device is waited for once.
     """
     adjusted = logits
     for i, (sequence, _) in enumerate(queries):
@@ -35,7 +36,8 @@ def sample(logits, queries, stop_ids):
 
 
 def adjust(logits, sequence, stop_ids):
-    """logits fp32 [V] after the repetition penalty, with -inf for every token that the grammar does not allow.
+    """logits fp32 [V] after the repetition penalty, with -inf for every token that the grammar does not
+    allow.
 
     Allowed tokens leave enough of the token budget to finish the document (see constrain.py).
     """
@@ -55,10 +57,11 @@ def adjust(logits, sequence, stop_ids):
 
 
 def draw(logits, params, uniform):
-    """A token for each row: logits fp32 [N, V], a SamplingParams and a number in [0, 1) for each -> ids int64 [N].
+    """A token for each row: logits fp32 [N, V], a SamplingParams and a number in [0, 1) for each -> ids int64
+    [N].
 
-    Temperature, then top-k, then top-p and min-p of what is left; then the token at which the running sum of probabilities
-    passes the number. Rows do not depend on each other.
+    Temperature, then top-k, then top-p and min-p of what is left; then the token at which the running sum of
+    probabilities passes the number. Rows do not depend on each other.
     """
     device, V = logits.device, logits.shape[1]
     columns = [[p.temperature, p.top_p, p.min_p, u] for p, u in zip(params, uniform, strict=True)]

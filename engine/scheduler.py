@@ -6,22 +6,21 @@ from engine.pages import BlockManager
 class Scheduler:
     """Continuous batching with chunked prefill, prefix reuse and preemption.
 
-    Sequences wait in the order of arrival, and run until they are finished. Running ones come first at each step: one token
-    each, or the next chunk of a prompt. Then waiting ones are admitted while the token budget and the pages allow. When a
-    running sequence finds no free page, the youngest is preempted: it gives its pages back and is computed again later.
+    Sequences wait in the order of arrival, and run until they are finished. Running ones come first at each
+    step: one token each, or the next chunk of a prompt. Then waiting ones are admitted while the token budget
+    and the pages allow. When a running sequence finds no free page, the youngest is preempted: it gives its
+    pages back and is computed again later.
 
-    kv: keys and values, [2 layers, pages, page_size, K, D]. max_batch: running sequences. max_step_tokens: tokens of prompts in
-    a step. max_scored_tokens: tokens of scored sequences in a step whose logits are wanted.
+    kv: keys and values, [2 layers, pages, page_size, K, D]. max_batch: running sequences. max_step_tokens:
+    tokens of prompts in a step. max_scored_tokens: tokens of scored sequences in a step whose logits are
+    wanted.
     """
 
     def __init__(self, kv, max_batch, max_step_tokens, max_scored_tokens):
         self.kv = kv
         self.blocks = BlockManager(kv.shape[1], kv.shape[2])
-        self.max_batch, self.max_step_tokens, self.max_scored_tokens = (
-            max_batch,
-            max_step_tokens,
-            max_scored_tokens,
-        )
+        self.max_batch, self.max_step_tokens = max_batch, max_step_tokens
+        self.max_scored_tokens = max_scored_tokens
         self.waiting, self.running = [], []
         self.stats = dict.fromkeys(("prefilled", "reused"), 0)
 
@@ -37,34 +36,37 @@ class Scheduler:
         for sequence in list(self.waiting):
             if len(self.running) == self.max_batch or self.token_budget < 1:
                 break
-            if self.shares_prefix_in_progress(sequence):
+            found = self.blocks.find(sequence.ids[: sequence.first_query])
+            if self.continued_in_progress(sequence, found):
                 continue
-            if not self.admit(sequence):
+            if not self.admit(sequence, found):
                 break
             self.schedule_tokens(sequence, self.chunk(sequence), batch)
         return sorted(batch, key=lambda entry: entry[1] > 1)
 
     def chunk(self, sequence):
-        """How many pending tokens of a sequence fit into this step's budgets. A single token of a running one always does."""
+        """How many pending tokens of a sequence fit into this step's budgets. A single token of a running one
+        always does."""
         if sequence.pending == 1 and not sequence.scored:
             return 1
         n = min(sequence.pending, self.token_budget)
         if sequence.scored:
-            n = min(n, max(0, sequence.prompt_tokens - 1 - sequence.cached) + self.logit_budget)
+            n = min(n, max(0, sequence.first_query - sequence.cached) + self.logit_budget)
         return n
 
     def schedule_tokens(self, sequence, n, batch):
         """Puts n tokens of a sequence into the batch and takes them off the budgets."""
         if sequence.pending > 1:
             self.token_budget -= n
-            self.in_progress.add(self.next_page(sequence.prefix, sequence.digests))
+            self.in_progress.add(self.next_page(sequence, sequence.digests))
         if sequence.scored:
             self.logit_budget -= len(sequence.queries(n))
         if n:
             batch.append((sequence, n))
 
     def grow(self, sequence, n):
-        """Allocates pages for n more tokens, preempting the youngest for them; False if that is the sequence itself."""
+        """Allocates pages for n more tokens, preempting the youngest for them; False if that is the sequence
+        itself."""
         while self.pages(sequence.cached + n) > len(sequence.block_table):
             if self.blocks.available():
                 sequence.block_table += self.blocks.allocate(1, sequence.block_table[-1])
@@ -76,42 +78,47 @@ class Scheduler:
                 return False
         return True
 
-    def next_page(self, tokens, digests):
-        """What the first page of tokens that has no digest yet will be known by."""
+    def next_page(self, sequence, digests):
+        """What the first page of a sequence that has no digest yet will be known by."""
         size = self.blocks.page_size
-        return digests[-1] if digests else b"", tuple(tokens[len(digests) * size : (len(digests) + 1) * size])
+        tokens = sequence.ids[len(digests) * size : min((len(digests) + 1) * size, sequence.first_query)]
+        return digests[-1] if digests else b"", tuple(tokens)
 
-    def shares_prefix_in_progress(self, sequence):
-        """Whether this step computes a page that a waiting sequence can reuse at the next one."""
-        prefix = sequence.prefix
-        pages, digests, _, common = self.blocks.find(prefix)
-        page = self.next_page(prefix, digests)
-        reusable = (
-            sequence.scored or len(page[1]) == self.blocks.page_size
-        )  # choices share a page partly, too
+    def continued_in_progress(self, sequence, found):
+        """Whether this step computes a page after those found for a waiting sequence, which it can reuse at
+        the next step.
+
+        A page that is not full counts only for scored sequences: the choices after a prompt, which end there.
+        """
+        _, digests, _, common = found
+        page = self.next_page(sequence, digests)
+        reusable = sequence.scored or len(page[1]) == self.blocks.page_size
         return reusable and len(page[1]) > common and page in self.in_progress
 
-    def admit(self, sequence):
-        """Starts a waiting sequence with the pages that hold its beginning and new ones; False if there are too few.
+    def admit(self, sequence, found):
+        """Starts a waiting sequence with the pages found for its beginning and new ones; False if there are
+        too few.
 
-        The page on which the found beginning ends is written on if nobody else can need what it holds after that, else copied.
+        The page on which the found beginning ends is written on if nobody can need what it holds after that,
+        else copied.
         """
-        blocks, total = self.blocks, self.pages(len(sequence.ids))
-        pages, digests, last, common = blocks.find(sequence.prefix)
+        (pages, digests, last, common), blocks = found, self.blocks
+        total = self.pages(len(sequence.ids))
         in_place = last is not None and last not in blocks.ref_counts and blocks.is_leaf(last)
         in_place &= not sequence.scored  # other choices may need it
-        blocks.hold(found := [*pages, last] if common else pages)
+        held = [*pages, last] if common else pages
+        blocks.hold(held)
         if common and not in_place and total - len(pages) > blocks.available():  # no room for a copy
             blocks.release([last])
-            found, common = pages, 0
+            held, common = pages, 0
         needed = total - len(pages) - in_place
         if needed > blocks.available() - len(self.running):  # each of those may soon need a page
-            blocks.release(found)
+            blocks.release(held)
             return False
         if in_place:
             if common < len(blocks.known[last][1]):
                 blocks.forget(last)
-            pages = found
+            pages = held
         new = blocks.allocate(needed, pages[-1] if pages else None)
         if common and not in_place:
             self.kv[:, new[0]] = self.kv[:, last]

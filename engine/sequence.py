@@ -9,9 +9,11 @@ from engine.params import SamplingParams
 
 @dataclass(eq=False)
 class Sequence:
-    """A prompt and the tokens after it. Keys and values of the first `cached` tokens are in the pages of `block_table`.
+    """A prompt and the tokens after it. Keys and values of the first `cached` tokens are in the pages of
+    `block_table`.
 
-    A scored sequence is given whole: wanted are the log-probabilities of its tokens after the prompt, and nothing is generated.
+    A scored sequence is given whole: wanted are the log-probabilities of its tokens after the prompt, and
+    nothing is generated.
     """
 
     ids: list
@@ -44,13 +46,13 @@ class Sequence:
         return len(self.ids) - self.scored - self.cached
 
     @property
-    def prefix(self):
-        """The tokens that may be found in the cache: all before the first one whose logits are wanted."""
-        return self.ids[: (self.prompt_tokens if self.scored else len(self.ids)) - 1]
+    def first_query(self):
+        """The first position whose logits are wanted; tokens before it may be found in the cache."""
+        return (self.prompt_tokens if self.scored else len(self.ids)) - 1
 
     def queries(self, n):
         """Positions among the next n tokens whose logits are wanted, as a range."""
-        return range(max(len(self.prefix), self.cached), self.cached + n)
+        return range(max(self.first_query, self.cached), self.cached + n)
 
     def uniform(self, position):
         """A number in [0, 1) for the draw after the token at a position, fixed by seed and position alone."""
@@ -58,7 +60,8 @@ class Sequence:
         return int.from_bytes(digest, "big") / 2**56
 
     def read_text(self, decode):
-        """Adds the text of the newest token. An incomplete character waits for its bytes; a stop string cuts text and ids."""
+        """Adds the text of the newest token. An incomplete character waits for its bytes; a stop string cuts
+        text and ids."""
         before = len(self.text)
         known = decode(self.ids[self.anchor : self.decoded])
         piece = decode(self.ids[self.anchor :])[len(known) :]
