@@ -180,7 +180,7 @@ class Attention(nn.Module):
         if cache is None:
             out = kernels.attention(q, k, v, positions, self.window, rows)
         else:
-            out = cache.attend(self.layer, q, k, v, self.window, rows)
+            out = cache.attend(self.layer, q, k, v, self.window)
         return self.o_proj(out.flatten(-2))  # [..., H, D] -> [..., C]
 
 
@@ -270,8 +270,8 @@ class Transformer(nn.Module):
         """Logits [B, T, V], or [N, V] at `rows`; with targets, int64 [N], their `linear_cross_entropy` instead of logits.
 
         positions: int [B, T], from 0 in each document of a packed row; None means 0, 1, 2, ... in every row.
-        cache: an object whose `attend(layer, q, k, v, window, rows)` keeps keys and values and attends over all it has kept;
-        it knows where the tokens belong (see the engine), and needs `positions`. With rows, the last layer's q is [N, H, D].
+        cache: an object whose `attend(layer, q, k, v, window)` keeps keys and values and attends over all it has kept (see
+        engine/cache.py); it needs `positions`. Without a cache the last layer computes queries only for `rows`.
         """
         x = self.model["embed_tokens"](tokens)  # [B, T, C]
         packed = positions  # None lets attention take whole rows at once
@@ -281,8 +281,11 @@ class Transformer(nn.Module):
         *blocks, last = self.model["layers"]
         for block in blocks:
             x = block(x, cos, sin, packed, cache)
-        x = self.model["norm"](last(x, cos, sin, packed, cache, rows))  # [B, T, C] or [N, C]
-        return self.head(x, targets)
+        if cache is None:
+            x = last(x, cos, sin, packed, rows=rows)  # [B, T, C] or [N, C]
+        else:
+            x = select(last(x, cos, sin, packed, cache), rows)
+        return self.head(self.model["norm"](x), targets)
 
     def head(self, x, targets):
         head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head

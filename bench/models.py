@@ -66,7 +66,7 @@ class Ours:
     """Our engine, one token a sequence and step: without speculation."""
 
     def __init__(self, model):
-        self.engine = Engine(model, max_batch=256, lookup=False)
+        self.engine = Engine(model, max_batch=256)
         self.weights, self.itemsize = bytes_read(model, model.config), self.engine.kv.itemsize
 
     def prefill(self, prompts, new):

@@ -1,20 +1,21 @@
-"""JSON of a given schema and nothing else: which tokens may come next.
+"""Constrained decoding: which tokens keep a text on the way to a JSON document of a given schema.
 
     grammar = Grammar(schema, Vocabulary(tokenizer))
-    ids, costs = grammar.allowed(state)          # the tokens that may follow, and what closing the text takes after each
+    ids, costs = grammar.allowed(state)     # the tokens that may follow, and the cost of the state after each
 
-A schema becomes a stack of frames that accepts a text byte by byte; a token may follow if all its bytes are accepted. The
-stack is a plain tuple, the top frame last, so that states can be compared, kept and gone back to:
+A schema becomes a stack of frames that accepts a text byte by byte; a token may follow if all its bytes are
+accepted. A state is that stack as a tuple, the top frame last, so that states can be compared and kept:
 
     ("text", options)                    one of these byte strings
     ("string", escaped)                  the inside of a JSON string, to its closing quote
-    ("integer", low, high, digits)       an integer within bounds, these digits of it written
+    ("integer", low, high, digits)       an integer within bounds, of which these digits are written
     ("items", frames, low, high, n)      the rest of an array after n elements, to its closing bracket
 
-The subset: objects (every property, in the schema's order), arrays (minItems, maxItems), strings, integers (minimum, maximum),
-booleans, null, enum and const. Layout is that of `json.dumps`. A state's cost is the number of bytes of the shortest text that
-closes it, and since each byte of it is a token, never less than the tokens needed: tokens whose cost fits into what is left of
-the budget always lead to a whole document.
+Supported: objects (every property, in the schema's order), arrays (minItems, maxItems), strings, integers
+(minimum, maximum), booleans, null, enum and const. The layout is that of `json.dumps`. The cost of a state is
+the number of bytes of the shortest text that completes the document. Each of these bytes is a token, so the cost
+is never less than the tokens needed: a text that only takes tokens whose cost fits into what is left of its
+token budget always ends as a whole document.
 """
 
 import functools
@@ -27,10 +28,16 @@ import numpy as np
 from common.files import UsageError
 
 STRING, QUOTE = ("string", False), ord('"')
-INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*(\\)?')  # as far as a text stays in a string
-DIGITS = 15  # of an integer without bounds
-KNOWN = {"object": {"properties", "required", "additionalProperties"}, "array": {"items", "minItems", "maxItems"},
-         "string": set(), "integer": {"minimum", "maximum"}, "boolean": set(), "null": set()}  # fmt: skip
+INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*(\\)?')  # as far as a text stays within a string
+DIGITS = 15  # the most an integer without bounds has
+KNOWN = {
+    "object": {"properties", "required", "additionalProperties"},
+    "array": {"items", "minItems", "maxItems"},
+    "string": set(),
+    "integer": {"minimum", "maximum"},
+    "boolean": set(),
+    "null": set(),
+}
 ANYWHERE = {"type", "title", "description", "$schema"}
 
 
@@ -40,16 +47,17 @@ class Vocabulary:
     def __init__(self, tokenizer):
         words = sorted((word, i) for i in range(tokenizer.vocab_size) if (word := tokenizer.token_bytes(i)))
         self.words, self.ids = [word for word, _ in words], np.array([i for _, i in words])
-        self.bytes = {
-            word[0] for word in self.words if len(word) == 1
-        }  # any text of these has a token for each byte
+        self.bytes = {word[0] for word in self.words if len(word) == 1}  # those that are tokens
         if missing := {*range(32, 127)} - self.bytes:
-            signs = ", ".join(repr(chr(byte)) for byte in sorted(missing)[:3])
-            raise UsageError(f"this tokenizer has no token for {signs}, so JSON cannot be promised")
+            characters = ", ".join(repr(chr(byte)) for byte in sorted(missing)[:3])
+            raise UsageError(
+                f"JSON needs a token for each printable character; this tokenizer lacks {characters}"
+            )
 
     def walk(self, state):
-        """(index, state after it) for the words that may come in a state, byte by byte, so each beginning once."""
-        words, todo = self.words, [(state, 0, len(self.words), 0)]
+        """(index, state after it) of each word that a state accepts; a common beginning is stepped through
+        once."""
+        words, todo = self.words, [(state, 0, len(self.words), 0)]  # words low to high share depth bytes
         while todo:
             state, low, high, depth = todo.pop()
             while low < high and len(words[low]) == depth:
@@ -69,12 +77,12 @@ class Vocabulary:
 
     @functools.cached_property
     def inside(self):
-        """What words do inside a string, [not after a backslash, after one]: see `within`."""
+        """`within` for both states of a string: [not after a backslash, after one]."""
         return [self.within(escaped) for escaped in (False, True)]
 
     def within(self, escaped):
-        """Indices of the words that stay in the string; for each, whether it ends on a backslash; and for each text that
-        follows a closing quote within a word, the indices of such words."""
+        """Indices of the words that stay in the string; for each, whether it ends on a backslash; and for
+        each text that follows a closing quote within a word, the indices of such words."""
         stay, ends, leave = [], [], {}
         for index, word in enumerate(self.words):
             word = b"\\" * escaped + word
@@ -103,7 +111,7 @@ class Grammar:
         self.known = {}
 
     def allowed(self, state):
-        """(ids, costs): the tokens that may come in a state and the cost of the state each leads to, int arrays."""
+        """(ids, costs): the tokens that a state accepts and the cost of the state after each, int arrays."""
         if state not in self.known:
             words, out = self.vocabulary, []
             stay = ends = np.array([], int)
@@ -128,7 +136,7 @@ def literals(frames):
 
 
 def advance(state, text):
-    """The state after these bytes, None where they do not fit."""
+    """The state after these bytes; None if they are not accepted."""
     for byte in text:
         state = step(state, byte)
         if state is None:
@@ -137,7 +145,7 @@ def advance(state, text):
 
 
 def step(state, byte):
-    """The state after one byte, None where it does not fit."""
+    """The state after one byte; None if it is not accepted."""
     while state:
         (kind, *fields), rest = state[-1], state[:-1]
         if kind == "text":
@@ -174,7 +182,7 @@ def step(state, byte):
 
 
 def cost(state):
-    """Bytes of the shortest text that closes a state; where that is 0, the text may end."""
+    """Bytes of the shortest text that completes a state; at 0 the text may end."""
     return sum(map(frame_cost, state))
 
 
@@ -194,7 +202,8 @@ def frame_cost(frame):
 
 @functools.lru_cache(maxsize=65_536)
 def digits_left(low, high, digits):
-    """How many digits an integer in [low, high] needs at least to follow these, None where none begins with them."""
+    """The fewest digits that complete an integer in [low, high] after these; None if none begins with
+    them."""
     if digits in (b"", b"-"):
         options = [n for n in (low, high, 0, -1) if low <= n <= high and (not digits or n < 0)]
         return min(len(str(n)) for n in options) - len(digits) if options else None
@@ -205,26 +214,28 @@ def digits_left(low, high, digits):
         or (number[:1] == b"0" and (len(number) > 1 or negative))
     ):
         return None
-    least, most = (-high, -low) if negative else (low, high)
+    smallest, largest = (-high, -low) if negative else (low, high)
     for more in range(1 if number == b"0" else DIGITS + 4):
         first = int(number) * 10**more
-        if first <= most and first + 10**more > least:
+        if first <= largest and first + 10**more > smallest:
             return more
     return None
 
 
 def compile_schema(schema, path="schema"):
-    """A schema as a tuple of frames, the first to be written first."""
+    """A schema as a tuple of frames, in the order of writing. UsageError names what is not supported."""
     if not isinstance(schema, dict):
         raise UsageError(f"json_schema: {path} is {schema!r}, not an object")
     if "enum" in schema or "const" in schema:
         values = schema["enum"] if "enum" in schema else [schema["const"]]
         if not isinstance(values, list) or not values:
-            raise UsageError(f"json_schema: {path}.enum is {values!r}, not a list with something in it")
+            raise UsageError(f"json_schema: {path}.enum is {values!r}, not a list of at least one value")
         return (text(*sorted({as_json(value, path) for value in values})),)
     kind = schema.get("type")
     if not isinstance(kind, str) or kind not in KNOWN:
-        raise UsageError(f"json_schema: {path}.type is {kind!r}; there are {', '.join(KNOWN)}, or give enum")
+        raise UsageError(
+            f"json_schema: {path}.type is {kind!r}; supported are {', '.join(KNOWN)}, or give enum"
+        )
     if unknown := sorted(schema.keys() - KNOWN[kind] - ANYWHERE):
         raise UsageError(f"json_schema: {path}.{unknown[0]} is not supported")
     if kind == "object":
@@ -257,7 +268,9 @@ def as_json(value, path):
 
 def check_bounds(path, low, high):
     if not (type(low) is type(high) is int and low <= high and max(abs(low), abs(high)) < 10 ** (DIGITS + 3)):
-        raise UsageError(f"json_schema: {path} goes from {low!r} to {high!r}; integers in order are needed")
+        raise UsageError(
+            f"json_schema: {path} has bounds {low!r} and {high!r}; integers are needed, the lower first"
+        )
 
 
 def text(*options):

@@ -1,4 +1,4 @@
-"""What a request asks of the engine, and what it gets back. No torch here."""
+"""What a request asks of the engine, and what it gets back. This module does not import torch."""
 
 import math
 from dataclasses import dataclass
@@ -6,14 +6,20 @@ from dataclasses import dataclass
 from common.files import UsageError
 
 
+class RequestRefused(UsageError):
+    """One request that the engine cannot serve: its prompt or its schema does not fit. Other requests are not
+    affected."""
+
+
 @dataclass
 class SamplingParams:
-    """How to choose tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all; stop: strings that end the text.
+    """How to choose tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 keep all tokens.
 
-    min_p: tokens less likely than this share of the likeliest are left out. repetition_penalty: divides the logits of tokens
-    already in prompt or text where positive, multiplies them where negative (Keskar et al. 2019). stop_ids: ids that end the
-    text besides the tokenizer's. logprobs: whether to return them. choices: strings, one of which the text is. json_schema:
-    the text is JSON of this schema (see constrain.py), whatever max_tokens.
+    stop: strings that end the text; stop_ids: token ids that end it besides the tokenizer's. min_p: leaves
+    out tokens whose probability is below this share of the highest. repetition_penalty: divides the logits of
+    tokens already in prompt or text where positive, multiplies them where negative (Keskar et al. 2019).
+    logprobs: whether to return log-probabilities. choices: strings, one of which is the text. json_schema:
+    the text is JSON of this schema (see constrain.py).
     """
 
     temperature: float = 1.0
@@ -53,10 +59,12 @@ class SamplingParams:
 
 @dataclass
 class Completion:
-    """What was generated. `finish_reason`: `stop` (a stop id or string, neither part of ids or text) or `length`.
+    """What was generated. finish_reason: "stop" (at a stop id or string, which is part of neither ids nor
+    text) or "length".
 
-    logprobs: natural log-probability of each of ids under the model itself, before penalties, temperature and filters.
-    probabilities: of each choice, where choices were given.
+    logprobs: natural log-probability of each of ids under the model itself, before penalties, temperature and
+    filters. probabilities: of each choice, where choices were given. cached_tokens: of the prompt, found in
+    the cache.
     """
 
     ids: list

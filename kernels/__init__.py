@@ -1,8 +1,9 @@
-"""The one place that decides which version of a kernel runs: Triton on CUDA tensors, its torch twin on all others.
+"""The one place that decides which version of a kernel runs: Triton on CUDA tensors, its torch twin on all
+others.
 
-Each kernel has a file with its mathematics and its readable torch twin, and beside it one with the Triton version, imported
-when it first runs. `use` overrides the choice, for tests and comparisons. What does not fit is refused here, in one line with
-the shapes.
+Each kernel has a file with its mathematics and its readable torch twin, and beside it one with the Triton
+version, imported when it first runs. `use` overrides the choice, for tests and comparisons. What does not fit
+is refused here, in one line with the shapes.
 """
 
 from kernels.attention import attention_torch
@@ -13,7 +14,8 @@ _chosen = None
 
 
 def use(name):
-    """Runs the "torch" or the "triton" kernels from now on, whatever the device; None goes by the device again."""
+    """Runs the "torch" or the "triton" kernels from now on, whatever the device; None goes by the device
+    again."""
     global _chosen
     if name not in ("torch", "triton", None):
         raise ValueError(
@@ -23,7 +25,8 @@ def use(name):
 
 
 def attention(q, k, v, positions=None, window=None, rows=None):
-    """Causal attention within each document of packed rows; shapes as in `kernels.attention.attention_torch`."""
+    """Causal attention within each document of packed rows; shapes as in
+    `kernels.attention.attention_torch`."""
     fits = k.ndim == 4 and k.shape == v.shape and q.ndim == (4 if rows is None else 3)
     fits = fits and q.shape[-2] % k.shape[2] == 0 and q.shape[-1] == k.shape[3]
     fits = fits and q.shape[:-2] == (k.shape[:2] if rows is None else rows.shape)
@@ -44,7 +47,8 @@ def attention(q, k, v, positions=None, window=None, rows=None):
 
 
 def decode_attention(q, key_pages, value_pages, block_table, lengths, window=None):
-    """The last tokens of each sequence against its paged keys; shapes as in `kernels.decode.decode_attention_torch`."""
+    """The last tokens of each sequence against its paged keys; shapes as in
+    `kernels.decode.decode_attention_torch`."""
     fits = (
         q.ndim == key_pages.ndim == 4
         and key_pages.shape == value_pages.shape
@@ -57,11 +61,11 @@ def decode_attention(q, key_pages, value_pages, block_table, lengths, window=Non
         and lengths.shape == q.shape[:1]
     )
     if not fits or len(block_table) != len(q):
-        taken = "q [S, Q, H, D], pages [P, page_size, K, D], block_table [S, max_pages], lengths [S], K dividing H"
+        taken = "q [S, Q, H, D], pages [P, page_size, K, D], block_table [S, max_pages], lengths [S]"
         given = dict(
             q=q, key_pages=key_pages, value_pages=value_pages, block_table=block_table, lengths=lengths
         )
-        raise ValueError(f"decode_attention takes {taken}; got {_shapes(**given)}")
+        raise ValueError(f"decode_attention takes {taken}, K dividing H; got {_shapes(**given)}")
     if window is not None and window < 1:
         raise ValueError(f"decode_attention takes a window of at least 1 key, the query's own; got {window}")
     if _runs_triton(q):
@@ -72,7 +76,8 @@ def decode_attention(q, key_pages, value_pages, block_table, lengths, window=Non
 
 
 def rms_norm(x, weight, eps=1e-5, residual=None):
-    """RMSNorm over the last dimension; with a residual, `(normed, x + residual)`. See `kernels.rms_norm.rms_norm_torch`."""
+    """RMSNorm over the last dimension; with a residual, `(normed, x + residual)`. See
+    `kernels.rms_norm.rms_norm_torch`."""
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         taken = "x [..., C], weight [C] and a residual like x or none"
         raise ValueError(f"rms_norm takes {taken}; got {_shapes(x=x, weight=weight, residual=residual)}")

@@ -1,10 +1,10 @@
 """Attention over packed documents: softmax(q k' / sqrt(D)) v, causal, each document by itself.
 
-The torch twin; the kernel is in attention_triton.py. Shapes: B batch, T time, H query heads, K key/value heads (H a multiple
-of K), D head size, N selected queries; a packed row holds documents one after the other, and a position of 0 starts one. A
-document of n tokens costs 2 H D n^2 multiply-adds forward (q k' and p v, of which the causal half is needed), against
-2 H D T^2 for the row: documents in CoSER rows of 8,192 tokens average 1,600, so going document by document leaves about a
-fifth of the work.
+The torch twin; the kernel is in attention_triton.py. Shapes: B batch, T time, H query heads, K key/value
+heads (H a multiple of K), D head size, N selected queries; a packed row holds documents one after the other,
+and a position of 0 starts one. A document of n tokens costs 2 H D n^2 multiply-adds forward (q k' and p v, of
+which the causal half is needed), against 2 H D T^2 for the row: documents in CoSER rows of 8,192 tokens
+average 1,600, so going document by document leaves about a fifth of the work.
 """
 
 import torch
@@ -12,10 +12,12 @@ import torch.nn.functional as F
 
 
 def attention_torch(q, k, v, positions=None, window=None, rows=None):
-    """q [B, T, H, D], k and v [B, T, K, D], positions int [B, T] or None (each row is one document) -> [B, T, H, D].
+    """q [B, T, H, D], k and v [B, T, K, D], positions int [B, T] or None (each row is one document) -> [B, T,
+    H, D].
 
-    Query i sees keys j <= i of its own document, and with a window w only those with i - w < j. With `rows` (int64 [N], sorted,
-    counted through the flattened B * T tokens) q is [N, H, D], the queries at those rows only, and so is what is returned.
+    Query i sees keys j <= i of its own document, and with a window w only those with i - w < j. With `rows`
+    (int64 [N], sorted, counted through the flattened B * T tokens) q is [N, H, D], the queries at those rows
+    only, and so is what is returned.
     """
     B, T, K, D = k.shape
     if positions is None and rows is None:
@@ -43,7 +45,8 @@ def attention_torch(q, k, v, positions=None, window=None, rows=None):
 
 
 def document_lengths(positions):
-    """Lengths of the documents of positions int [B, T], rows one after the other: a list that sums to B * T."""
+    """Lengths of the documents of positions int [B, T], rows one after the other: a list that sums to B *
+    T."""
     starts = positions == 0
     starts[:, 0] = True
     starts = starts.flatten().nonzero().flatten()
@@ -63,9 +66,11 @@ def _document(q, k, v, window):
 
 
 def _selected(q, k, v, at, window=None):
-    """Queries q [N, H, D] at places `at` [N] among keys k and v [n, K, D] -> [N, H, D]. A query that sees no key gets zeros.
+    """Queries q [N, H, D] at places `at` [N] among keys k and v [n, K, D] -> [N, H, D]. A query that sees no
+    key gets zeros.
 
-    The heads of a group become rows of one product with their key head: faster on a CPU than a product a query head.
+    The heads of a group become rows of one product with their key head: faster on a CPU than a product a
+    query head.
     """
     N, H, D = q.shape
     n, K, _ = k.shape

@@ -1,13 +1,20 @@
-"""Decode attention in Triton: the keys of a sequence split over many programs, then joined (flash-decoding, Dao et al. 2023).
+"""Paged attention in Triton: the keys of a sequence split over many programs, then joined (flash-decoding,
+Dao et al. 2023).
 
-A step must read every key and value once, 2 K D values a token of context, and does 4 operations with each for every query
-head of a group: far too few to fill a GPU, so only reading counts. Each program takes one sequence, one key head and one part
-of its keys, for all queries and heads of the group at once, so that a key is read once and not once a head; and there are
-enough parts that even one sequence keeps the whole machine reading. Each leaves a partial result and its log-sum-exp:
+A step must read every key and value once, 2 K D values a token of context, and does 4 operations with each
+for every query head of a group: far too few to fill a GPU, so only reading counts. Each program takes one
+sequence, one key head and one part of its keys, for all queries and heads of the group at once, so that a key
+is read once and not once a head; and there are enough parts that even one sequence keeps the whole machine
+reading. Each leaves a partial result and its log-sum-exp:
 
     out = sum over parts of out_part * exp(lse_part - lse),    lse = log sum exp(lse_part)
 
-The number of parts comes from shapes alone, never from the lengths: nothing waits for the GPU, and a CUDA graph can hold it.
+The number of parts comes from shapes alone, never from the lengths: nothing waits for the GPU, and a CUDA
+graph can hold it.
+
+A prompt is prefilled by the same kernel: its caller cuts it into blocks of Q queries, each a row of the batch
+with its own length and the block table of its sequence (see engine/cache.py). There are then so many rows
+that the keys are not split.
 """
 
 import math
@@ -17,21 +24,26 @@ import triton
 import triton.language as tl
 
 from kernels.attention_triton import INTERPRETED, check, dot, tuned
+from kernels.decode import MAX_TILE_ROWS
 
 
-@tuned(  # enough keys in flight to cover the memory's latency, few enough registers for several programs a processor
+# enough keys in flight to cover the memory's latency, few enough registers for several programs a processor
+@tuned(
     ({"BLOCK_N": 64}, 4, 3),
     ({"BLOCK_N": 128}, 4, 2),
     ({"BLOCK_N": 32}, 2, 4),
+    ({"BLOCK_N": 64}, 8, 2),  # for the many rows of a prefill
     key=["D", "ROWS"],
 )
 @triton.jit
 def _part(
     q, key_pages, value_pages, block_table, lengths, parts, lse, Q, max_pages, window, scale,
     q_s, q_q, q_h, k_p, k_n, k_h, v_p, v_n, v_h,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One part of the keys of one sequence and key head; the tile's rows are its queries times the heads of the group."""
+    """One part of the keys of one sequence and key head; the tile's rows are its queries times the heads of
+    the group."""
     part, key_head, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts_of, key_heads = tl.num_programs(0), tl.num_programs(1)
     length = tl.load(lengths + s)
@@ -81,8 +93,8 @@ def _part(
 
 @triton.jit
 def _join(
-    parts, lse, out, Q, parts_of, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
+    parts, lse, out, Q, parts_of,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One query of one head: its parts, weighed by their log-sum-exps."""
     head, query, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -109,11 +121,12 @@ def _join(
 
 
 def decode_attention_triton(q, key_pages, value_pages, block_table, lengths, window=None):
-    """As `decode.decode_attention_torch`, for head sizes up to 128 and Q H / K up to 128. ValueError for anything larger."""
+    """As `decode.decode_attention_torch`, for head sizes up to 128 and Q H / K up to 128. ValueError for
+    anything larger."""
     check(q, key_pages, value_pages)
-    if q.shape[1] * q.shape[2] // key_pages.shape[2] > 128:
-        few = "the triton kernel decodes at most 128 queries times heads of a group at once"
-        raise ValueError(f"{few}; got q [S, Q, H, D] {list(q.shape)} with {key_pages.shape[2]} key heads")
+    if q.shape[1] * q.shape[2] // key_pages.shape[2] > MAX_TILE_ROWS:
+        limit = f"the triton kernel takes at most {MAX_TILE_ROWS} queries times heads of a group at once"
+        raise ValueError(f"{limit}; got q [S, Q, H, D] {list(q.shape)} with {key_pages.shape[2]} key heads")
     return decode(q, key_pages, value_pages, block_table.int(), lengths.int(), window or 2**30)
 
 

@@ -14,7 +14,7 @@ from common import files, terminal
 from common.files import MANIFEST, ROOT, UsageError
 from common.gguf import parts_of
 from engine.engine import Engine
-from engine.params import SamplingParams
+from engine.params import RequestRefused, SamplingParams
 from llm.reply import REASONING_TOKENS, TAG, Reply, needs_room, open_tag, split_reasoning, spoken_so_far
 from tokenizer import load_tokenizer
 
@@ -119,7 +119,7 @@ class Local:
             params = replace(request.params, max_tokens=request.params.max_tokens + request.room)
             request.sequences = self.engine.add(request.ids, params)
             self.running[key] = request
-        except UsageError as error:
+        except RequestRefused as error:
             self.refused.append((key, Reply("", "error", len(request.ids), error=f"{self.name}: {error}")))
 
     def step(self):

@@ -1,4 +1,5 @@
-"""What tests share: a tiny real model, the stage's tokenizer, the real data where it is at hand, the scripts as functions."""
+"""What tests share: a tiny real model, the stage's tokenizer, the real data where it is at hand, the scripts
+as functions."""
 
 import importlib
 import os
@@ -19,6 +20,8 @@ import tokenizer
 from common import terminal
 from data.packing import best_fit, make_row
 from data.scenes import load_stage
+from engine.engine import Engine
+from engine.params import SamplingParams
 from model import ModelConfig, RopeScaling
 
 torch.set_num_threads(1)  # small models: more threads only wait for each other
@@ -46,7 +49,8 @@ def stage_tokenizer():
 
 
 def random_config(seed, family="llama", **changes):
-    """A small config of odd sizes, drawn from a seed; of another family, with what is its own: biases, windows, experts."""
+    """A small config of odd sizes, drawn from a seed; of another family, with what is its own: biases,
+    windows, experts."""
     rng = random.Random(seed)
     kv_heads = rng.choice([1, 2, 3])
     heads = kv_heads * rng.choice([1, 2, 4])
@@ -89,7 +93,8 @@ def random_model(config, seed=0):
 
 @pytest.fixture(scope="session")
 def tiny_actor(tmp_path_factory, stage_tokenizer):
-    """A checkpoint directory with random weights and the stage's tokenizer: fast, real, and talks nonsense."""
+    """A checkpoint directory with random weights and the stage's tokenizer: fast, real, and talks
+    nonsense."""
     config = random_config(
         1,
         vocab_size=stage_tokenizer.vocab_size,
@@ -111,7 +116,8 @@ def pack_rows(documents, seq_len, seed=0):
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """Runs a script's command line in this process: script("judge", "--rescore", file) -> (exit code, stdout, stderr)."""
+    """Runs a script's command line in this process: script("judge", "--rescore", file) -> (exit code, stdout,
+    stderr)."""
 
     def run(name, *args):
 
@@ -131,3 +137,21 @@ def usage_error(result):
     assert code == 2, (code, out, err)
     assert len(lines) == 1 and lines[0].startswith("error:"), err
     return lines[0]
+
+
+@pytest.fixture(scope="module")
+def chatter(tiny_actor):
+    """The tiny actor's model and tokenizer, a prompt, and 60 tokens it says greedily."""
+    model, own_tokenizer = checkpoint.load_model(tiny_actor), tokenizer.load_tokenizer(tiny_actor)
+    prompt = own_tokenizer.encode("The ferry leaves at")
+    ids = Engine(model).generate([prompt], SamplingParams(temperature=0, max_tokens=60))[0].ids
+    assert len(set(ids)) > 20
+    return model, own_tokenizer, prompt, ids
+
+
+@pytest.fixture(params=["stage", "llama3"])
+def any_tokenizer(request):
+    """The stage's tokenizer, then LLaMA 3's where the real data is at hand."""
+    if request.param == "stage":
+        return request.getfixturevalue("stage_tokenizer")
+    return tokenizer.load_tokenizer(request.getfixturevalue("shared") / "tokenizers" / "llama3")

@@ -199,7 +199,7 @@ def decode_reference(q, key_pages, value_pages, block_table, lengths, window=Non
 
 
 @pytest.mark.parametrize("window", [None, 1, 20])
-@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("queries", [1, 3, 32])
 @pytest.mark.parametrize("group", [1, 4])
 def test_decode_attention_is_attention_over_pages(queries, group, window):
     """The twin gives what whole attention gives for the last tokens; sequences shorter than the queries get zeros before."""
@@ -425,7 +425,10 @@ def test_blocks_a_mask_empties_are_not_visited(window, chosen, triton_runs):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("queries", "group", "window"), [(1, 1, None), (1, 4, 20), (3, 8, None), (2, 4, 1)])
+@pytest.mark.parametrize(
+    ("queries", "group", "window"),
+    [(1, 1, None), (1, 4, 20), (3, 8, None), (2, 4, 1), (32, 4, None), (29, 3, 20), (128, 1, 7)],
+)
 def test_triton_decode_attention_is_no_worse_than_its_twin(queries, group, window, dtype, triton_runs):
     """Ragged lengths over scattered pages, several parts each, parts without keys; what lies behind the last token is NaN."""
     case = paged_case(queries, dtype, queries, group, D=20 if group == 1 else 64, lengths=(0, 1, 5, 123, 300))
