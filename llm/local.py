@@ -18,7 +18,8 @@ from engine.params import RequestRefused, SamplingParams
 from llm.reply import REASONING_TOKENS, TAG, Reply, needs_room, open_tag, split_reasoning, spoken_so_far
 from tokenizer import load_tokenizer
 
-BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"
+BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"  # 4M parameters, from nothing
+SHIPPED_ACTOR = ROOT / "data" / "stage" / "smollm2"  # a LoRA adapter
 
 
 def load_engine(spec, dtype=None, chat_format=None):
@@ -217,13 +218,19 @@ def fingerprint(path):
 
 
 def default_actor():
-    """The stage actor trained last if there is one, else the bundled one."""
+    """The directory of the actor that plays where none is named; a note on stderr says which.
+
+    The stage actor trained last (out/stage/final), else the shipped adapter over SmolLM2, else, where the
+    package with SmolLM2 is not installed, the small bundled stage actor.
+    """
     trained = files.OUT / "stage" / "final"
-    for directory, what in (
-        (trained, "the stage actor trained last"),
-        (BUNDLED_ACTOR, "the bundled stage actor"),
-    ):
-        if (directory / "config.json").is_file():
-            terminal.note(f"using {what}, {os.path.relpath(directory)}")
-            return directory
-    raise UsageError("no stage actor has been trained yet; run `torchrun train.py` first, or name a model")
+    if (trained / "config.json").is_file():
+        actor, what = trained, "the stage actor trained last"
+    else:
+        try:
+            find_model("smollm2")
+            actor, what = SHIPPED_ACTOR, "SmolLM2 trained on the bundled stories"
+        except UsageError as error:
+            actor, what = BUNDLED_ACTOR, f"the small bundled stage actor ({error} for one that makes sense)"
+    terminal.note(f"using {what}, {os.path.relpath(actor)}")
+    return actor

@@ -1407,24 +1407,33 @@ def test_an_endpoint_is_not_given_an_opening():
     assert server.requests[0].body == server.requests[1].body
 
 
-def test_default_actor_is_the_last_trained_else_the_bundled(tmp_path, monkeypatch, capsys):
-    """None at all is an error that says what to do; a trained one goes before the bundled one; stderr says
-    which it is."""
+def test_default_actor(tmp_path, monkeypatch, capsys):
+    """The one trained last, else the shipped adapter where SmolLM2 is installed, else the small bundled one; stderr
+    says which, and how to get the better one."""
     monkeypatch.setattr(files, "OUT", tmp_path / "out")
-    monkeypatch.setattr(local, "BUNDLED_ACTOR", tmp_path / "bundled")
-    trained = tmp_path / "out" / "stage" / "final"
-    with pytest.raises(UsageError, match=r"train\.py"):
-        local.default_actor()
-    for directory, what in ((local.BUNDLED_ACTOR, "bundled"), (trained, "trained")):
-        directory.mkdir(parents=True)
-        expected = local.BUNDLED_ACTOR if what == "trained" else None
-        if expected:  # a directory that training has only begun does not count
-            assert local.default_actor() == expected
-        (directory / "config.json").write_text("{}")
-        capsys.readouterr()
-        assert local.default_actor() == directory
+
+    def chosen(installed):
+        def find_model(spec):
+            if not installed:
+                raise UsageError(f"{spec} is not installed: pip install it")
+            return spec
+
+        monkeypatch.setattr(local, "find_model", find_model)
+        actor = local.default_actor()
         out, err = capsys.readouterr()
-        assert what in err and directory.name in err and not out
+        assert not out and actor.name in err
+        return actor, err
+
+    actor, err = chosen(installed=False)
+    assert actor == local.BUNDLED_ACTOR and "bundled" in err and "pip install" in err
+    assert chosen(installed=True)[0] == local.SHIPPED_ACTOR
+    trained = tmp_path / "out" / "stage" / "final"
+    trained.mkdir(parents=True)
+    assert chosen(installed=True)[0] == local.SHIPPED_ACTOR  # a directory that training has only begun
+    (trained / "config.json").write_text("{}")
+    for installed in (False, True):
+        actor, err = chosen(installed)
+        assert actor == trained and "trained last" in err
 
 
 def test_half_a_character_in_a_reply_is_mended(pauses):

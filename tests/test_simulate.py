@@ -928,9 +928,10 @@ def test_only_a_scene_is_needed(script, tiny_actor, tmp_path, monkeypatch):
     own."""
     monkeypatch.setattr(files, "OUT", tmp_path)
     monkeypatch.setattr(local, "BUNDLED_ACTOR", tiny_actor)
+    monkeypatch.setattr(local, "SHIPPED_ACTOR", tiny_actor)
     for _ in range(2):
         code, _, err = script("simulate", "--scene", "the-last-ferry/1", "--max-rounds", 1)
-        assert code == 0 and "bundled stage actor" in err
+        assert code == 0 and "using " in err
     lines = [read_lines(directory) for directory in sorted((tmp_path / "plays").iterdir())]
     assert len(lines) == 2 and lines[0][0]["messages"] == lines[1][0]["messages"]
 
