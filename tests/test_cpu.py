@@ -29,7 +29,9 @@ def test_a_row_has_the_same_bits_in_any_batch(shape, threads):
     try:
         x = torch.randn(64, shape[1])
         together = PackedLinear(layer)(x)
-        torch.testing.assert_close(together, layer(x), rtol=1e-4, atol=1e-5)
+        exact = x.double() @ layer.weight.double().T
+        error, plain = ((out - exact).abs().max() for out in (together, layer(x)))
+        assert error <= 2 * plain  # no further from the exact product than twice torch's own
         for n in (1, 2, 3, 4, 5, 16, 33):
             assert torch.equal(PackedLinear(layer)(x[:n]), together[:n])
     finally:
