@@ -73,19 +73,20 @@ def note(message):
     stderr.print(plain(message), markup=False)
 
 
-def progress(*columns, **kwargs):
+def progress(*columns):
     """A progress bar on stderr that disappears when done; nothing where stderr is not a terminal."""
-    default = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    options = dict(console=stderr, transient=True, disable=not stderr.is_terminal)
-    return Progress(*(columns or default), **options, **kwargs)
+    if not columns:
+        description = TextColumn("{task.description}", markup=False)
+        columns = description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
 @contextlib.contextmanager
-def reporting(total, what):
+def reporting(total, what, *columns):
     """Yields `update(completed, description)`, which moves a progress bar; where stderr is no terminal, it prints
     the description and "COMPLETED of TOTAL WHAT" as a plain line, at most every EVERY seconds."""
     printed = time.monotonic()
-    with progress() as bar:
+    with progress(*columns) as bar:
         task = bar.add_task("", total=total)
 
         def update(completed, description):
