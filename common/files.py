@@ -128,7 +128,7 @@ def make_dir(path):
 
 @contextlib.contextmanager
 def whole_directory(directory):
-    """Yields a temporary directory. On success it gets a manifest and replaces `directory`; else it is removed."""
+    """Yields a temporary directory; on success it gets a manifest and replaces `directory`, else it goes."""
     directory = Path(directory)
     temporary = directory.with_name(f".{directory.name}.tmp")
     make_dir(directory.parent)

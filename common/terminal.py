@@ -83,8 +83,8 @@ def progress(*columns):
 
 @contextlib.contextmanager
 def reporting(total, what, *columns):
-    """Yields `update(completed, description)`, which moves a progress bar; where stderr is no terminal, it prints
-    the description and "COMPLETED of TOTAL WHAT" as a plain line, at most every EVERY seconds."""
+    """Yields `update(completed, description)`, which moves a progress bar; where stderr is no terminal, it
+    prints the description and "COMPLETED of TOTAL WHAT" as a plain line, at most every EVERY seconds."""
     printed = time.monotonic()
     with progress(*columns) as bar:
         task = bar.add_task("", total=total)

@@ -1,5 +1,5 @@
-"""Reads general SFT data, a JSON list or JSON lines of ShareGPT rows (`conversations` of `from` and `value`) or
-`messages` rows (of `role` and `content`). Unusable rows are dropped and reported."""
+"""Reads general SFT data: a JSON list or JSON lines of ShareGPT rows (`conversations` of `from` and `value`)
+or `messages` rows (of `role` and `content`). Unusable rows are dropped and reported."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def read_general(path, report):
 
 
 def row_messages(row, report):
-    """The messages of a row, at least one of them the assistant's. ValueError for a row that cannot be used."""
+    """The messages of a row, at least one of them the assistant's. ValueError for an unusable row."""
     if not isinstance(row, dict):
         raise ValueError("that is not an object")
     turns = row.get("messages") or row.get("conversations")

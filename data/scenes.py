@@ -25,9 +25,9 @@ class Scene:
     """One conversation with its given circumstances.
 
     book, i_p, i_c: title, number of the plot, number of the conversation in the plot. tag: `train`, `id` (a
-    held-out plot of a book seen in training) or `ood` (an unseen book). dialogues: `{character, message}`, with
-    `[thoughts]` and `(actions)`. speaking_characters: all speakers, the Environment too, most messages first.
-    major_characters: those with a profile. profiles, motivations: name -> text.
+    held-out plot of a book seen in training) or `ood` (an unseen book). dialogues: `{character, message}`,
+    with `[thoughts]` and `(actions)`. speaking_characters: all speakers, the Environment too, most messages
+    first. major_characters: those with a profile. profiles, motivations: name -> text.
     """
 
     book: str
@@ -120,7 +120,7 @@ def load_stage():
 
 
 def find_scenes(spec, limit=None, which="0"):
-    """The scenes of --scene: a bundled scene's name, FILE, FILE:INDEX, FILE:FIRST-LAST (inclusive) or FILE:all.
+    """The scenes of --scene: a bundled scene's name, FILE, FILE:INDEX, FILE:FIRST-LAST (inclusive), FILE:all.
 
     limit: at most so many. which: the INDEX that a plain FILE without a limit means; with one it means all.
     """
@@ -131,8 +131,9 @@ def find_scenes(spec, limit=None, which="0"):
     if re.search(r":(all|-?\d{1,18}|\d{1,18}-\d{1,18})$", spec):
         file, _, which = spec.rpartition(":")
     if not Path(file).exists():
-        names = ", ".join(stage)
-        raise UsageError(f"--scene {spec}: neither a file nor a bundled scene; bundled are {names}")
+        raise UsageError(
+            f"--scene {spec}: neither a file nor a bundled scene; bundled are {', '.join(stage)}"
+        )
     scenes = load_scenes(file, report := Report())
     for line in report.lines():
         terminal.note(f"{file}: {line}")
@@ -143,9 +144,6 @@ def find_scenes(spec, limit=None, which="0"):
         if not 0 <= int(first) <= int(last) < len(scenes):
             raise UsageError(f"--scene {spec}: {file} has scenes 0 to {len(scenes) - 1}")
         scenes = scenes[int(first) : int(last) + 1]
-    if len({scene.key for scene in scenes}) < len(scenes):
-        problem = "two scenes with the same book, plot and conversation number; play them one by one"
-        raise UsageError(f"--scene {spec}: {problem}")
     return scenes[:limit]
 
 

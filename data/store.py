@@ -1,11 +1,11 @@
 """The cache of tokenised documents: builds a store in one process or several, and reads it memory-mapped.
 
-The documents of a source are in `cache/KEY/`. KEY is a hash of the files' bytes, the tokenizer, the settings and
-the code that makes chats, so a store is never stale. It is built in `KEY.tmp/` and renamed when complete; of
-several processes that need it one builds and the others wait. Any part of the cache may be deleted at any time.
+The documents of a source are in `cache/KEY/`. KEY is a hash of the files' bytes, the tokenizer, the settings
+and the code, so a store is never stale. It is built in `KEY.tmp/` and renamed when complete; of several
+processes that need it one builds and the others wait. Any part of the cache may be deleted at any time.
 
-Worker processes tokenise large sources, and `prepare` builds a store ahead of time in a background process. They
-are spawned, since a process with CUDA and NCCL threads must not fork, and end with the process that started them.
+Workers tokenise large sources, and `prepare` builds a store ahead of time in a background process. Both are
+spawned, since a process with CUDA and NCCL threads must not fork, and end with the process that started them.
 """
 
 import contextlib
@@ -116,7 +116,7 @@ def digest(*parts):
 
 
 class Store:
-    """Tokenised documents. lengths: int64 [documents]; counts: int64 [documents, channels], supervised tokens;
+    """Tokenised documents. lengths: int64 [documents]; counts: int64 [documents, channels], supervised ones;
     tokens: uint32 [total]; report: `counts` and `examples` of the Report."""
 
     def __init__(self, path):
@@ -125,12 +125,10 @@ class Store:
         index = index[: len(index) // INDEXED * INDEXED].reshape(-1, INDEXED)
         self.offsets, self.counts = np.append(0, index[:, 0]), index[:, 1:]
         self.lengths = np.diff(self.offsets)
-        total = self.offsets[-1]
-        if (path / "tokens").stat().st_size != 4 * total:
+        file, total = path / "tokens", self.offsets[-1]
+        if file.stat().st_size != 4 * total:
             raise UsageError(f"{path}: damaged; delete it, and it is built again")
-        self.tokens = (
-            np.memmap(path / "tokens", np.uint32, "r", shape=total) if total else np.zeros(0, np.uint32)
-        )
+        self.tokens = np.memmap(file, np.uint32, "r", shape=total) if total else np.zeros(0, np.uint32)
 
     def read(self, document, start=0, end=None):
         """(ids, channels) of a part of a document."""
@@ -140,7 +138,7 @@ class Store:
 
 
 def open_store(cache, key, source, tokenizer, strict=False, background=False):
-    """The Store of a source, built if it is not there. background: by this process alone, without progress."""
+    """The Store of a source, built if it is absent. background: by this process alone, without progress."""
     path, partial = make_dir(cache) / key, Path(cache) / f"{key}.tmp"
     while not path.is_dir():
         with _lock(partial) as locked:
@@ -156,7 +154,7 @@ def open_store(cache, key, source, tokenizer, strict=False, background=False):
 
 @contextlib.contextmanager
 def _lock(partial):
-    """Waits for the lock on `tokens` in a directory being built, and yields whether the directory is still there.
+    """Waits for the lock on `tokens` in a directory being built; yields whether the file is still the same.
 
     The system releases the lock however this process ends.
     """
@@ -208,9 +206,9 @@ def _tokenise(source, tokenizer, report, first=0, step=1):
 
 @contextlib.contextmanager
 def _signals_blocked():
-    """Blocks SIGINT and SIGTERM here and for good in processes started meanwhile: torchrun and terminals signal the
-    whole process group, but this process decides what to do."""
-    resource_tracker.ensure_running()  # else the first start runs it, which unblocks both signals (Python 3.11)
+    """Blocks SIGINT and SIGTERM, in processes started meanwhile for good: torchrun and terminals signal the
+    whole process group, but only this process decides what to do."""
+    resource_tracker.ensure_running()  # the first start would do it, and that unblocks both (Python 3.11)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

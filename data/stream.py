@@ -41,7 +41,9 @@ def add_data_flags(parser):
     """Adds the flags that `open_stream` reads, except --seq-len."""
     add = parser.add_argument
     add("--without-thoughts", action="store_true", help="train without inner thoughts (the paper's ablation)")
-    text = "chats of each character in a scene: one, drawn in each epoch (the paper's, default), or the release's four"
+    text = (
+        "chats of a character in a scene: one, drawn each epoch (default; the paper's), or the four released"
+    )
     add("--variants", choices=["draw", "all"], default="draw", help=text)
     text = "general SFT data (ShareGPT or `messages`) and its share of all tokens; half in the paper"
     add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help=text)
@@ -87,13 +89,13 @@ class Stream:
     reads as much as it needs, shuffled, and the next epoch goes on from there. The other options are those of
     `add_data_flags`. Training scenes are read here, held-out ones by `held_out`.
 
-    If less than 98% of an epoch's rows is filled, the documents of the emptiest row are packed with those of the
-    next epoch instead. An epoch of a single row is used as it is.
+    If less than 98% of an epoch's rows is filled, the documents of the emptiest row are packed with those of
+    the next epoch instead. An epoch of a single row is used as it is.
 
-    Of the current epoch: `documents`, `tokens`, `supervised` ({channel: tokens}), `rows`, `cut` (documents longer
-    than a row), `without` (pieces of them left out, having no token under loss). `report`: what reading repaired
-    and dropped. Documents have a source and a number. Sources: an epoch of the scenes, HELD_OUT, or -1, -2, ...
-    for files of general data.
+    Of the current epoch: `documents`, `tokens`, `supervised` ({channel: tokens}), `rows`, `cut` (documents
+    longer than a row), `without` (pieces left out, having no token under loss). `report`: what reading
+    repaired and dropped. Documents have a source and a number; a source is an epoch of the scenes, HELD_OUT,
+    or -1, -2, ... for the files of general data.
     """
 
     def __init__(
@@ -185,8 +187,8 @@ class Stream:
     def begin(self, start):
         """Chooses and packs the documents of an epoch.
 
-        start: its number, the pieces carried into it, the scenes' tokens before it, and (documents, tokens) of
-        each general file read before it.
+        start: its number, the pieces carried into it, and what was read before it: tokens of scenes, and
+        (documents, tokens) of each general file.
         """
         self.start, self.at, epoch = start, 0, start["epoch"]
         self.chosen = {epoch: np.arange(len(self.store(epoch).lengths))}
