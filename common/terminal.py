@@ -1,4 +1,4 @@
-"""The terminal: argument parsing, one-line errors, notes, progress bars, harmless text."""
+"""The terminal: argument parsing, one-line errors, notes, progress bars, sanitised text."""
 
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Calls `main()` and exits: 2 after a UsageError or OSError, said in one line; 130 after Ctrl-C.
+    """Calls `main()` and exits: 2 after a UsageError or OSError, reported in one line; 130 after Ctrl-C.
 
     Under torchrun only the first rank of a machine prints.
     """
@@ -45,7 +45,7 @@ def run(main):
         sys.exit(main())
     except UsageError as error:
         fail(" ".join(str(error).split()))
-    except BrokenPipeError:  # whoever read our stdout (head, less) has closed it
+    except BrokenPipeError:  # the reader of our stdout (head, less) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:  # a full disk, a directory in place of a file, no permission
@@ -74,7 +74,7 @@ def note(message):
 
 
 def progress(*columns):
-    """A progress bar on stderr that disappears when done; nothing where stderr is not a terminal."""
+    """A progress bar on stderr that disappears when done; nothing if stderr is not a terminal."""
     if not columns:
         description = TextColumn("{task.description}", markup=False)
         columns = description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -119,7 +119,7 @@ def put(text, style=""):
 def lines(prompt, keep=False):
     """Yields lines of stdin, stripped, up to the first empty one; with `keep` unchanged, up to the end.
 
-    The prompt is printed only where stdin is a terminal.
+    The prompt is printed only if stdin is a terminal.
     """
     while True:
         try:

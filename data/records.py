@@ -93,7 +93,7 @@ def _read_lines(path, report):
 
 
 def mend_surrogates(value, where, report):
-    """Replaces escaped halves of surrogate pairs, which no tokenizer takes, by question marks."""
+    """Replaces lone surrogates, which no tokenizer accepts, by question marks."""
     text = json.dumps(value, ensure_ascii=False)
     mended = text.encode("utf-8", errors="replace").decode()
     if mended == text:

@@ -192,7 +192,7 @@ def _test_scene(item, index):
     identity = _title(item, "book", "untitled"), i_p, i_c, item.get("tag") or "ood"
     plot = Record(item.get("plot"), item.where, item.report)
     scene = _scene(item, identity, plot, profiles)
-    if scene:  # where the file names its cast, that holds
+    if scene:  # the file's own cast takes precedence
         scene.profiles = profiles
         for name, key in (("speaking_characters", "speaking_characters_w_env"), ("major_characters",) * 2):
             setattr(scene, name, _names(item.get(key)) or getattr(scene, name))

@@ -41,18 +41,16 @@ def add_data_flags(parser):
     """Adds the flags that `open_stream` reads, except --seq-len."""
     add = parser.add_argument
     add("--without-thoughts", action="store_true", help="train without inner thoughts (the paper's ablation)")
-    text = (
-        "chats of a character in a scene: one, drawn each epoch (default; the paper's), or the four released"
-    )
+    text = "chats a character and scene: one, drawn each epoch (default; the paper's), or the release's four"
     add("--variants", choices=["draw", "all"], default="draw", help=text)
     text = "general SFT data (ShareGPT or `messages`) and its share of all tokens; half in the paper"
     add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help=text)
-    text = "share of the books to hold out as a whole (default: 0)"
+    text = "share of whole books to hold out (default: 0)"
     add("--held-out-books", type=float, default=0.0, metavar="SHARE", help=text)
     add("--strict", action="store_true", help="stop at the first data that would be repaired or dropped")
     text = "directory of tokenised data (default: out/cache); may be deleted at any time"
     add("--cache", default=files.OUT / "cache", help=text)
-    add("--seed", type=int, default=0, help="of all draws (default: 0)")
+    add("--seed", type=int, default=0, help="of all random draws (default: 0)")
 
 
 def open_stream(args, paths, tokenizer):
