@@ -2,9 +2,10 @@
 
     logits = Transformer(config)(tokens)          # [B, T] -> [B, T, vocab]
 
-One pass serves training (packed rows, `positions`), prefill and cached decode (`cache`). Modules are named as in Hugging Face
-checkpoints, so loading is not even a rename. In shapes, B is batch, T time, C hidden size, H query heads, K key/value heads,
-D head size, E experts, N selected rows, V vocabulary. `rows`, int64 [N], sorted, count through the flattened [B * T].
+One pass serves training (packed rows, `positions`), prefill and cached decode (`cache`). Modules are named as
+in Hugging Face checkpoints, so loading needs no renaming. In shapes, B is batch, T time, C hidden size, H
+query heads, K key/value heads, D head size, E experts, N selected rows, V vocabulary. `rows`, int64 [N],
+sorted, are indices into the flattened [B * T].
 """
 
 import functools
@@ -21,7 +22,7 @@ from kernels.cross_entropy import linear_cross_entropy
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """LLaMA 3.1's stretch of the rotary wavelengths, from 8k training to 128k tokens of context."""
+    """LLaMA 3.1's scaling of the rotary wavelengths, from a context of 8k tokens in training to 128k."""
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
@@ -31,7 +32,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model's shape, in the words of Hugging Face's `config.json`."""
+    """A model's shape, with the names of Hugging Face's `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -45,9 +46,9 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 131_072
     tie_word_embeddings: bool = False
-    model_type: str = "llama"  # of config.json; what differs between families is said by the fields below
+    model_type: str = "llama"  # of config.json; the fields below are what differs between families
     qkv_bias: bool = False  # Qwen 2
-    sliding_window: int | None = None  # Mistral v0.1: a query sees so many keys, itself included
+    sliding_window: int | None = None  # Mistral v0.1: keys that a query sees, its own included
     num_local_experts: int = 0  # Mixtral; 0 is a plain MLP
     num_experts_per_tok: int = 2
 
@@ -97,10 +98,10 @@ PRESETS = {  # the vocabulary follows the tokenizer
 @functools.lru_cache(maxsize=16)
 @torch.inference_mode(False)
 def rope_frequencies(config, device):
-    """Angle per position of each pair of dimensions, fp32 [D/2]. Kept outside the model: a cast to bf16 must not reach it.
+    """Angle per position of each pair of dimensions, fp32 [D/2]; no buffer of the model, so it stays fp32.
 
-    With scaling (Llama 3.1, section on long context): wavelengths shorter than 8192/4 stay, longer than 8192/1 are divided by
-    the factor, and between the two the frequency is interpolated.
+    With scaling (Llama 3.1, section on long context): wavelengths shorter than 8192/4 stay, the frequencies
+    of those longer than 8192/1 are divided by the factor, and between the two the frequency is interpolated.
     """
     D = config.head_dim
     frequencies = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
@@ -121,12 +122,12 @@ def rotary(positions, config):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (x[i], x[i + D/2]) by its angle: x [..., heads, D], cos and sin as in `rotary` -> the shape of x."""
+    """Rotates each pair (x[i], x[i + D/2]) by its angle: x [..., heads, D], cos and sin from `rotary`."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class _Rotate(torch.autograd.Function):
-    """The same for training: keeps no copy of x, since what goes back is turned back."""
+    """`rotate` with a backward that needs no copy of x: the gradient is rotated by the opposite angle."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -169,14 +170,11 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, positions, cache, rows=None):
         """x [B, T, C] -> [B, T, C]; with rows only their queries are computed, out [N, C]."""
-        k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj)
-        )  # [B, T, K, D]
-        k = _Rotate.apply(k, cos, sin)
+        heads = (-1, self.head_dim)
+        k = _Rotate.apply(self.k_proj(x).unflatten(-1, heads), cos, sin)  # [B, T, K, D]
+        v = self.v_proj(x).unflatten(-1, heads)  # [B, T, K, D]
         x, cos, sin = (select(part, rows) for part in (x, cos, sin))
-        q = _Rotate.apply(
-            self.q_proj(x).unflatten(-1, (-1, self.head_dim)), cos, sin
-        )  # [B, T, H, D] or [N, H, D]
+        q = _Rotate.apply(self.q_proj(x).unflatten(-1, heads), cos, sin)  # [B, T, H, D] or [N, H, D]
         if cache is None:
             out = kernels.attention(q, k, v, positions, self.window, rows)
         else:
@@ -211,7 +209,7 @@ class Expert(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes through the experts its gate ranks first, weighted by the gate (Jiang et al. 2024, section 2.1)."""
+    """Each token goes through its gate's top-k experts, weighted by the gate (Jiang et al. 2024, 2.1)."""
 
     def __init__(self, config):
         super().__init__()
@@ -225,7 +223,7 @@ class MixtureOfExperts(nn.Module):
         shares = (shares / shares.sum(-1, keepdim=True)).to(x.dtype)
         out = torch.zeros_like(tokens)
         for number, expert in enumerate(self.experts):
-            rows, rank = (chosen == number).nonzero(as_tuple=True)  # the tokens this expert serves
+            rows, rank = (chosen == number).nonzero(as_tuple=True)  # this expert's tokens
             out = out.index_add(0, rows, expert(tokens[rows]) * shares[rows, rank, None])
         return out.view_as(x)
 
@@ -242,7 +240,7 @@ class Block(nn.Module):
             self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, positions=None, cache=None, rows=None):
-        """x [B, T, C] -> [B, T, C]; with rows (in the last layer) all that follows keys and values is theirs alone, [N, C]."""
+        """x [B, T, C] -> [B, T, C]; with rows (last layer) all but keys and values is theirs only: [N, C]."""
         attended = self.self_attn(self.input_layernorm(x), cos, sin, positions, cache, rows)
         normed, x = self.post_attention_layernorm(attended, residual=select(x, rows))
         feed_forward = self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
@@ -267,14 +265,14 @@ class Transformer(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens, positions=None, cache=None, rows=None, targets=None):
-        """Logits [B, T, V], or [N, V] at `rows`; with targets, int64 [N], their `linear_cross_entropy` instead of logits.
+        """Logits [B, T, V], or [N, V] at `rows`; with targets, int64 [N], `linear_cross_entropy` instead.
 
         positions: int [B, T], from 0 in each document of a packed row; None means 0, 1, 2, ... in every row.
-        cache: an object whose `attend(layer, q, k, v, window)` keeps keys and values and attends over all it has kept (see
-        engine/cache.py); it needs `positions`. Without a cache the last layer computes queries only for `rows`.
+        cache: an object whose `attend(layer, q, k, v, window)` stores keys and values and attends to all
+        stored ones (engine/cache.py); it needs `positions`. Without one the last layer computes only `rows`.
         """
         x = self.model["embed_tokens"](tokens)  # [B, T, C]
-        packed = positions  # None lets attention take whole rows at once
+        packed = positions  # None: attention takes whole rows as documents
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         cos, sin = (angle.to(x.dtype) for angle in rotary(positions, self.config))

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, files read with one clear error, JSONL, directories with a manifest."""
+"""Files: atomic writes, reading with one-line errors, JSONL, directories with a manifest of checksums."""
 
 import contextlib
 import hashlib
@@ -36,7 +36,7 @@ def read_text(path):
 
 
 def read_json(path, kind=dict):
-    """The JSON value of a file, of type `kind` (or one of several). UsageError if it is anything else."""
+    """The JSON value of a file, of type `kind` (or one of several); else a UsageError."""
     try:
         value = json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -50,23 +50,24 @@ def read_json(path, kind=dict):
 
 
 def read_lines(path, keys):
-    """The objects of one of our JSONL files, each with at least `keys`; [] if there is no file.
+    """The objects in one of our JSONL files, each with at least `keys`; [] if there is no file.
 
-    A torn last line, which a kill can leave behind, is ignored. Any other line that is not such an object is
-    a UsageError.
+    An incomplete last line, left by a kill, is ignored; any other line must be such an object (UsageError).
     """
-    *complete, last = Path(path).read_bytes().split(b"\n") if Path(path).exists() else [b""]
     objects = []
-    for number, line in enumerate([*complete, last] if last else complete, 1):
-        try:
-            objects.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            if number > len(complete):
-                break
-            raise UsageError(f"{path}: line {number} is not JSON ({error}); fix or remove it") from None
-        if not isinstance(objects[-1], dict) or not objects[-1].keys() >= set(keys):
-            wanted = ", ".join(keys)
-            raise UsageError(f"{path}: line {number} is not an object with {wanted}; fix or remove it")
+    if not Path(path).exists():
+        return objects
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                objects.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    break
+                raise UsageError(f"{path}: line {number} is not JSON ({error}); fix or remove it") from None
+            if not isinstance(objects[-1], dict) or not objects[-1].keys() >= set(keys):
+                wanted = ", ".join(keys)
+                raise UsageError(f"{path}: line {number} is not an object with {wanted}; fix or remove it")
     return objects
 
 
@@ -92,19 +93,19 @@ def write_whole(path, mode="w"):
 
 
 def write_json(path, value):
-    """Writes a JSON file whole."""
+    """Writes a JSON file atomically."""
     with write_whole(path) as file:
         json.dump(value, file, indent=1)
 
 
 def write_lines(path, values):
-    """Writes a JSONL file whole."""
+    """Writes a JSONL file atomically."""
     with write_whole(path) as file:
         file.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
 def append_line(path, value):
-    """Appends a JSON value as one line; it is on the disk when this returns."""
+    """Appends a JSON value as one line, synced to disk."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(value, ensure_ascii=False) + "\n")
         file.flush()
@@ -116,7 +117,7 @@ def make_dir(path):
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        why = f"cannot make this directory: {error.strerror}"
+        why = f"cannot create this directory: {error.strerror}"
         raise UsageError(f"{path}: {why}; choose another --out") from None
     if not os.access(path, os.W_OK):
         raise UsageError(f"{path}: not writable; choose another --out")
@@ -128,7 +129,7 @@ def make_dir(path):
 
 @contextlib.contextmanager
 def whole_directory(directory):
-    """Yields a temporary directory. On success it gets a manifest and replaces `directory`; else it is removed."""
+    """Yields a temporary directory; on success it gets a manifest and replaces `directory`, else it goes."""
     directory = Path(directory)
     temporary = directory.with_name(f".{directory.name}.tmp")
     make_dir(directory.parent)
@@ -156,7 +157,7 @@ def whole_directory(directory):
 
 
 def verify(directory, rank=0, world=1):
-    """UsageError if a file of a directory's manifest is missing or altered; without a manifest nothing.
+    """UsageError if a file in the directory's manifest is missing or altered; no check without a manifest.
 
     Each of `world` ranks checks its share of the files.
     """
@@ -170,7 +171,7 @@ def verify(directory, rank=0, world=1):
 
 
 def checksum(path):
-    """SHA-256 of a file, after the file has been synced to the disk."""
+    """SHA-256 of a file, which is synced to disk first."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The terminal: argument parsing, one-line errors, notes, progress bars, harmless text."""
+"""The terminal: argument parsing, one-line errors, notes, progress bars, sanitised text."""
 
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main):
-    """Calls `main()` and exits: 2 after a UsageError or OSError, said in one line; 130 after Ctrl-C.
+    """Calls `main()` and exits: 2 after a UsageError or OSError, reported in one line; 130 after Ctrl-C.
 
     Under torchrun only the first rank of a machine prints.
     """
@@ -45,7 +45,7 @@ def run(main):
         sys.exit(main())
     except UsageError as error:
         fail(" ".join(str(error).split()))
-    except BrokenPipeError:  # whoever read our stdout (head, less) has closed it
+    except BrokenPipeError:  # the reader of our stdout (head, less) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:  # a full disk, a directory in place of a file, no permission
@@ -73,19 +73,20 @@ def note(message):
     stderr.print(plain(message), markup=False)
 
 
-def progress(*columns, **kwargs):
-    """A progress bar on stderr that disappears when done; nothing where stderr is not a terminal."""
-    default = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    options = dict(console=stderr, transient=True, disable=not stderr.is_terminal)
-    return Progress(*(columns or default), **options, **kwargs)
+def progress(*columns):
+    """A progress bar on stderr that disappears when done; nothing if stderr is not a terminal."""
+    if not columns:
+        description = TextColumn("{task.description}", markup=False)
+        columns = description, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
 @contextlib.contextmanager
-def reporting(total, what):
-    """Yields `update(completed, description)`, which moves a progress bar; where stderr is no terminal, it prints
-    the description and "COMPLETED of TOTAL WHAT" as a plain line, at most every EVERY seconds."""
+def reporting(total, what, *columns):
+    """Yields `update(completed, description)`, which moves a progress bar; where stderr is no terminal, it
+    prints the description and "COMPLETED of TOTAL WHAT" as a plain line, at most every EVERY seconds."""
     printed = time.monotonic()
-    with progress() as bar:
+    with progress(*columns) as bar:
         task = bar.add_task("", total=total)
 
         def update(completed, description):
@@ -118,7 +119,7 @@ def put(text, style=""):
 def lines(prompt, keep=False):
     """Yields lines of stdin, stripped, up to the first empty one; with `keep` unchanged, up to the end.
 
-    The prompt is printed only where stdin is a terminal.
+    The prompt is printed only if stdin is a terminal.
     """
     while True:
         try:

@@ -1,15 +1,13 @@
 """The bracket rule: what in a message is thought, action or speech.
 
-`[thoughts]` are hidden from the other characters, `(actions)` are seen by everyone, everything else is
-speech. A thought runs from `[` to the `]` that closes it, brackets included; brackets nest. An action runs
-from a `(` outside of any thought to the `)` that closes it. An unclosed bracket ends with the message. A
-closing bracket without an opening one is plain text.
+`[thoughts]` are hidden from the other characters, `(actions)` are seen by all, everything else is speech.
+Both include their brackets, which nest; within a thought, round brackets are text. An unclosed bracket ends
+with the message; a closing one without an opening one is text.
 """
 
 import re
 
-# the channels of tokens under loss, numbered from 1; channel 0 is no loss
-CHANNELS = ("speech", "action", "thought", "general")
+CHANNELS = ("speech", "action", "thought", "general")  # of tokens under loss, numbered from 1; 0 is no loss
 SPEECH, ACTION, THOUGHT, GENERAL = range(1, 5)
 
 
@@ -38,7 +36,7 @@ def remove_thoughts(message):
 
 
 def as_thought(text):
-    """The text in square brackets that make all of it one closed thought, whatever brackets it holds."""
+    """The text as one closed thought: in as many square brackets as those in the text require."""
     depth = lowest = 0
     for c in text:
         depth += (c == "[") - (c == "]")

@@ -1,8 +1,7 @@
 """Tokenises a chat and gives every token under loss its channel: speech, action, thought, or general data.
 
-The bracket rule (data/brackets.py) is applied to the bytes of each message. A token that covers bytes of
-several channels gets the highest one: thought before action before speech. The name in front of a turn and
-the end-of-turn token are speech.
+The bracket rule (data/brackets.py) is applied to the bytes of each message; a token whose bytes have several
+channels gets the highest. The name in front of a turn and the end-of-turn token are speech.
 """
 
 import numpy as np
@@ -14,8 +13,7 @@ def label(tokenizer, messages, character=None, parts=None):
     """A conversation as (ids uint32 [N], channels int8 [N]); channel 0 means no loss.
 
     character: speaker of the assistant turns that open with `Name: `; turns without the name (those of the
-    next-speaker model) are all speech. None: general data. parts: the messages in each assistant turn
-    (`Chat.parts`), since an unclosed bracket ends with its message. None: every turn is one message.
+    next-speaker model) are all speech. None: general data. parts: as `Chat.parts`; None: one message a turn.
     """
     ids, mask = tokenizer.render(messages)
     ids, channels = np.array(ids, np.uint32), np.array(mask, np.int8)
@@ -23,7 +21,7 @@ def label(tokenizer, messages, character=None, parts=None):
         return ids, channels * np.int8(GENERAL)
     lead = f"{character}: "
     parts = parts or [[turn["content"]] for turn in messages if turn["role"] == "assistant"]
-    # where runs of supervised tokens start and end: one run for each assistant turn
+    # start and end of each assistant turn
     spans = np.flatnonzero(np.diff(channels, prepend=0, append=0)).reshape(-1, 2)
     for (start, end), turn in zip(spans.tolist(), parts, strict=True):
         if turn[0].startswith(lead):
@@ -46,11 +44,9 @@ def token_channels(tokens, channels):
 
 
 def byte_channels(text, starts=(0,)):
-    """The channel of each byte of a turn, int8 [len(text)]. starts: where its messages begin; before the
-    first is the name.
+    """The channel of each byte of a turn, int8 [len(text)]. starts: of its messages; the name comes before.
 
-    Brackets are ASCII, so no byte of a longer UTF-8 character looks like one, and bytes can be read as
-    Latin-1.
+    Read as Latin-1: brackets are ASCII, so no byte of a longer UTF-8 character looks like one.
     """
     channels = np.full(len(text), SPEECH, np.int8)
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):

@@ -1,10 +1,8 @@
-"""Turns a scene into training chats, one for each character (given-circumstance acting; CoSER paper, section
-4).
+"""Turns a scene into training chats, one a character: given-circumstance acting (CoSER paper, section 4).
 
-`perspective` is the conversation as one character experiences it: own messages are assistant turns and keep
-their thoughts, everybody else's messages are user turns without thoughts. Training chats and the agents of
-simulate.py are built by this same function, so an actor sees in a simulation what it saw in training. The
-loss is on assistant turns only.
+`perspective` is the conversation as one character experiences it: own messages are assistant turns with their
+thoughts, all others are user turns without thoughts. Simulations use the same function, so an actor sees
+there what it saw in training. The loss is on assistant turns only.
 """
 
 import random
@@ -23,13 +21,12 @@ NEXT_SPEAKER = "NSP"
 class Chat:
     """One training sample. kind: `character`, `environment` or `next_speaker`. options: of its prompt.
 
-    parts: the messages that each assistant turn joins; None where each turn is one message.
+    parts: the messages joined in each assistant turn; None where each turn is one message.
     """
 
     messages: list
     character: str
     kind: str
-    key: str
     options: dict = field(default_factory=dict)
     parts: list | None = None
 
@@ -49,23 +46,20 @@ def perceived_turns(dialogue, character, thoughts=True):
 
 
 def perspective(dialogue, character, thoughts=True):
-    """The conversation as `character` experiences it: alternating user and assistant turns, the first a user
-    turn.
+    """The conversation as `character` experiences it: user and assistant turns alternate, a user turn first.
 
     dialogue: list of `{character, message}`. thoughts=False removes the character's own thoughts too (the
-    paper's ablation without inner thoughts). Consecutive messages of others share a user turn, each with its
-    speaker's name; consecutive own messages share an assistant turn with the name in front only once.
+    paper's ablation). Consecutive messages of others share a user turn, each with its speaker's name;
+    consecutive own messages share an assistant turn with the name in front only once.
     """
     turns = perceived_turns(dialogue, character, thoughts)
     return [{"role": role, "content": "".join(parts)} for role, parts in turns]
 
 
 def next_speaker_perspective(dialogue, names=None):
-    """The conversation as the next-speaker model sees it: it answers with a name, then reads what that
-    character said.
+    """The conversation as the next-speaker model sees it: it answers with a name, then reads that message.
 
-    names: what the assistant answers before each message, where that differs from its speaker (`random` in
-    training).
+    names: the answer before each message; None: its speaker.
     """
     messages = [{"role": "user", "content": START}]
     for i, turn in enumerate(dialogue):
@@ -76,7 +70,7 @@ def next_speaker_perspective(dialogue, names=None):
 
 
 def draw_options(rng, thoughts=True):
-    """Draws what varies between prompts, with the shares of the release (CoSER paper, appendix)."""
+    """Draws what varies between prompts, in the shares of the release (CoSER paper, appendix)."""
     return {
         "opener": rng.randrange(len(prompts.OPENERS)),
         "style": rng.choices(list(prompts.STYLES), [share for share, _ in prompts.STYLES.values()])[0],
@@ -88,20 +82,19 @@ def draw_options(rng, thoughts=True):
 
 
 def system_prompt(scene, character, options, concise=False):
-    """The system prompt of an actor, or of the Environment, which has its own."""
+    """The system prompt of a character, or of the Environment."""
     if character == ENVIRONMENT:
         return prompts.environment(scene)
     return prompts.actor(scene, character, options, concise)
 
 
 def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1, variants="draw"):
-    """The training chats of a scene: one for each speaker, and for a share of scenes one for the next-speaker
-    model.
+    """The training chats of a scene: of each speaker, and in a share of scenes of the next-speaker model.
 
     Options are drawn from (seed, scene, character, epoch) alone, so adding a book changes no other chat.
     thoughts=False is the ablation without inner thoughts; a character who then says nothing gives no chat.
-    variants: `draw` is one chat for each speaker, as in the paper; `all` the release's four, with and without
-    thoughts and the others' profiles (two in the ablation), with the remaining options drawn for each.
+    variants: `draw` is one chat a speaker, as in the paper; `all` the release's four, with and without
+    thoughts and the others' profiles (two in the ablation), the other options drawn for each.
     """
     chats, fixed = [], [{}]
     if variants == "all":
@@ -112,7 +105,7 @@ def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1
         for choice in fixed:
             options = draw_options(rng, thoughts) | choice
             turns = perceived_turns(scene.dialogues, character, options["thoughts"])
-            if turns[-1][0] == "user":  # nothing after the last own message is under loss
+            if turns[-1][0] == "user":  # it has no loss after it
                 turns.pop()
             own = [parts for role, parts in turns if role == "assistant"]
             if not any("".join(parts).removeprefix(f"{character}: ").strip() for parts in own):
@@ -120,7 +113,7 @@ def scene_to_chats(scene, epoch=0, seed=0, thoughts=True, next_speaker_share=0.1
             messages = [{"role": "system", "content": system_prompt(scene, character, options)}]
             messages += [{"role": role, "content": "".join(parts)} for role, parts in turns]
             kind = "environment" if character == ENVIRONMENT else "character"
-            chats.append(Chat(messages, character, kind, scene.key, options, own))
+            chats.append(Chat(messages, character, kind, options, own))
     rng = random.Random(f"{seed}|{scene.key}|{NEXT_SPEAKER}|{epoch}")
     if rng.random() < next_speaker_share:
         chats.append(next_speaker_chat(scene, rng))
@@ -137,4 +130,4 @@ def next_speaker_chat(scene, rng):
         *next_speaker_perspective(scene.dialogues, names),
         {"role": "assistant", "content": END_CHAT},
     ]
-    return Chat(messages, NEXT_SPEAKER, "next_speaker", scene.key)
+    return Chat(messages, NEXT_SPEAKER, "next_speaker")

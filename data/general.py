@@ -1,8 +1,5 @@
-"""Reads general SFT data: ShareGPT rows (`conversations` of `from` and `value`) and `messages` rows (of
-`role` and `content`).
-
-A file is a JSON list or JSON lines. Rows that cannot be used are dropped, counted and located in the report.
-"""
+"""Reads general SFT data: a JSON list or JSON lines of ShareGPT rows (`conversations` of `from` and `value`)
+or `messages` rows (of `role` and `content`). Unusable rows are dropped and reported."""
 
 from pathlib import Path
 
@@ -14,47 +11,50 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 def read_general(path, report):
     """Yields (messages, place, share of the file read) for each usable row. UsageError if there is none."""
-    path, found = Path(path), False
-    for _, row, where, done in read_rows(path, report):
-        problem, messages = row_messages(row, report)
-        if problem:
+    found = False
+    for _, row, where, done in read_rows(Path(path), report):
+        try:
+            messages = row_messages(row, report)
+        except ValueError as problem:
             report.note(f"dropped: row {problem}", where)
             continue
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if answers[-1] < len(messages) - 1:
+        length = 1 + max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        if length < len(messages):
             report.note("repaired: messages after the last answer left out", where)
         found = True
-        yield mend_surrogates(messages[: answers[-1] + 1], where, report), where, done
+        yield mend_surrogates(messages[:length], where, report), where, done
     if not found:
         raise UsageError(f"{path}: no usable row in it ({'; '.join(report.lines()) or 'it is empty'})")
 
 
 def row_messages(row, report):
-    """(what is wrong with a row, or None; its messages)."""
+    """The messages of a row, at least one of them the assistant's. ValueError for an unusable row."""
     if not isinstance(row, dict):
-        return "that is not an object", None
+        raise ValueError("that is not an object")
     turns = row.get("messages") or row.get("conversations")
     if not isinstance(turns, list) or not turns:
-        return "without `messages` or `conversations`", None
+        raise ValueError("without `messages` or `conversations`")
     if isinstance(row.get("id"), (str, int)) and not report.is_new(("row", row["id"])):
-        return "whose `id` was read before", None
+        raise ValueError("whose `id` was read before")
     messages, system = [], row.get("system")
     if isinstance(system, str) and system.strip():
         messages.append({"role": "system", "content": system})
     for turn in turns:
         if not isinstance(turn, dict):
-            return "with a message that is not an object", None
+            raise ValueError("with a message that is not an object")
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(role, str) or role not in ROLES:
-            return "with a role that is not system, user (human) or assistant (gpt)", None
+            raise ValueError("with a role that is not system, user (human) or assistant (gpt)")
         if not isinstance(content, str):
-            return "with a message that is not text", None
+            raise ValueError("with a message that is not text")
         if not content.strip():
-            return "with an empty message", None
+            raise ValueError("with an empty message")
         if len(content) > LONGEST:
-            return f"with a message of more than {LONGEST:,} characters", None
+            raise ValueError(f"with a message of more than {LONGEST:,} characters")
         messages.append({"role": ROLES[role], "content": content})
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
-        return "with a system text that is not the first message", None
-    return (None, messages) if "assistant" in roles else ("without an answer", None)
+        raise ValueError("with a system text that is not the first message")
+    if "assistant" not in roles:
+        raise ValueError("without an answer")
+    return messages

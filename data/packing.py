@@ -1,14 +1,9 @@
-"""Packs tokenised documents into rows of equal length. Packing looks at lengths only; a row is made when it
-is needed.
+"""Packs tokenised documents into rows of equal length. Packing needs only lengths; a row is made when used.
 
 A row holds documents one after the other: `tokens`, `targets`, `positions`, int64 [seq_len] each, `channels`,
 int8 [seq_len], and `used`, the number of tokens that belong to documents. Positions count from 0 in each
-document; `targets[i]` is the token to predict at i, or IGNORE; `channels[i]` is the channel of that target
-(data/brackets.py), 0 where there is none. The remaining places form a last document of padding without
-targets.
-
-A document longer than a row is split into pieces (document, context start, context end, start, end): the
-context is only read, the tokens from start to end are under loss where they were.
+document; `targets[i]` is the token to predict at i, or IGNORE; `channels[i]` is the channel of that target,
+or 0. Padding is a last document without targets.
 """
 
 import random
@@ -21,27 +16,23 @@ IGNORE = -100
 
 
 def split_long(channels, seq_len):
-    """Splits a document: pieces (context start, context end, start, end), and how many pieces without loss
-    were left out.
+    """Splits a document into pieces (context start, context end, start, end); also how many pieces without
+    loss were left out. A piece's context is only read; from start to end the loss is as it was.
 
     channels: int8 [length], 0 where a token is not under loss. A piece ends after the last supervised turn
-    that fits, and the next one starts with the turn behind it. Its context is the beginning of the document
-    up to and including the first supervised turn (prompt, opening, one answer) if that takes at most half a
-    row. If it takes more, or if a turn is too long for a row and is cut inside, the context is the half row
-    just before. Every supervised token but the document's very first one is the target of exactly one piece.
+    that fits. The context is the document up to and including its first supervised turn if that takes at most
+    half a row; if it takes more, or if a turn had to be cut, it is the half row just before. Every supervised
+    token but the document's first is the target of exactly one piece.
     """
     supervised = channels != 0
     ends = np.flatnonzero(supervised & ~np.append(supervised[1:], False)) + 1  # of the supervised turns
     head = int(ends[0]) if len(ends) and ends[0] <= seq_len // 2 else 0
     pieces, without_loss, start, context = [], 0, 0, (0, 0)
     while start < len(channels):
-        end = limit = start + seq_len - (context[1] - context[0])
-        if limit >= len(channels):
-            end = len(channels)
-        else:
-            last = np.searchsorted(ends, limit, side="right") - 1
-            if last >= 0 and ends[last] > start:
-                end = int(ends[last])
+        end = min(len(channels), start + seq_len - (context[1] - context[0]))
+        turn_ends = ends[(start < ends) & (ends <= end)]
+        if end < len(channels) and len(turn_ends):
+            end = int(turn_ends[-1])
         if supervised[start:end].any():
             pieces.append((*context, start, end))
         else:
@@ -52,14 +43,11 @@ def split_long(channels, seq_len):
 
 
 def best_fit(lengths, seq_len, seed=0):
-    """Best-fit decreasing: rows as lists of document numbers, the longest document first, each into the
-    fullest row it fits.
-
-    The seed shuffles the rows and the documents within each row. Documents are not split here.
+    """Best-fit decreasing: the longest document first, each into the fullest row it fits. Rows are lists of
+    document numbers; the seed shuffles them and the documents within each.
     """
-    by_length = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     rows, free = [], []  # free: sorted (free places, row number)
-    for document in by_length:
+    for document in np.argsort(-np.asarray(lengths), kind="stable").tolist():
         length = int(lengths[document])
         if length > seq_len:
             raise ValueError(f"document of {length} tokens in rows of {seq_len}; split_long first")
@@ -80,7 +68,7 @@ def best_fit(lengths, seq_len, seed=0):
 
 
 def make_row(documents, seq_len):
-    """One row of documents (ids, channels), as described above; `used` is int64 []."""
+    """One row of documents (ids, channels), as described at the top; `used` is int64 []."""
     tokens, positions = np.zeros((2, seq_len), np.int64)
     targets, row_channels, used = np.full(seq_len, IGNORE), np.zeros(seq_len, np.int8), 0
     for ids, channels in documents:

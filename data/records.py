@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 from common.files import UsageError, read_json
 
-LONGEST = 1_000_000  # characters of a message; a longer one is an accident and would take minutes to tokenise
+LONGEST = 1_000_000  # characters of a message; a longer one is a mistake and would take minutes to tokenise
 LONGEST_LINE = 2**25  # bytes
 
 
 class Report(Counter):
-    """Counts what reading repaired and dropped, by description. `examples`: description -> place of the
-    first.
+    """Counts what reading repaired and dropped, by description. `examples`: description -> first place.
 
     strict: the first repair or drop is a UsageError instead.
     """
@@ -29,9 +28,9 @@ class Report(Counter):
 
     def is_new(self, key):
         """Whether this key was not passed before. Only its hash is kept."""
-        before = len(self.seen)
+        new = hash(key) not in self.seen
         self.seen.add(hash(key))
-        return len(self.seen) > before
+        return new
 
     def lines(self):
         """One line for each description, the most frequent first."""
@@ -50,13 +49,11 @@ def read_rows(path, report, what="row"):
     """
     if _holds_lines(path):
         yield from _read_lines(path, report)
-        return
-    values = read_json(path, (dict, list))
-    if isinstance(values, dict):
+    elif isinstance(values := read_json(path, (dict, list)), dict):
         yield 0, values, str(path), 1.0
-        return
-    for i, value in enumerate(values):
-        yield i, value, f"{path}: {what} {i}", (i + 1) / len(values)
+    else:
+        for i, value in enumerate(values):
+            yield i, value, f"{path}: {what} {i}", (i + 1) / len(values)
 
 
 def _holds_lines(path):
@@ -96,7 +93,7 @@ def _read_lines(path, report):
 
 
 def mend_surrogates(value, where, report):
-    """Replaces escaped halves of surrogate pairs, which no tokenizer takes, by question marks."""
+    """Replaces lone surrogates, which no tokenizer accepts, by question marks."""
     text = json.dumps(value, ensure_ascii=False)
     mended = text.encode("utf-8", errors="replace").decode()
     if mended == text:
@@ -110,8 +107,8 @@ def mend_surrogates(value, where, report):
 
 @dataclass(frozen=True)
 class Field:
-    """kind: the type it must have. older: names it has in other versions of the format. missing: the report
-    when there is no value, None where that is fine. item: what an item of a list is called in the report."""
+    """kind: its type. older: its names in other versions of the format. missing: what to report when there is
+    no value; None: it is optional. item: what an item of a list is called in the report."""
 
     kind: type = str
     older: tuple = ()
@@ -134,21 +131,24 @@ FIELDS = {
 }  # all others are optional text
 
 
+@dataclass
 class Record:
     """A JSON object and its place in a file. Whatever reading a field repairs or drops goes to the report."""
 
-    def __init__(self, value, where, report, separator=", "):
-        self.value, self.where, self.report, self.separator = value, where, report, separator
+    value: dict
+    where: str
+    report: Report
+    separator: str = ", "  # between its place and that of an item
 
     def note(self, what):
         self.report.note(what, self.where)
 
     def get(self, name):
-        """The value of a field; an empty one of the field's type where it has none or one of another type."""
+        """The value of a field, or an empty one of its type if it has none or one of another type."""
         return self.find(name)[0]
 
     def find(self, name):
-        """(value, the name it stands under), under the field's own name or an older one."""
+        """(value, name) of a field, under its own name or an older one."""
         field = FIELDS.get(name, Field())
         for key in (name, *field.older):
             value = self.value.get(key)

@@ -1,13 +1,8 @@
-"""Reads scenes (books in the CoSER format, test files, the bundled stories under data/stage) and chooses
-among them.
+"""Reads scenes: books in the CoSER format, test files, the bundled stories under data/stage.
 
 A book holds plots, each with conversations; a test file is a list of scenes. Both become a list of `Scene`.
-Real files are messy: reading repairs what it can (an older key such as `thought` for `motivation`), drops
-what it cannot use, and counts both.
-
-    report = Report()
-    scenes = load_scenes("books/Othello.json", report)
-    print(*report.lines(), sep="\\n")
+Reading repairs what it can (an older key such as `thought` for `motivation`), drops what it cannot use, and
+counts both in a Report.
 """
 
 import hashlib
@@ -29,11 +24,10 @@ STAGE = Path(__file__).resolve().parent / "stage"
 class Scene:
     """One conversation with its given circumstances.
 
-    book, i_p, i_c identify it: title, number of the plot, number of the conversation in the plot. `tag` is
-    `train`, `id` (a held-out plot of a book seen in training) or `ood` (an unseen book). `dialogues` are
-    `{character, message}`, messages with `[thoughts]` and `(actions)`. `speaking_characters` are all
-    speakers, the Environment included, most messages first; `major_characters` those with a profile.
-    `profiles` and `motivations` map names to text.
+    book, i_p, i_c: title, number of the plot, number of the conversation in the plot. tag: `train`, `id` (a
+    held-out plot of a book seen in training) or `ood` (an unseen book). dialogues: `{character, message}`,
+    with `[thoughts]` and `(actions)`. speaking_characters: all speakers, the Environment too, most messages
+    first. major_characters: those with a profile. profiles, motivations: name -> text.
     """
 
     book: str
@@ -83,9 +77,8 @@ def data_files(paths):
 def read_scenes(paths, report, held_out_books=0.0):
     """Yields (scene, share of the files done), with one file in memory at a time.
 
-    Of several files, those that cannot be read are dropped and counted; a single one, or no scene at all, is
-    a UsageError. held_out_books: the share of books, chosen by a hash of their titles, all of whose scenes
-    become `ood`.
+    Unreadable files among several are dropped and counted; a single one, or no scene at all, is a UsageError.
+    held_out_books: the share of books, chosen by a hash of their titles, all of whose scenes become `ood`.
     """
     files, found = data_files(paths), False
     for number, file in enumerate(files, 1):
@@ -95,7 +88,7 @@ def read_scenes(paths, report, held_out_books=0.0):
                     where = f"{file}: {scene.key}"
                     report.note("dropped: scene whose book and numbers were read before", where)
                     continue
-                if _book_hash(scene.book) < held_out_books:
+                if int.from_bytes(hashlib.sha256(scene.book.encode()).digest()[:8]) < held_out_books * 2**64:
                     scene.tag = "ood"
                 found = True
                 yield scene, number / len(files)
@@ -114,9 +107,7 @@ def load_scenes(path, report=None):
     return [scene for scene, _ in read_scenes([path], Report() if report is None else report)]
 
 
-def load_book(path, report=None):
-    """The scenes of a book: `train` before its `split_plot_index` (default: 90% of plots), then `id`."""
-    return load_scenes(path, report)
+load_book = load_scenes  # of a book: `train` before its `split_plot_index` (default: 90% of plots), then `id`
 
 
 def load_stage():
@@ -129,9 +120,10 @@ def load_stage():
 
 
 def find_scenes(spec, limit=None, which="0"):
-    """The scenes that --scene means, at most `limit`: a bundled scene's name, FILE, FILE:INDEX,
-    FILE:FIRST-LAST (inclusive) or FILE:all. which: the part of a plain FILE that is meant without a limit;
-    with one it is all of it."""
+    """The scenes of --scene: a bundled scene's name, FILE, FILE:INDEX, FILE:FIRST-LAST (inclusive), FILE:all.
+
+    limit: at most so many. which: the INDEX that a plain FILE without a limit means; with one it means all.
+    """
     stage = load_stage()
     if spec in stage:
         return [stage[spec]]
@@ -139,8 +131,9 @@ def find_scenes(spec, limit=None, which="0"):
     if re.search(r":(all|-?\d{1,18}|\d{1,18}-\d{1,18})$", spec):
         file, _, which = spec.rpartition(":")
     if not Path(file).exists():
-        names = ", ".join(stage)
-        raise UsageError(f"--scene {spec}: neither a file nor a bundled scene; bundled are {names}")
+        raise UsageError(
+            f"--scene {spec}: neither a file nor a bundled scene; bundled are {', '.join(stage)}"
+        )
     scenes = load_scenes(file, report := Report())
     for line in report.lines():
         terminal.note(f"{file}: {line}")
@@ -151,15 +144,7 @@ def find_scenes(spec, limit=None, which="0"):
         if not 0 <= int(first) <= int(last) < len(scenes):
             raise UsageError(f"--scene {spec}: {file} has scenes 0 to {len(scenes) - 1}")
         scenes = scenes[int(first) : int(last) + 1]
-    if len({scene.key for scene in scenes}) < len(scenes):
-        problem = "two scenes with the same book, plot and conversation number; play them one by one"
-        raise UsageError(f"--scene {spec}: {problem}")
     return scenes[:limit]
-
-
-def _book_hash(title):
-    """A number in [0, 1) that depends on the title alone."""
-    return int.from_bytes(hashlib.sha256(title.encode()).digest()[:8]) / 2**64
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -183,10 +168,11 @@ def _book_scenes(value, stem, where, report, separator):
     head = {name: value.get(name) for name in ("title", "character_datasets", "split_plot_index")}
     book = Record(mend_surrogates(head, where, report) | {"plots": value["plots"]}, where, report, separator)
     title, profiles = _title(book, "title", stem), _profiles(book, "character_datasets")
-    split = value.get("split_plot_index", int(0.9 * len(value["plots"])))
+    default = int(0.9 * len(value["plots"]))
+    split = value.get("split_plot_index", default)
     if not isinstance(split, int):
         book.note("repaired: `split_plot_index` that is no number, the last tenth of plots held out")
-        split = int(0.9 * len(value["plots"]))
+        split = default
     for i_p, plot in book.records("plots"):
         used = {name: plot.value.get(name) for name in ("summary", "key_characters", "conversation")}
         plot.value = mend_surrogates(used, plot.where, report)
@@ -199,20 +185,14 @@ def _book_scenes(value, stem, where, report, separator):
 def _test_scene(item, index):
     """The Scene of an item of a test file, or of `Scene.to_dict`; None where it has no messages."""
     if "plot_summary" in item.value:
-        motivations = item.get("motivations").items()
-        item.value = item.value | {
-            "plot": {"summary": item.value["plot_summary"]},
-            "key_characters": [{"name": name, "motivation": text} for name, text in motivations],
-            "character_profiles": item.value.get("profiles"),
-            "speaking_characters_w_env": item.value.get("speaking_characters"),
-        }
+        item.value = item.value | _test_fields(item.value, item.get("motivations"))
     profiles = _profiles(item, "character_profiles")
     numbers = (("i_p", index), ("i_c", 0))
     i_p, i_c = (n if isinstance(n := item.value.get(name), int) else default for name, default in numbers)
     identity = _title(item, "book", "untitled"), i_p, i_c, item.get("tag") or "ood"
     plot = Record(item.get("plot"), item.where, item.report)
     scene = _scene(item, identity, plot, profiles)
-    if scene:  # where the file names its cast, that holds
+    if scene:  # the file's own cast takes precedence
         scene.profiles = profiles
         for name, key in (("speaking_characters", "speaking_characters_w_env"), ("major_characters",) * 2):
             setattr(scene, name, _names(item.get(key)) or getattr(scene, name))
@@ -221,14 +201,17 @@ def _test_scene(item, index):
 
 def to_test_scene(scene):
     """A scene as an item of a test file."""
-    names = ("book", "i_p", "i_c", "tag", "scenario", "topic", "dialogues")
+    names = ("book", "i_p", "i_c", "tag", "scenario", "topic", "dialogues", "major_characters")
+    return {name: getattr(scene, name) for name in names} | _test_fields(vars(scene), scene.motivations)
+
+
+def _test_fields(scene, motivations):
+    """The fields of a scene (a dict as of `Scene.to_dict`) that have another form in a test file."""
     return {
-        **{name: getattr(scene, name) for name in names},
-        "plot": {"summary": scene.plot_summary},
-        "key_characters": [{"name": name, "motivation": text} for name, text in scene.motivations.items()],
-        "character_profiles": scene.profiles,
-        "speaking_characters_w_env": scene.speaking_characters,
-        "major_characters": scene.major_characters,
+        "plot": {"summary": scene["plot_summary"]},
+        "key_characters": [{"name": name, "motivation": text} for name, text in motivations.items()],
+        "character_profiles": scene.get("profiles"),
+        "speaking_characters_w_env": scene.get("speaking_characters"),
     }
 
 
@@ -241,23 +224,25 @@ def _scene(conversation, identity, plot, profiles):
         return None
     motivations = {}
     for _, key_character in conversation.records("key_characters"):
-        name, motivation = _name(key_character, "name"), key_character.get("motivation")
+        name, motivation = (
+            _one_line(key_character.get("name"), key_character),
+            key_character.get("motivation"),
+        )
         if name and motivation:
             motivations[name] = motivation
     named = plot.value.get("key_characters")
     named = [k for k in named if isinstance(k, dict)] if isinstance(named, list) else []
-    cast = {turn["character"] for turn in dialogues}.union(
-        _names([k.get(key) for k in named for key in ("name", "character")])
-    )
+    cast = {turn["character"] for turn in dialogues}
+    cast.update(_names(k.get(key) for k in named for key in ("name", "character")))
     texts = (conversation.get("scenario"), conversation.get("topic"), plot.get("summary"))
     profiles = {name: profile for name, profile in profiles.items() if name in cast}
     return Scene(*identity, *texts, dialogues, profiles=profiles, motivations=motivations)
 
 
 def _turn(message):
-    """One `{character, message}`, or None. What stands under `thought` becomes a thought, so that nobody else
-    sees it; some files have the beginning of a message, a thought, for its key."""
-    name = _name(message, "character")
+    """One `{character, message}`, or None. Text under the key `thought` becomes a thought, which stays hidden
+    from the others. Some files have the beginning of a message, a thought, as its key."""
+    name = _one_line(message.get("character"), message)
     if not name:
         return None
     bracketed = [f"{k} {v}" for k, v in message.value.items() if k.startswith("[") and isinstance(v, str)]
@@ -296,22 +281,15 @@ def straighten(title):
     return title.translate(str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""))
 
 
-def _name(record, field_name):
-    return _one_line(record.get(field_name), record)
+def _names(values):
+    return [_one_line(name) for name in values if isinstance(name, str) and name.strip()]
 
 
-def _one_line(name, record):
-    if name != one_name(name):
+def _one_line(name, record=None):
+    """A name without line ends and outer white space, so that two spellings are one character."""
+    line = " ".join(name.split())
+    line = "N.S.P." if line == "NSP" else line  # in transcripts NSP is the next-speaker model
+    if record and line != name:
         kind = "a character called NSP" if name == "NSP" else "white space in a name"
         record.note(f"repaired: {kind}")
-    return one_name(name)
-
-
-def _names(values):
-    return [one_name(name) for name in values if isinstance(name, str) and name.strip()]
-
-
-def one_name(name):
-    """A name without white space around it and in one line, so that two spellings are one character."""
-    name = " ".join(name.split())
-    return "N.S.P." if name == "NSP" else name  # in transcripts NSP is the next-speaker model
+    return line

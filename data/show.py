@@ -1,4 +1,4 @@
-"""Shows what a model would learn from: counts, lengths, repairs, and any chat with its tokens under loss.
+"""Shows training data: counts, lengths, repairs, and any chat with its tokens under loss.
 
     python -m data.show books/ --tokenizer DIR               statistics
     python -m data.show books/ --tokenizer DIR --chat 12     document 12 of the epoch, coloured by channel
@@ -31,16 +31,13 @@ BINS = 16
 def parse_args():
     parser = terminal.Parser(__doc__, "python -m data.show data/stage --chat 3")
     add = parser.add_argument
-    text = "books, directories of books (default: the bundled stories)"
-    add("paths", nargs="*", default=[STAGE], metavar="PATH", help=text)
+    add("paths", nargs="*", default=[STAGE], metavar="PATH", help="books (default: the bundled stories)")
     add("--tokenizer", default=STAGE_TOKENIZER, help="directory or file (default: the stage's)")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the tokenizer says")
-    text = "show this document, counted from 0; general data comes after the scenes"
-    add("--chat", type=int, metavar="N", help=text)
+    add("--chat", type=int, metavar="N", help="show document N, from 0; general data is after the scenes")
     add("--seq-len", type=int, default=16_384, help="tokens in a packed row (default: 16384, the paper's)")
     add("--epoch", type=int, default=0, help="epoch whose draw of prompts is shown (default: 0)")
-    text = "write the chats of the epoch (without --mix) in LLaMA-Factory's format"
-    add("--sharegpt", metavar="FILE", help=text)
+    add("--sharegpt", metavar="FILE", help="write the epoch's chats (no --mix) in LLaMA-Factory's format")
     add("--test-scenes", metavar="FILE", help="write the held-out scenes as a test file")
     add_data_flags(parser)
     args = parser.parse_args()
@@ -84,8 +81,8 @@ def statistics(args, stream, lengths, counts):
         yield f"  {name}", f"{number:,}, {number / supervised.sum():.1%}"
     yield f"rows of {stream.seq_len:,}", f"{rows:,}, {useful:.1%} useful"
     if stream.cut:
-        text = f"{stream.cut:,} cut; {stream.without:,} pieces without a token under loss left out"
-        yield "longer than a row", text
+        left_out = f"{stream.without:,} pieces without a token under loss left out"
+        yield "longer than a row", f"{stream.cut:,} cut; {left_out}"
 
 
 def histogram(lengths):
@@ -132,8 +129,8 @@ def export(args):
             raise UsageError(f"{args.paths[0]}: no held-out scene in it; {hint}")
         with write_whole(args.test_scenes) as file:
             json.dump(scenes, file, ensure_ascii=False, indent=1)
-        command = f"python simulate.py --scene {args.test_scenes}:0"
-        terminal.note(f"{len(scenes)} held-out scenes; {command} plays one")
+        note = f"{len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one"
+        terminal.note(note)
     if args.sharegpt:
         scenes, number = all_scenes(args, report := Report(args.strict)), 0
         with write_whole(args.sharegpt) as file:  # row by row, so that they need not fit in memory
@@ -159,8 +156,8 @@ def main():
     while stream.start["epoch"] < args.epoch:
         stream.begin(stream.next)
     chosen = [(stream.store(source), numbers) for source, numbers in stream.chosen.items()]
-    documents = [(store, number) for store, numbers in chosen for number in numbers.tolist()]
     if args.chat is not None:
+        documents = [(store, number) for store, numbers in chosen for number in numbers.tolist()]
         if not 0 <= args.chat < len(documents):
             raise UsageError(f"--chat {args.chat}: there are {len(documents)} documents, counted from 0")
         store, number = documents[args.chat]

@@ -1,36 +1,33 @@
 """The cache of tokenised documents: builds a store in one process or several, and reads it memory-mapped.
 
-The documents of a source lie in `cache/KEY/`. KEY is a hash of the files' bytes, the tokenizer, the settings
-and the code that makes chats, so a store is never stale. It is built in `KEY.tmp/`, which is renamed when it
-is complete: a build that is stopped leaves nothing that counts. Of several processes that want a store one
-builds it and the others wait for it. Any part of the cache may be deleted at any time.
+The documents of a source are in `cache/KEY/`. KEY is a hash of the files' bytes, the tokenizer, the settings
+and the code, so a store is never stale. It is built in `KEY.tmp/` and renamed when complete; of several
+processes that need it one builds and the others wait. Any part of the cache may be deleted at any time.
 
-Large sources are tokenised by several spawned processes, and `prepare` builds a store ahead of time in a
-spawned process. None of them outlives the process that started it. Spawned, since a process that runs CUDA
-and NCCL threads must not fork.
+Workers tokenise large sources, and `prepare` builds a store ahead of time in a background process. Both are
+spawned, since a process with CUDA and NCCL threads must not fork, and end with the process that started them.
 """
 
 import contextlib
 import fcntl
 import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import threading
-import time
 from array import array
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from common import terminal
-from common.files import UsageError, make_dir, read_json, write_whole
+from common.files import ROOT, UsageError, make_dir, read_json, write_json, write_whole
 from data.brackets import CHANNELS
 from data.channels import label
 from data.chats import scene_to_chats
@@ -40,11 +37,12 @@ from data.scenes import read_scenes
 from tokenizer import load_tokenizer
 
 SHIFT = 28  # a stored token is its id, with its channel above these bits
-# numbers in the index of a store: where a document ends, its supervised tokens of each channel
-INDEXED = 1 + len(CHANNELS)
+INDEXED = 1 + len(CHANNELS)  # numbers for each document: where it ends, its supervised tokens of each channel
 PROCESSES = 16  # at most
 BYTES_PER_PROCESS = 2**24  # of source files: 2 to 6 s of work, about what starting a process costs
-CODE = ("brackets", "channels", "chats", "general", "prompts", "records", "scenes", "store", "../tokenizer")
+# what decides which tokens a source gives
+CODE = (*sorted(ROOT.glob("data/*.py")), *sorted(ROOT.glob("text/*.py")), ROOT / "tokenizer.py")
+SPAWN = multiprocessing.get_context("spawn")
 
 
 # ---- what is tokenised -------------------------------------------------------------------------------------
@@ -104,7 +102,7 @@ def size(source):
 
 
 def digest(*parts):
-    """A hash of strings, and of files (paths), names and bytes."""
+    """SHA-256 of strings and of the names and bytes of files (Path)."""
     total = hashlib.sha256()
     for part in parts:
         total.update(f"{part.name if isinstance(part, Path) else part}\0".encode())
@@ -114,18 +112,12 @@ def digest(*parts):
     return total.hexdigest()
 
 
-def code_digest():
-    """A hash of the code that decides what the documents of a source are."""
-    return digest(*(Path(__file__).parent / f"{name}.py" for name in CODE))
-
-
 # ---- a store -----------------------------------------------------------------------------------------------
 
 
 class Store:
-    """Tokenised documents. offsets: int64 [documents + 1]; counts: int64 [documents, channels], supervised
-    tokens; tokens: uint32 [offsets[-1]], read when they are used; report: `counts` and `examples` of the
-    Report."""
+    """Tokenised documents. lengths: int64 [documents]; counts: int64 [documents, channels], supervised ones;
+    tokens: uint32 [total]; report: `counts` and `examples` of the Report."""
 
     def __init__(self, path):
         self.report = read_json(path / "report.json")
@@ -133,11 +125,10 @@ class Store:
         index = index[: len(index) // INDEXED * INDEXED].reshape(-1, INDEXED)
         self.offsets, self.counts = np.append(0, index[:, 0]), index[:, 1:]
         self.lengths = np.diff(self.offsets)
-        if (path / "tokens").stat().st_size != 4 * self.offsets[-1]:
+        file, total = path / "tokens", self.offsets[-1]
+        if file.stat().st_size != 4 * total:
             raise UsageError(f"{path}: damaged; delete it, and it is built again")
-        self.tokens = np.zeros(0, np.uint32)
-        if self.offsets[-1]:
-            self.tokens = np.memmap(path / "tokens", np.uint32, "r", shape=self.offsets[-1])
+        self.tokens = np.memmap(file, np.uint32, "r", shape=total) if total else np.zeros(0, np.uint32)
 
     def read(self, document, start=0, end=None):
         """(ids, channels) of a part of a document."""
@@ -147,31 +138,29 @@ class Store:
 
 
 def open_store(cache, key, source, tokenizer, strict=False, background=False):
-    """The Store of a source, built if it is not there. background: by this process alone, showing nothing."""
+    """The Store of a source, built if it is absent. background: by this process alone, without progress."""
     path, partial = make_dir(cache) / key, Path(cache) / f"{key}.tmp"
     while not path.is_dir():
         with _lock(partial) as locked:
-            if not locked:  # its builder has finished or given up
-                continue
-            try:
-                if not path.is_dir():
-                    build_store(partial, source, tokenizer, Report(strict), background)
-                    os.rename(partial, path)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            if locked:
+                try:
+                    if not path.is_dir():
+                        build_store(partial, source, tokenizer, Report(strict), background)
+                        os.rename(partial, path)
+                finally:
+                    shutil.rmtree(partial, ignore_errors=True)
     return Store(path)
 
 
 @contextlib.contextmanager
 def _lock(partial):
-    """Waits for the lock on a directory that is being built. Yields False if that directory is gone by then.
+    """Waits for the lock on `tokens` in a directory being built; yields whether the file is still the same.
 
-    The lock is on `tokens` in it; the system releases it however this process ends.
+    The system releases the lock however this process ends.
     """
     partial.mkdir(exist_ok=True)
-    file = partial / "tokens"
+    file, locked = partial / "tokens", False
     with contextlib.ExitStack() as stack:
-        locked = False
         with contextlib.suppress(FileNotFoundError):
             handle = stack.enter_context(open(file, "ab"))
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -185,21 +174,24 @@ def build_store(path, source, tokenizer, report, background=False):
     results = _tokenise(source, tokenizer, report)
     if processes > 1:
         results = _tokenise_in_processes(processes, source, tokenizer, report)
+    progress = contextlib.nullcontext(lambda *_: None)
     if not background:
-        results = _with_progress(results, source.name)
+        description = TextColumn("{task.description}", markup=False)
+        columns = description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+        progress = terminal.reporting(100, "percent", *columns)
     index, total = array("q"), 0
-    with contextlib.closing(results), open(path / "tokens", "wb") as file:
-        for _, documents in results:
+    with contextlib.closing(results), progress as update, open(path / "tokens", "wb") as file:
+        for done, documents in results:
             for tokens in documents:
                 file.write(tokens.tobytes())
                 total += len(tokens)
                 index.extend([total, *np.bincount(tokens >> SHIFT, minlength=INDEXED)[1:].tolist()])
+            update(round(100 * done), f"tokenising {source.name}")
         file.flush()
         os.fsync(file.fileno())
     with write_whole(path / "index", "wb") as file:
         index.tofile(file)
-    with write_whole(path / "report.json") as file:
-        json.dump({"counts": report, "examples": report.examples}, file)
+    write_json(path / "report.json", {"counts": report, "examples": report.examples})
 
 
 def _tokenise(source, tokenizer, report, first=0, step=1):
@@ -209,32 +201,24 @@ def _tokenise(source, tokenizer, report, first=0, step=1):
         yield done, [ids | channels.astype(np.uint32) << SHIFT for ids, channels in documents]
 
 
-def _with_progress(results, name):
-    """Passes results on and shows the share that is done: a bar on a terminal, else a line now and then."""
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    started = last = time.monotonic()
-    with contextlib.closing(results), terminal.progress(*columns) as bar:
-        task = bar.add_task(f"tokenising {name}", total=1.0)
-        for done, documents in results:
-            yield done, documents
-            bar.update(task, completed=done)
-            if bar.disable and time.monotonic() - last > terminal.EVERY:
-                last = time.monotonic()
-                terminal.note(f"tokenising {name}: {done:.0%} in {last - started:,.0f} s")
-
-
 # ---- other processes ---------------------------------------------------------------------------------------
 
 
-def _start(target, *args):
-    """Starts a spawned process with SIGINT and SIGTERM blocked: torchrun and terminals send them to our whole
-    process group, but what to do about them is decided in this process."""
-    process = multiprocessing.get_context("spawn").Process(target=target, args=args, daemon=True)
+@contextlib.contextmanager
+def _signals_blocked():
+    """Blocks SIGINT and SIGTERM, in processes started meanwhile for good: torchrun and terminals signal the
+    whole process group, but only this process decides what to do."""
+    resource_tracker.ensure_running()  # the first start would do it, and that unblocks both (Python 3.11)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        process.start()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _start(target, *args):
+    process = SPAWN.Process(target=target, args=args, daemon=True)
+    process.start()
     return process
 
 
@@ -250,15 +234,14 @@ def _end_with_parent(end):
 
 def _tokenise_in_processes(number, source, tokenizer, report):
     """`_tokenise`, by processes that each read the whole source and tokenise every `number`-th item."""
-    pipe = multiprocessing.get_context("spawn").Pipe
-    receivers, processes = [], []
+    receivers, processes, reopen = [], [], (tokenizer.file, tokenizer.chat_format)
     try:
-        for first in range(number):
-            receiver, sender = pipe(duplex=False)
-            reopen = tokenizer.file, tokenizer.chat_format
-            processes.append(_start(_worker, sender, source, reopen, report.strict, first, number))
-            receivers.append(receiver)
-            sender.close()
+        with _signals_blocked():
+            for first in range(number):
+                receiver, sender = SPAWN.Pipe(duplex=False)
+                processes.append(_start(_worker, sender, source, reopen, report.strict, first, number))
+                receivers.append(receiver)
+                sender.close()
         for receiver in itertools.cycle(receivers):
             try:
                 done, documents = receiver.recv()
@@ -293,11 +276,11 @@ def _worker(sender, source, reopen, strict, first, step):
 def prepare(cache, key, source, tokenizer, strict):
     """Starts building a store in a background process, unless it is there or its source is small.
 
-    Whoever opens the store before it is complete waits for it. If the process fails or is stopped, the store
-    is built where it is opened.
+    `open_store` waits for it, or builds the store itself if that process failed.
     """
     if size(source) >= BYTES_PER_PROCESS and not (Path(cache) / key).is_dir():
-        _start(_prepare, cache, key, source, (tokenizer.file, tokenizer.chat_format), strict)
+        with _signals_blocked():
+            _start(_prepare, cache, key, source, (tokenizer.file, tokenizer.chat_format), strict)
 
 
 def _prepare(cache, key, source, reopen, strict):

@@ -9,19 +9,18 @@ tokenised in the background.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from common import files
+from common import files, terminal
 from common.files import UsageError
 from data.brackets import CHANNELS
 from data.packing import best_fit, make_row, split_long
 from data.records import Report
 from data.scenes import data_files
-from data.store import GeneralSource, SceneSource, code_digest, digest, open_store, prepare
+from data.store import CODE, GeneralSource, SceneSource, digest, open_store, prepare
 
 HELD_OUT = 2**31  # the number of the held-out scenes as a source
 LONGEST_ROW = 2**24  # tokens
@@ -42,17 +41,16 @@ def add_data_flags(parser):
     """Adds the flags that `open_stream` reads, except --seq-len."""
     add = parser.add_argument
     add("--without-thoughts", action="store_true", help="train without inner thoughts (the paper's ablation)")
-    text = "chats of each character in a scene: one, drawn in each epoch (the paper's), or the release's four"
-    add("--variants", choices=["draw", "all"], default="draw", help=f"{text} (default: draw)")
+    text = "chats a character and scene: one, drawn each epoch (default; the paper's), or the release's four"
+    add("--variants", choices=["draw", "all"], default="draw", help=text)
     text = "general SFT data (ShareGPT or `messages`) and its share of all tokens; half in the paper"
     add("--mix", action="append", type=parse_mix, default=[], metavar="FILE:SHARE", help=text)
-    text = "share of the books to hold out as a whole (default: 0)"
+    text = "share of whole books to hold out (default: 0)"
     add("--held-out-books", type=float, default=0.0, metavar="SHARE", help=text)
-    text = "stop at the first thing in the data that would be repaired or dropped"
-    add("--strict", action="store_true", help=text)
+    add("--strict", action="store_true", help="stop at the first data that would be repaired or dropped")
     text = "directory of tokenised data (default: out/cache); may be deleted at any time"
     add("--cache", default=files.OUT / "cache", help=text)
-    add("--seed", type=int, default=0, help="of all draws (default: 0)")
+    add("--seed", type=int, default=0, help="of all random draws (default: 0)")
 
 
 def open_stream(args, paths, tokenizer):
@@ -85,22 +83,17 @@ def row_lengths(pieces):
 class Stream:
     """The rows of epoch 0, then of epoch 1, and so on, each with its own draw of prompts and its own order.
 
-    paths: books, test files, directories; their training scenes are read here, their held-out ones by
-    `held_out`. variants: `draw` (one chat of a character and scene in each epoch) or `all` (the release's
-    four, the same in every epoch). mix: (file, share of all tokens) pairs of general data; an epoch reads as
-    much of a file as it needs, in a shuffled order, and the next epoch goes on from there. thoughts=False:
-    without inner thoughts. held_out_books: share of the books held out as a whole. strict: UsageError at the
-    first thing that reading would repair or drop.
+    paths: books, test files, directories. Of general data (`mix`: (file, share of all tokens) pairs) an epoch
+    reads as much as it needs, shuffled, and the next epoch goes on from there. The other options are those of
+    `add_data_flags`. Training scenes are read here, held-out ones by `held_out`.
 
-    If less than 98% of an epoch's rows is filled, its emptiest row is not used, and the documents in it are
-    packed with those of the next epoch. An epoch of a single row is used as it is.
+    If less than 98% of an epoch's rows is filled, the documents of the emptiest row are packed with those of
+    the next epoch instead. An epoch of a single row is used as it is.
 
-    Of the present epoch: `documents`, `tokens`, `supervised` ({channel: tokens}), `rows`, `cut` (documents
-    longer than a row), `without` (pieces of them left out, since no token in them is under loss). `report`:
-    what reading repaired and dropped.
-
-    Documents have a source and a number. Sources: an epoch of the scenes, HELD_OUT, or -1, -2, ... for files
-    of general data.
+    Of the current epoch: `documents`, `tokens`, `supervised` ({channel: tokens}), `rows`, `cut` (documents
+    longer than a row), `without` (pieces left out, having no token under loss). `report`: what reading
+    repaired and dropped. Documents have a source and a number; a source is an epoch of the scenes, HELD_OUT,
+    or -1, -2, ... for the files of general data.
     """
 
     def __init__(
@@ -121,18 +114,18 @@ class Stream:
         self.tokenizer, self.seq_len, self.seed = tokenizer, seq_len, seed
         self.cache, self.strict = cache, strict
         self.options = {"seed": seed, "thoughts": thoughts, "variants": variants}
-        self.maker = digest(code_digest(), tokenizer.file, tokenizer.chat_format)
+        self.maker = digest(*CODE, tokenizer.file, tokenizer.chat_format)
         self.content = digest(*self.files)
         # of all that is read, whatever the code
         self.identity = digest(self.content, *self.mix, tokenizer.file, tokenizer.chat_format)
         self.stores, self.report, self.prepared = {}, Report(), None
-        for source in (0, *(-1 - i for i in range(len(self.mix)))):
-            self.report.update(self.store(source).report["counts"])
-            self.report.examples |= self.store(source).report["examples"]
-            if not len(self.store(source).lengths) and source < 0:
-                file = self.mix[-1 - source]
+        for source in range(0, -1 - len(mix), -1):
+            store = self.store(source)
+            self.report.update(store.report["counts"])
+            self.report.examples |= store.report["examples"]
+            if source < 0 and not len(store.lengths):
                 problem = f"the chat format {tokenizer.chat_format} cannot express any of its rows"
-                raise UsageError(f"{file}: {problem}")
+                raise UsageError(f"{self.mix[-1 - source]}: {problem}")
         if strict and self.report:
             what, where = next(iter(self.report.examples.items()))
             raise UsageError(f"{where}: {what} (--strict stops here)")
@@ -159,13 +152,6 @@ class Stream:
             self.stores[source] = open_store(self.cache, *self.source(source), self.tokenizer, self.strict)
         return self.stores[source]
 
-    def prepare_next(self):
-        """Has the next epoch tokenised in the background; of the ranks on a machine the first one does it."""
-        epoch = self.start["epoch"] + 1
-        if self.prepared != epoch and os.environ.get("LOCAL_RANK", "0") == "0":
-            self.prepared = epoch
-            prepare(self.cache, *self.source(epoch), self.tokenizer, self.strict)
-
     def held_out(self):
         """The rows of the held-out scenes, with the draw of epoch 0: what to evaluate on."""
         pieces, *_ = self.pieces(HELD_OUT, np.arange(len(self.store(HELD_OUT).lengths)))
@@ -173,28 +159,25 @@ class Stream:
 
     def pieces(self, source, documents):
         """(documents as pieces, int64 [N, 6]; how many were cut; how many pieces were left out)."""
-        store, long, without = self.store(source), [], 0
+        store, split, without = self.store(source), [], 0
         lengths = store.lengths[documents]
         whole = documents[lengths <= self.seq_len]
         pieces = np.zeros((len(whole), 6), np.int64)
         pieces[:, 0], pieces[:, 1], pieces[:, 5] = source, whole, store.lengths[whole]
         for document in documents[lengths > self.seq_len].tolist():
-            cut, left_out = split_long(store.read(document)[1], self.seq_len)
-            long += [(source, document, *piece) for piece in cut]
+            found, left_out = split_long(store.read(document)[1], self.seq_len)
+            split += [(source, document, *piece) for piece in found]
             without += left_out
-        pieces = np.concatenate([pieces, np.array(long, np.int64).reshape(-1, 6)])
+        pieces = np.concatenate([pieces, np.array(split, np.int64).reshape(-1, 6)])
         return pieces, len(documents) - len(whole), without
 
     def make(self, row):
         """A row of pieces as tensors."""
         documents = []
         for source, document, context_start, context_end, start, end in row.tolist():
+            context, unlearnt = self.store(source).read(document, context_start, context_end)
             ids, channels = self.store(source).read(document, start, end)
-            if context_end > context_start:
-                context, _ = self.store(source).read(document, context_start, context_end)
-                ids = np.concatenate([context, ids])
-                channels = np.concatenate([np.zeros(len(context), np.int8), channels])
-            documents.append((ids, channels))
+            documents.append((np.append(context, ids), np.append(np.zeros_like(unlearnt), channels)))
         return make_row(documents, self.seq_len)
 
     # ---- epochs ----
@@ -202,7 +185,7 @@ class Stream:
     def begin(self, start):
         """Chooses and packs the documents of an epoch.
 
-        start: its number, the pieces carried into it, and what came before it: tokens of scenes, and
+        start: its number, the pieces carried into it, and what was read before it: tokens of scenes, and
         (documents, tokens) of each general file.
         """
         self.start, self.at, epoch = start, 0, start["epoch"]
@@ -214,16 +197,18 @@ class Stream:
             chosen = self.chosen[source] = self.next_general(source, documents_before, wanted)
             taken = int(self.store(source).lengths[chosen].sum())
             mixed.append([documents_before + len(chosen), tokens_before + taken])
-        found = [self.pieces(source, documents) for source, documents in self.chosen.items()]
-        carried = np.array(start["carried"], np.int64).reshape(-1, 6)
-        pieces = np.concatenate([carried, *(pieces for pieces, *_ in found)])
-        carried = self.pack(pieces, f"{self.seed}|{epoch}")
-        self.cut, self.without = (sum(counts) for counts in list(zip(*found, strict=True))[1:])
-        self.documents = sum(map(len, self.chosen.values()))
-        stores = [(self.store(source), documents) for source, documents in self.chosen.items()]
-        self.tokens = sum(int(each.lengths[documents].sum()) for each, documents in stores)
-        counts = sum(each.counts[documents].sum(0) for each, documents in stores)
-        self.supervised = dict(zip(CHANNELS, counts.tolist(), strict=True))
+        pieces = [np.array(start["carried"], np.int64).reshape(-1, 6)]
+        self.documents = self.tokens = self.cut = self.without = supervised = 0
+        for source, documents in self.chosen.items():
+            found, cut, without = self.pieces(source, documents)
+            pieces.append(found)
+            self.cut += cut
+            self.without += without
+            self.documents += len(documents)
+            self.tokens += int(self.store(source).lengths[documents].sum())
+            supervised += self.store(source).counts[documents].sum(0)
+        self.supervised = dict(zip(CHANNELS, supervised.tolist(), strict=True))
+        carried = self.pack(np.concatenate(pieces), f"{self.seed}|{epoch}")
         self.next = {"epoch": epoch + 1, "carried": carried, "tokens": tokens, "mixed": mixed}
 
     def pack(self, pieces, seed):
@@ -262,6 +247,13 @@ class Stream:
             taken.append(self.rows[self.at])
             self.at += 1
         return Batch(self, taken)
+
+    def prepare_next(self):
+        """Has the next epoch tokenised in the background, by the first rank of a machine."""
+        epoch = self.start["epoch"] + 1
+        if self.prepared != epoch and terminal.is_first_rank():
+            self.prepared = epoch
+            prepare(self.cache, *self.source(epoch), self.tokenizer, self.strict)
 
     def state(self):
         """Where the stream is, as JSON takes it."""

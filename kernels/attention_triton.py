@@ -1,19 +1,20 @@
 """Attention in Triton: FlashAttention-2 (Dao 2023) over ranges of keys, forward and backward.
 
-What a query may see is always one run of keys: query m sees the keys first[m] <= j <= last[m], from the start of its document
-or window to itself. Both only grow with m, so a causal mask, packed documents, windows and selected queries are one kernel:
-a block of queries needs the blocks of keys from its first query's first to its last query's last, and those that all its
-queries see whole need no mask. Seen from the keys it is the same: key j is seen by the queries begin[j] <= m < end[j].
+Query m sees one range of keys, first[m] <= j < stop[m], from the start of its document or window to itself.
+Both bounds grow with m, so one kernel does causal masks, packed documents, windows and selected queries: a
+block of queries needs the blocks of keys from the `first` of its first query to the `stop` of its last, and
+those that every query of the block sees in full need no mask. Likewise key j is seen by the queries
+begin[j] <= m < end[j].
 
     forward      s = q k' / sqrt(D),  p = exp(s - lse),  out = p v,         lse = log sum exp(s), kept
     backward     delta = sum(grad * out),  dp = grad v',  ds = p * (dp - delta),
                  dq = ds k / sqrt(D),  dk = ds' q / sqrt(D),  dv = p' grad
 
-M queries, N keys, H query heads, K key/value heads, D head size. Operations for each of H heads and each pair of a query and a
-key it sees: 4 D forward (two products), 14 D backward (seven: s and dp are made again for dk and dv). Bytes: q, k, v and out
-once, 2 (H + K) D values a token; with documents of 1,600 tokens that is some 1,300 operations a byte in bf16, far above the
-200 where a GPU is bound by its tensor cores. Nothing of size M N is ever written. No atomics: one program sums each result, in
-one order.
+M queries, N keys, H query heads, K key/value heads, D head size. Operations for each of H heads and each pair
+of a query and a key it sees: 4 D forward (two products), 14 D backward (seven: s and dp are recomputed for dk
+and dv). Bytes: q, k, v and out once, 2 (H + K) D values a token; with documents of 1,600 tokens about 1,300
+operations a byte in bf16, far above the 200 or so from which a GPU is compute-bound. Nothing of size M N is
+written. No atomics: one program sums each result, in a fixed order.
 """
 
 import math
@@ -26,10 +27,8 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def tuned(*configs, key, fp32=None):
-    """Autotunes over (block sizes, warps, stages); fp32 has one of its own, since its tiles take twice the room.
-
-    The interpreter, for which time says nothing, gets blocks of 32 and 16.
-    """
+    """Autotunes over (block sizes, warps, stages). fp32: the only configuration for fp32, with its larger
+    elements. The interpreter always gets blocks of 32 and 16."""
     if INTERPRETED:
         configs = [({name: 32 if name == "BLOCK_M" else 16 for name in configs[0][0]}, 1, 1)]
     elif fp32:
@@ -44,7 +43,8 @@ def tuned(*configs, key, fp32=None):
 
 @triton.jit
 def dot(a, b):
-    """a @ b summed in fp32. Of fp32 factors no digits are lost: three tf32 products. The interpreter has none of bf16."""
+    """a @ b in fp32; fp32 factors as three tf32 products, which keep their precision. The interpreter has no
+    bf16 products."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="tf32x3")
@@ -52,7 +52,7 @@ def dot(a, b):
 
 @triton.jit
 def load_rows(base, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of D values, `stride` apart, as [rows, BLOCK_D]; zeros from D on."""
+    """Rows of D values, `stride` apart, as [rows, BLOCK_D] padded with zeros."""
     d = tl.arange(0, BLOCK_D)
     pointers = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
     if BLOCK_D == D:
@@ -62,7 +62,7 @@ def load_rows(base, rows, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def store_rows(base, rows, stride, count, tile, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows of a tile [rows, BLOCK_D] that are below `count`, in the dtype `base` points to."""
+    """Stores the rows below `count` of a tile [rows, BLOCK_D], in the dtype of `base`."""
     d = tl.arange(0, BLOCK_D)
     pointers = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows[:, None] < count) & (d[None, :] < D))
@@ -70,9 +70,11 @@ def store_rows(base, rows, stride, count, tile, D: tl.constexpr, BLOCK_D: tl.con
 
 @triton.jit
 def runs(lower, upper, at, end, SIZE: tl.constexpr):
-    """Which blocks of the other side `at` to `end` - 1 of this side need, from the bounds lower[i] <= x < upper[i].
+    """The blocks of keys that queries `at` to `end` - 1 need, from their bounds lower <= key < upper (or, the
+    other way round, of queries that keys need).
 
-    Returns where the lowest begins, how many there are, and of those that all see whole the number of the first and how many.
+    Returns (start of the first block, number of blocks, index of the first block that needs no mask, number
+    of such blocks).
     """
     start = tl.load(lower + at)
     count = tl.cdiv(tl.load(upper + end - 1) - start, SIZE)
@@ -81,7 +83,7 @@ def runs(lower, upper, at, end, SIZE: tl.constexpr):
     return start, count, first_whole, tl.maximum(wholes, 0)
 
 
-CONFIGS = [  # tiles as large as registers hold without spilling in the loop; the last leaves room for two programs at a time
+CONFIGS = [  # the largest tiles without register spills in the loop; the last fits twice on a processor
     ({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 2),
     ({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3),
     ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
@@ -95,11 +97,11 @@ def _forward(
     q, k, v, first, stop, out, lse, M, N, q_m, q_h, k_n, k_h, v_n, v_h, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: walks over its keys, keeping a maximum and a sum (online softmax)."""
+    """One block of queries of one head: a loop over its keys, with online softmax (running maximum, sum)."""
     at = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # the last queries see most: they go first
     head, heads = tl.program_id(1), tl.num_programs(1)
     m = at + tl.arange(0, BLOCK_M)
-    rows = tl.minimum(m, M - 1)  # rows beyond the end do the last one's work again and are not stored
+    rows = tl.minimum(m, M - 1)  # rows beyond the end repeat the last one and are not stored
     queries = load_rows(q + head * q_h, rows, q_m, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     lower, upper = tl.load(first + rows), tl.load(stop + rows)
     k += head // GROUP * k_h
@@ -108,9 +110,7 @@ def _forward(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for phase in tl.static_range(
-        2
-    ):  # first the blocks with a mask, on both sides, then those without between them
+    for phase in tl.static_range(2):  # first the masked blocks at both ends, then those between them
         for i in range(count - wholes if phase == 0 else wholes):
             block = i + tl.where(i >= first_whole, wholes, 0) if phase == 0 else i + first_whole
             n = start + block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -119,8 +119,10 @@ def _forward(
             s = dot(queries, tl.trans(keys))  # [BLOCK_M, BLOCK_N]
             if phase == 0:
                 s = tl.where((lower[:, None] <= n[None, :]) & (n[None, :] < upper[:, None]), s, float("-inf"))
-            higher = tl.maximum(top, tl.max(s, 1) * scale)  # to base 2, as all that follows
-            level = tl.where(higher == float("-inf"), 0.0, higher) if phase == 0 else higher  # none seen yet
+            higher = tl.maximum(top, tl.max(s, 1) * scale)  # to base 2, like everything below
+            level = (
+                tl.where(higher == float("-inf"), 0.0, higher) if phase == 0 else higher
+            )  # no key seen yet
             p = tl.exp2(s * scale - level[:, None])
             shrink = tl.exp2(top - level)
             values = load_rows(v, cols, v_n, D, BLOCK_D)
@@ -137,7 +139,7 @@ def _backward_queries(
     q, k, v, first, stop, out, lse, grad, delta, dq, M, N, q_m, q_h, k_n, k_h, v_n, v_h, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries of one head, walking over its keys as forward does; also delta, which the next one needs."""
+    """dq of one block of queries of one head, looping over keys as forward; delta for `_backward_keys`."""
     at = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head, heads = tl.program_id(1), tl.num_programs(1)
     m = at + tl.arange(0, BLOCK_M)
@@ -167,7 +169,7 @@ def _backward_queries(
     store_rows(dq + head * D, m, heads * D, M, acc * (scale * 0.6931471805599453), D, BLOCK_D)
 
 
-@tuned(  # by the same rule; two accumulators leave room for fewer queries
+@tuned(  # by the same rule; with two accumulators fewer queries fit
     ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),
     ({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 3),
     ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
@@ -179,8 +181,8 @@ def _backward_keys(
     q, k, v, begin, end, lse, grad, delta, dk, dv, M, N, q_m, q_h, k_n, k_h, v_n, v_h, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one block of keys of one key head, walking over the queries that see it, of each head of the group."""
-    at = tl.program_id(0) * BLOCK_N  # the first keys are seen by most
+    """dk and dv of one block of keys of one key head, looping over the queries of its group that see it."""
+    at = tl.program_id(0) * BLOCK_N
     key_head, key_heads = tl.program_id(1), tl.num_programs(1)
     n = at + tl.arange(0, BLOCK_N)
     cols = tl.minimum(n, N - 1)
@@ -209,11 +211,11 @@ def _backward_keys(
     store_rows(dv + key_head * D, n, key_heads * D, N, dv_acc, D, BLOCK_D)
 
 
-# ---- around the kernels -------------------------------------------------------------------------------------------------
+# ---- the operators -----------------------------------------------------------------------------------------
 
 
 def attention_triton(q, k, v, positions=None, window=None, rows=None):
-    """As `attention.attention_torch`, for head sizes up to 128 in fp16, bf16 or fp32. ValueError for any other."""
+    """As `attention.attention_torch`, for head sizes up to 128 in fp16, bf16 or fp32; else a ValueError."""
     check(q, k, v)
     first, stop = key_range(*k.shape[:2], positions, window, rows, k.device)
     flat = q if rows is not None else q.flatten(0, 1)  # [M, H, D]
@@ -222,7 +224,7 @@ def attention_triton(q, k, v, positions=None, window=None, rows=None):
 
 
 def check(q, k, v):
-    """ValueError, with shapes and dtypes, for what the kernels are not written for."""
+    """ValueError, with shapes and dtypes, for what the kernels do not support."""
     if (
         q.shape[-1] > 128
         or q.dtype not in (torch.float16, torch.bfloat16, torch.float32)
@@ -235,7 +237,7 @@ def check(q, k, v):
 
 
 def key_range(B, T, positions, window, rows, device):
-    """The keys each query sees, first[m] <= j < stop[m] through the flattened [B * T]: two int32 [M], both sorted."""
+    """(first, stop) of the keys each query sees, as indices into the flattened [B * T]: int32 [M], sorted."""
     index = torch.arange(B * T, device=device)
     starts = index % T == 0
     if positions is not None:
@@ -252,7 +254,7 @@ def key_range(B, T, positions, window, rows, device):
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: torch.Tensor, stop: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [M, H, D], k and v [N, K, D], first and stop int32 [M] -> out [M, H, D], log-sum-exp (base 2) fp32 [H, M]."""
+    """q [M, H, D], k and v [N, K, D], first, stop int32 [M] -> out [M, H, D], log2-sum-exp fp32 [H, M]."""
     out, lse = _attend_shapes(q, k, v, first, stop)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     M, H, D = q.shape
@@ -281,10 +283,8 @@ def attend_backward(
         return dq, dk.zero_(), dv.zero_()
     grad, delta = grad.contiguous(), torch.empty_like(lse)
     keys = torch.arange(N, dtype=torch.int32, device=q.device)
-    begin = torch.searchsorted(
-        stop, keys, right=True, out_int32=True
-    )  # the first query that does not end before a key
-    end = torch.searchsorted(first, keys, right=True, out_int32=True)  # the first that begins after it
+    begin = torch.searchsorted(stop, keys, right=True, out_int32=True)  # the first query with stop > key
+    end = torch.searchsorted(first, keys, right=True, out_int32=True)  # the first with first > key
     sizes, strides = _sizes(q, k), _strides(q, k, v)
     _backward_queries[_grid(M, "BLOCK_M", H)](
         q, k, v, first, stop, out, lse, grad, delta, dq, M, N, *strides, **sizes
@@ -301,12 +301,12 @@ def _attend_backward_shapes(grad, q, k, v, first, stop, out, lse):
 
 
 def _strides(q, k, v):
-    """What the kernels take after the sizes: strides of tokens and heads, and the scale of the scores, to base 2."""
+    """Arguments of the kernels after the sizes: strides of tokens and heads, the base-2 scale of scores."""
     return *(x.stride(i) for x in (q, k, v) for i in (0, 1)), math.log2(math.e) / math.sqrt(q.shape[-1])
 
 
 def _grid(tokens, block, heads):
-    """A program for every block of tokens and every head."""
+    """One program for each block of tokens and each head."""
     return lambda sizes: (triton.cdiv(tokens, sizes[block]), heads)
 
 

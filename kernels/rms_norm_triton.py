@@ -3,9 +3,10 @@
     forward      s = x + residual,  r = 1 / sqrt(mean(s^2) + eps),  y = s r w            (r kept, fp32 a row)
     backward     g = dy w,  n = s r,  ds = r (g - n mean(g n)) + ds',  dw = sum over rows of dy n
 
-where ds' is what reaches the sum on its own way. x and the residual both get ds. Bytes: 2 values an element forward (x, y), 4
-with a residual (x, residual, y, s); backward 3 (dy, s, ds), 4 with a residual. Some ten operations an element: bound by memory.
-dw is summed without atomics: each program keeps the sum over its rows in registers, writes it once, and torch adds up the few.
+where ds' is the gradient of the returned sum. x and the residual both get ds. Values moved for each element:
+forward 2 (x, y), 4 with a residual (x, residual, y, s); backward 3 (dy, s, ds), 4 with a residual. About ten
+operations an element: memory-bound. dw is summed without atomics: each program keeps the sum over its rows in
+registers and writes it once, and torch adds these.
 """
 
 import torch
@@ -17,32 +18,21 @@ from kernels.attention_triton import INTERPRETED
 
 @triton.jit
 def _forward(
-    x,
-    residual,
-    weight,
-    y,
-    total,
-    scales,
-    N,
-    C,
-    eps,
-    HAS_RESIDUAL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x, residual, weight, y, total, scales, N, C, eps,
+    HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     n, c = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_C)
     at, inside = n.to(tl.int64)[:, None] * C + c[None, :], (n < N)[:, None] & (c < C)[None, :]
     s = tl.load(x + at, mask=inside, other=0.0)  # [BLOCK_N, BLOCK_C]
     if HAS_RESIDUAL:
-        s = (s.to(tl.float32) + tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)).to(
-            x.dtype.element_ty
-        )
+        added = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        s = (s.to(tl.float32) + added).to(x.dtype.element_ty)
         tl.store(total + at, s, mask=inside)
     s = s.to(tl.float32)
     r = tl.rsqrt(tl.sum(s * s, 1) / C + eps)
     tl.store(scales + n, r, mask=n < N)
     w = tl.load(weight + c[None, :], mask=(c < C)[None, :], other=0.0).to(tl.float32)
-    normed = (s * r[:, None]).to(x.dtype.element_ty).to(tl.float32)  # rounded where the twin rounds
+    normed = (s * r[:, None]).to(x.dtype.element_ty).to(tl.float32)  # rounded where rms_norm_torch rounds
     tl.store(y + at, (normed * w).to(x.dtype.element_ty), mask=inside)
 
 
@@ -51,7 +41,7 @@ def _backward(
     dy, dtotal, s, weight, scales, ds, partial, N, C, rows_each,
     HAS_RESIDUAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`rows_each` rows, a tile at a time; the sum for dw goes to the program's own row of partial [programs, C]."""
+    """`rows_each` rows, a tile at a time; their sum for dw goes to one row of partial [programs, C]."""
     first, c = tl.program_id(0) * rows_each, tl.arange(0, BLOCK_C)
     w = tl.load(weight + c[None, :], mask=(c < C)[None, :], other=0.0)
     dw = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
@@ -74,11 +64,10 @@ def _backward(
 
 
 def rms_norm_triton(x, weight, eps=1e-5, residual=None):
-    """As `rms_norm.rms_norm_torch`, for rows of at most 16,384 in fp16, bf16 or fp32. ValueError for any other."""
+    """As `rms_norm.rms_norm_torch`, for rows of at most 16,384 in fp16, bf16 or fp32; else a ValueError."""
     if x.shape[-1] > 16_384 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(
-            f"the triton kernel normalises rows of up to 16,384 in fp16, bf16 or fp32; got {list(x.shape)} {x.dtype}"
-        )
+        limit = "the triton kernel normalises rows of up to 16,384 in fp16, bf16 or fp32"
+        raise ValueError(f"{limit}; got {list(x.shape)} {x.dtype}")
     if residual is not None and residual.dtype != x.dtype:
         raise ValueError(f"the triton kernel adds a residual of x's dtype; got {residual.dtype} to {x.dtype}")
     normed, total, _ = norm(x, weight, eps, residual)
@@ -89,7 +78,7 @@ def rms_norm_triton(x, weight, eps=1e-5, residual=None):
 def norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [..., C] -> normed, x + residual (empty without a residual), both like x, and the rows' scales fp32 [...]."""
+    """x [..., C] -> normed, x + residual (or empty), both like x, and the rows' scales, fp32 [...]."""
     normed, total, scales = _norm_shapes(x, weight, eps, residual)
     x, residual = x.contiguous(), x if residual is None else residual.contiguous()
     N, C = scales.numel(), x.shape[-1]
@@ -110,13 +99,10 @@ def _norm_shapes(x, weight, eps, residual):
 
 @torch.library.custom_op("coser::norm_backward", mutates_args=())
 def norm_backward(
-    grad: torch.Tensor,
-    grad_total: torch.Tensor | None,
-    total: torch.Tensor,
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x (and of the residual: the same) and of the weight; total is what was normalised, [..., C]."""
+    grad: torch.Tensor, grad_total: torch.Tensor | None, total: torch.Tensor,
+    weight: torch.Tensor, scales: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x (the residual has the same) and of the weight. total [..., C]: what was normalised."""
     dx, dw = _norm_backward_shapes(grad, grad_total, total, weight, scales)
     N, C = scales.numel(), total.shape[-1]
     if not total.numel():
@@ -140,7 +126,7 @@ def _norm_backward_shapes(grad, grad_total, total, weight, scales):
 
 
 def _blocks(C):
-    """(rows, columns, warps) of a tile: whole rows, at least 2,048 elements, 8 a thread (one load of 16 bytes in bf16)."""
+    """(rows, columns, warps) of a tile: whole rows, 2,048 elements or more, 8 a thread (16 bytes in bf16)."""
     block_c = triton.next_power_of_2(C)
     block_n = max(1, 2048 // block_c)
     return block_n, block_c, min(32, block_n * block_c // 256)

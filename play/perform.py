@@ -42,7 +42,7 @@ class Journal:
             else:
                 self.replies[key] = entry
         self.run = 1 + max((run for run, _ in self.replies.values()), default=0)
-        if lines:
+        if path and path.exists():
             write_lines(path, lines)  # without the torn line a kill may have left
 
     def take(self, scene, call):

@@ -612,6 +612,15 @@ def test_a_journal_torn_twice_is_read(tmp_path):
     )
 
 
+def test_a_journal_torn_in_its_first_line_is_read(tmp_path):
+    """The next reply is not written behind what is left of it."""
+    scene, call = make_scene(), SimpleNamespace(occasion="0.0|actor")
+    live, path = SimpleNamespace(scene=scene, call=call), tmp_path / "replies.jsonl"
+    path.write_text('{"b|0": [1, {"te')
+    Journal(path).keep([(live, Reply("y", "stop"))])
+    assert Journal(path).take(scene, call) == (Reply("y", "stop"), 1)
+
+
 def test_a_killed_run_of_a_checkpoint_goes_on_too(script, three_scenes, tiny_actor, tmp_path, monkeypatch):
     """The same with a real engine, whose cache is gone with the run: its counts come out the same as well."""
     monkeypatch.setattr(

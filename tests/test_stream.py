@@ -722,6 +722,20 @@ def test_a_signal_to_the_whole_group_stops_no_worker(tmp_path):
     )
 
 
+def test_every_process_is_started_with_signals_blocked():
+    """SIGINT (bit 2) and SIGTERM (bit 15) in the first one too, which comes with a resource tracker."""
+    code = (
+        "import subprocess, data.store as store\n"
+        "with store._signals_blocked():\n"
+        "    for _ in range(2):\n"
+        "        store._start(subprocess.run, ['grep', '-h', 'SigBlk', '/proc/self/status']).join()\n"
+        "subprocess.run(['grep', 'SigBlk', '/proc/self/status'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, second, own = (int(line.split()[1], 16) for line in done.stdout.splitlines())
+    assert (first, second, own) == (0x4002, 0x4002, 0)
+
+
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stage_tokenizer):
     """Killed in the middle: within seconds no process holds the lock any more or is alive, and the next one
@@ -938,6 +952,16 @@ def test_progress_is_shown_as_a_share(stream, monkeypatch):
     )
     stream()
     assert "tokenising the scenes of epoch 0" in screen.getvalue() and "100%" in screen.getvalue()
+
+
+def test_a_files_name_is_shown_as_it_is(stream, general, monkeypatch, tmp_path):
+    """Brackets in it are no markup of the progress bar."""
+    screen, file = io.StringIO(), tmp_path / "chats[bold].jsonl"
+    file.write_bytes(general.read_bytes())
+    console = rich.console.Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr(data.store.terminal, "stderr", console)
+    stream(mix=[(file, 0.5)])
+    assert "tokenising chats[bold].jsonl" in screen.getvalue()
 
 
 def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
