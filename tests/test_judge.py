@@ -1183,6 +1183,21 @@ def test_repeats_and_their_spread(script, plays, monkeypatch):
         )
 
 
+def test_fewer_repeats_than_recorded_ask_nothing(script, plays, monkeypatch):
+    """Also where a repeat beyond them is invalid; what is recorded is kept."""
+
+    def answer(body, _):
+        return "No." if body["seed"] >= 1000 else verdict(2)
+
+    file = plays / "verdicts.jsonl"
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", plays, "--judge", "openai:j", "--repeats", 2)[0] == 0
+        content, asked = file.read_bytes(), len(server.requests)
+        assert script("judge", plays, "--judge", "openai:j", "--repeats", 1)[0] == 0
+        assert len(server.requests) == asked and file.read_bytes() == content
+
+
 def test_the_length_weight_is_an_option(script, plays, monkeypatch):
     """Another weight gives the same flaws another score, and asks nothing."""
     with Server(judge_answer) as server:
