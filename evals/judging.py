@@ -44,24 +44,24 @@ def open_judge(args, directory):
 def judge_run(performances, out, args, model, rubric):
     """Verdict lines of performances, in order; they are written to `out`, and complete ones there are kept.
 
-    Every line of the file is scored with args.length_weight. Without a model only the metrics are computed.
+    Lines that are judged again stay in the file until their new ones follow. Every line is scored with
+    args.length_weight. Without a model only the metrics are computed.
     """
     fields = {"judge": model and model.name, "rubric": rubric["name"], "seed": args.seed}
     fields["temperature"] = args.temperature
     wanted, recorded = by_digest(performances), _recorded(out, args.length_weight, fields)
     repeats = args.repeats if model else 0
     left = {key: wanted[key] for key in wanted if not _is_complete(recorded.get(key), repeats)}
-    lines = {key: line for key, line in recorded.items() if key not in left}
+    lines, answers, complete = dict(recorded), 0, len(wanted) - len(left)
     make_dir(out.parent)
     write_lines(out, lines.values())
     try:
         with terminal.reporting(len(wanted), "scenes") as update:
-            answers, complete = 0, len(wanted) - len(left)
 
             def on_reply():
                 nonlocal answers
                 answers += 1
-                update(complete, f"judging, {answers} answers")
+                update(complete, f"judging, {answers:,} answers")
 
             judged = ((key, {}) for key in left)
             if model:
@@ -74,10 +74,10 @@ def judge_run(performances, out, args, model, rubric):
                 lines[key] = verdict_line(key, left[key], fields, args.length_weight, dimensions)
                 append_line(out, lines[key])
                 complete += 1
-                update(complete, f"judging, {answers} answers")
+                update(complete, f"judging, {answers:,} answers" if model else "computing metrics")
     except (KeyboardInterrupt, UsageError) as error:
-        reason, known = f"{error}. " if str(error) else "", sum(key in lines for key in wanted)
-        hint = f"{known} verdicts are in {out}; the same command goes on from there"
+        reason = f"{error}. " if str(error) else ""
+        hint = f"{complete} verdicts are in {out}; the same command goes on from there"
         raise type(error)(f"{reason}{hint}") from None
     in_order = [lines[key] for key in wanted]
     write_lines(out, [line for key, line in lines.items() if key not in wanted] + in_order)

@@ -46,7 +46,9 @@ def read_performances(path, scenes_file=None):
             performances = _release_performances(file, scenes_file)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{file}: neither a transcript nor a simulation of the release: {error}") from None
-    spoken = [performance for performance in performances if _is_spoken(performance[1])]
+    spoken = [
+        p for p in performances if any(m["role"] != NEXT_SPEAKER and m["content"].strip() for m in p[1])
+    ]
     if not spoken:
         raise UsageError(f"{file}: no finished scene in it; python simulate.py ... --resume finishes one")
     if silent := len(performances) - len(spoken):
@@ -57,10 +59,6 @@ def read_performances(path, scenes_file=None):
 def by_digest(performances):
     """{digest of scene and messages (the `performance` of verdict lines): performance}; one of duplicates."""
     return {digest(scene.to_dict(), messages): (scene, messages, s) for scene, messages, s in performances}
-
-
-def _is_spoken(messages):
-    return any(m["role"] != NEXT_SPEAKER and m["content"].strip() for m in messages)
 
 
 def _release_performances(file, scenes_file):
@@ -138,7 +136,8 @@ def _recorded_lines(path):
             # older lines have no `scores`, or no `flaws` where the verdict was invalid
             verdict.setdefault("scores", [0.0] if "flaws" in verdict else [None])
             verdict.setdefault("flaws", [])
-    return lines
+    # the last line of a performance counts: an interrupted run leaves earlier ones
+    return list({line.get("performance") or i: line for i, line in enumerate(lines)}.values())
 
 
 def _recorded_case(key, case, path):
