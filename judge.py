@@ -78,12 +78,12 @@ def judge_performances(args):
     elsewhere = files.OUT / "verdicts" / f"{path.stem}.{digest(str(path.resolve()))[:8]}.jsonl"
     out = Path(args.out) if args.out else path / VERDICTS if path.is_dir() else elsewhere
     others = read_verdicts(args.versus, args.length_weight) if args.versus else None
-    model = open_judge(args, out.parent)
+    model, rubric = open_judge(args, out.parent), load_rubric(args.rubric)
     if model and others:  # before anything is asked
-        report.require_same_judge([{"judge": model.name, "rubric": load_rubric(args.rubric)["name"]}], others)
+        report.require_same_judge([{"judge": model.name, "rubric": rubric["name"]}], others)
     if args.html:
         make_dir(Path(args.html).parent)
-    lines = judge_run(performances, out, args, model)
+    lines = judge_run(performances, out, args, model, rubric)
     summary = report.summarise(lines) | {"out": str(out)}
     if others:
         summary["versus"] = {"name": args.versus, "rows": report.compare_runs(lines, others)}

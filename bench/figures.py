@@ -31,7 +31,7 @@ def collect(measurements):
     its figures over its counted rounds; `rounds` is 0 where only the warm-up, round 0, is known. Of cases
     that differ in `side` alone the first is ours; beside the others, `ours / this` compares the first figure.
     """
-    samples, stopped, rows, ours = {}, None, [], {}
+    samples, stopped = {}, None
     try:
         for number, case, figures in measurements:
             samples.setdefault(tuple(case.items()), []).append((number, figures))
@@ -39,15 +39,17 @@ def collect(measurements):
             terminal.note(f"{f'round {number}' if number else 'warm-up'}: {known}")
     except (KeyboardInterrupt, UsageError) as error:
         stopped = error
+    rows, ours = [], {}
     for case, rounds in samples.items():
         counted = [figures for number, figures in rounds if number]
         known = counted or [figures for _, figures in rounds]
         medians = {name: statistics.median(figures[name] for figures in known) for name in known[0]}
         rows.append(dict(case) | medians | {"rounds": len(counted)})
         rate = next(iter(medians.values()))
-        side, first = ours.setdefault(tuple(label for label in case if label[0] != "side"), (case, rate))
-        if side != case:
-            rows[-1]["ours / this"] = first / rate
+        other_labels = tuple(label for label in case if label[0] != "side")
+        if other_labels in ours:
+            rows[-1]["ours / this"] = ours[other_labels] / rate
+        ours.setdefault(other_labels, rate)
     return rows, stopped
 
 
@@ -60,10 +62,8 @@ def shown(value):
 def report(args, rows, processor):
     """Prints rows as a table and as a line of JSON with the command; with --json also to that file."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    title = (
-        f"{args.name} {Path(args.model or '').name}".strip() + " · toy shapes, not to be compared" * args.toy
-    )
-    table = Table(*names, title=f"{title} · {processor}")
+    title = [args.name, Path(args.model or "").name, "· toy shapes, not to be compared" * args.toy]
+    table = Table(*names, title=f"{' '.join(filter(None, title))} · {processor}")
     for row in rows:
         table.add_row(*(shown(row.get(name, "")) for name in names))
     (terminal.stdout if terminal.stdout.is_terminal else Console(width=140)).print(table)

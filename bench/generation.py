@@ -1,4 +1,4 @@
-"""Generation as prefill (prompts read) and decode (tokens added), against transformers or llama.cpp."""
+"""Prefill and decode, against transformers or llama.cpp."""
 
 import tempfile
 
@@ -9,16 +9,23 @@ from bench import machine
 from bench.figures import seconds
 from bench.models import LlamaCpp, Ours, Transformers, in_transformers, open_model
 
+SIZES = {  # --batch and --prompt by default
+    "toy": ([1, 2], [9]),
+    "prefill": ([1], [512, 2048]),
+    "decode, cuda": ([1, 32, 128], [1800]),
+    "decode, cpu": ([1, 16], [128]),
+}
+
 
 def measure(args):
     """Tokens a second of prefill and of decode, and the bytes that decode reads as a share of a copy's.
 
-    Prompts are random ids, new ones in each round, since all sides keep what they have read.
+    Prompts are random ids, new ones in each round, since all sides have a prefix cache.
     """
     cuda, decode = args.device == "cuda", args.name == "decode"
     args.model = args.model or ("8b" if cuda else "135m")
-    batches = args.batch or ([1, 2] if args.toy else [1] if not decode else [1, 32, 128] if cuda else [1, 16])
-    lengths = args.prompt or ([9] if args.toy else [512, 2048] if not decode else [1800] if cuda else [128])
+    batches, lengths = SIZES["toy" if args.toy else f"decode, {args.device}" if decode else "prefill"]
+    batches, lengths = args.batch or batches, args.prompt or lengths
     dtype, new = args.dtype or ("bfloat16" if cuda else "float32"), args.new if decode else 0
     model = open_model(args, checkpoint.DTYPES[dtype])
     sides, generator = {f"ours, {dtype}": Ours(model)}, torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from bench.figures import seconds
 
 
 def cases(args, dtype):
-    """Yields (kernel, shape, unit, forward work, backward's multiple, {side: function}, inputs to grad).
+    """Yields (kernel, shape, unit, forward work, backward's multiple, {side: function}, inputs).
 
     Work is in operations for TFLOP/s, in bytes for GB/s. Packed documents have the lengths of CoSER's chats.
     """
@@ -39,9 +39,8 @@ def cases(args, dtype):
         positions = places[None] if packed else None
         operations = 4 * B * sum(n * (n + 1) / 2 for n in lengths) * H * size
         sides = {"ours": functools.partial(kernels.attention, *inputs, positions)}
-        sides |= {
-            f"{name}{', dense' * packed}": functools.partial(sdpa, b, *inputs) for name, b in backends.items()
-        }
+        for name, backend in backends.items():
+            sides[f"{name}{', dense' * packed}"] = functools.partial(sdpa, backend, *inputs)
         name, shape = f"attention{', packed' * packed}", f"{B} x {T} x {H}/{K} x {size}"
         yield name, shape, "TFLOP/s", operations, 2.5, sides, inputs
 
@@ -85,18 +84,20 @@ def measure(args):
     for kernel, shape, unit, work, backward, sides, inputs in cases(args, dtype):
         for number in range(args.rounds + 1):
             for side, run in sides.items():
-
-                def both(run=run, inputs=inputs):
-                    out = run()
-                    out = out if isinstance(out, tuple) else (out,)
-                    torch.autograd.grad(out, inputs, out)
-
                 forward = clock(torch.no_grad()(run))
                 times = {"forward": (forward, work)}
                 if inputs:
-                    times["backward"] = max(clock(both) - forward, 1e-9), work * backward
+                    both = clock(functools.partial(run_both, run, inputs))
+                    times["backward"] = max(both - forward, 1e-9), work * backward
                 for direction, (took, done) in times.items():
                     case = dict(kernel=kernel, shape=shape, direction=direction, side=side, unit=unit)
                     rate = done / took
                     figures = {"rate": rate / (1e9 if unit == "GB/s" else 1e12), "ms": took * 1e3}
                     yield number, case, figures | {"of the limit": rate / limits[unit]}
+
+
+def run_both(run, inputs):
+    """A forward and a backward pass, the outputs as their own gradients."""
+    outputs = run()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(outputs, inputs, outputs)

@@ -40,11 +40,8 @@ def product_rate(device, toy, dtype):
 def measure(args):
     """Copy, and products of each dtype; on a CPU with 1, 2, 4 ... threads up to all of them."""
     available = torch.get_num_threads()
-    counts = (
-        sorted({2**i for i in range(available.bit_length())} | {available})
-        if args.device == "cpu"
-        else [available]
-    )
+    powers = {2**i for i in range(available.bit_length())} if args.device == "cpu" else set()
+    counts = sorted(powers | {available})
     for number in range(args.rounds + 1):
         for threads in counts:
             torch.set_num_threads(threads)

@@ -1,7 +1,7 @@
 """The sides of a benchmark: a model in our engine, in transformers, in llama.cpp.
 
-Each has `prefill(prompts, new)`, which reads prompts up to their first new token, `decode(new)`, which adds
-so many to each, and for the bytes that a step reads `weights` and `itemsize` (bytes of a key or value).
+Each has `prefill(prompts, new)`, which also decodes one token, `decode(new)`, which decodes `new` more, and
+for the bytes that a step reads `weights` (bytes) and `itemsize` (bytes of a key or value).
 """
 
 import os
@@ -20,9 +20,11 @@ SMALL = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, head
 SMALL |= dict(num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
 TOY = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, head_dim=16)
 TOY |= dict(num_attention_heads=4, num_key_value_heads=2)
-SHAPES = {"135m": SMALL | {"max_position_embeddings": 8192}}
-SHAPES |= {"stage": PRESETS["stage"] | {"vocab_size": 4096}}
-SHAPES |= {"8b": PRESETS["llama-3.1-8b"] | {"vocab_size": 128_256}}
+SHAPES = {
+    "135m": SMALL | {"max_position_embeddings": 8192},
+    "stage": PRESETS["stage"] | {"vocab_size": 4096},
+    "8b": PRESETS["llama-3.1-8b"] | {"vocab_size": 128_256},
+}
 
 
 def config_of(args, **changes):
@@ -55,9 +57,9 @@ def in_transformers(model, directory, tokenizer=None):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=like.dtype).to(like.device).eval()
 
 
-def bytes_read(model, config):
+def bytes_read(model):
     """Bytes of weights that a decode step reads: all but an embedding table that is not also the head."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    config, weights = model.config, sum(parameter.nbytes for parameter in model.parameters())
     table = config.vocab_size * config.hidden_size * next(model.parameters()).itemsize
     return weights if config.tie_word_embeddings else weights - table
 
@@ -67,7 +69,7 @@ class Ours:
 
     def __init__(self, model):
         self.engine = Engine(model, max_batch=256)
-        self.weights, self.itemsize = bytes_read(model, model.config), self.engine.kv.itemsize
+        self.weights, self.itemsize = bytes_read(model), self.engine.kv.itemsize
 
     def prefill(self, prompts, new):
         params = SamplingParams(0, max_tokens=new + 1)
@@ -85,13 +87,13 @@ class Transformers:
 
     def __init__(self, model, static):
         self.model, self.static = model, static
-        self.weights, self.itemsize = bytes_read(model, model.config), model.dtype.itemsize
+        self.weights, self.itemsize = bytes_read(model), model.dtype.itemsize
 
     def prefill(self, prompts, new):
         from transformers import DynamicCache, StaticCache
 
-        config, room = self.model.config, len(prompts[0]) + new
-        self.cache = StaticCache(config, max_cache_len=room) if self.static else DynamicCache(config=config)
+        config, length = self.model.config, len(prompts[0]) + new
+        self.cache = StaticCache(config, max_cache_len=length) if self.static else DynamicCache(config=config)
         self.tokens = torch.tensor(prompts, device=self.model.device)
         self.decode(1)
 
@@ -105,8 +107,7 @@ class Transformers:
 class LlamaCpp:
     """llama.cpp's server (package xllamacpp) in this process, with as many threads as torch uses.
 
-    slots: sequences decoded in parallel, each of at most `context` tokens. A slot keeps its keys and values:
-    of a prompt that begins with the same tokens only the rest is read.
+    slots: sequences decoded in parallel, each of at most `context` tokens; a slot has a prefix cache.
     """
 
     def __init__(self, args, slots, context):
@@ -117,23 +118,24 @@ class LlamaCpp:
             import xllamacpp
         except ImportError:
             raise UsageError("--peer llama.cpp needs xllamacpp: pip install -e .[bench]") from None
-        params, threads = xllamacpp.CommonParams(), torch.get_num_threads()
+        params = xllamacpp.CommonParams()
         params.model.path, params.n_parallel, params.n_ctx = str(file), slots, slots * context
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
         params.warmup, params.verbosity = False, -1
         self.server, self.weights, self.itemsize = xllamacpp.Server(params), os.path.getsize(file), 2
 
     def complete(self, prompts, new, **options):
-        """The server's answers to prompts (token ids), asked at once, greedily, `new` tokens at most each."""
+        """The server's answers to concurrent prompts (token ids): greedy, at most `new` tokens each."""
         request = dict(prompt=prompts, n_predict=new, temperature=0, return_tokens=True, **options)
         response = httpx.post(f"{self.server.listening_address}/completion", json=request, timeout=None)
         if response.status_code != 200:
             raise UsageError(f"llama.cpp: {response.text[:300]}")
-        return response.json() if isinstance(response.json(), list) else [response.json()]
+        answer = response.json()
+        return answer if isinstance(answer, list) else [answer]
 
     def prefill(self, prompts, new):
         self.prompts = prompts
         self.complete(prompts, 1, ignore_eos=True)
 
     def decode(self, new):
-        self.complete(self.prompts, new, ignore_eos=True)  # only the last token of a prompt is read again
+        self.complete(self.prompts, new, ignore_eos=True)  # prefills only the last token of a prompt again

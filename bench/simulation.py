@@ -1,4 +1,4 @@
-"""A simulation: scenes side by side in our engine, against one after the other as in the paper's code."""
+"""A simulation: scenes side by side in our engine, against one after the other, as in the paper's code."""
 
 import gc
 import time
@@ -17,9 +17,9 @@ from play.protocol import Protocol
 
 
 class Peer:
-    """A model of another program, one chat at a time, given the very token ids that `ours` would read.
+    """A model object for `perform`: another program, one chat at a time, on the token ids `ours` would use.
 
-    generate(ids, number of new tokens at most) -> (new ids, ids found in a cache).
+    generate(prompt ids, maximum of new tokens) -> (new ids, number of cached prompt tokens).
     """
 
     local, name, identity = True, "peer", "peer"
@@ -47,7 +47,7 @@ class Peer:
 
 
 def with_transformers(ours, model):
-    """transformers' own `generate`, which reads the whole history at each call."""
+    """transformers' own `generate`, which prefills the whole history at each call."""
     with TemporaryDirectory() as directory:
         peer = in_transformers(model, f"{directory}/model", ours.tokenizer)
 
@@ -80,18 +80,18 @@ def choose_scenes(args):
 
 
 def measure(args):
-    """Tokens spoken a second by each side, greedily; the warm-up is two rounds of one scene.
+    """Tokens decoded a second by each side, greedily; the warm-up is two rounds of one scene.
 
-    `same text` is the share of a side's finished scenes that went word for word as ours did: 1 with the same
-    weights in the same dtype. A round that Ctrl-C stopped counts as far as it came.
+    `same text`: the share of a side's finished scenes with the same text as ours, 1 with the same weights in
+    the same dtype. A round that Ctrl-C stopped is reported as far as it got.
     """
     args.model = args.model or ("8b" if args.device == "cuda" else str(BUNDLED_ACTOR))
     random = args.model in SHAPES
     local = Local(BUNDLED_ACTOR if random else args.model)
-    dtype, context = local.engine.kv.dtype, min(local.engine.room, 8192)
+    dtype, context = local.engine.kv.dtype, min(local.engine.max_sequence_tokens, 8192)
 
     def ours(model=None):
-        """`local` with an empty cache. The engine before it goes first: its cache takes most of a GPU."""
+        """`local` with an empty cache. The old engine is freed first: its cache takes most of a GPU."""
         local.engine = None
         gc.collect()
         torch.cuda.empty_cache()
@@ -101,16 +101,16 @@ def measure(args):
     ours()
     model = open_model(args, dtype)
     head = model.lm_head if hasattr(model, "lm_head") else model.model["embed_tokens"]
-    head.weight.data[local.tokenizer.vocab_size :] = 0  # what is no token of the tokenizer is never spoken
+    head.weight.data[local.tokenizer.vocab_size :] = 0  # ids beyond the tokenizer's are never sampled
     scenes = choose_scenes(args)
-    few = scenes[: args.peer_scenes or len(scenes)]
+    few = scenes[: args.peer_scenes]
     protocol = Protocol(max_rounds=args.max_rounds, retry_temperature=0.0)
     protocol = replace(protocol, max_tokens=args.turn or (60 if random else 512))
     sides = {"ours": (lambda: ours(model), scenes, len(scenes))}
     if args.peer == "transformers":
         peer = with_transformers(local, model)
         sides["transformers, one by one"] = lambda: peer, few, 1
-    elif args.peer:  # a server of its own each time, with nothing in its cache
+    elif args.peer:  # a new server each time, with an empty cache
         sides["llama.cpp, one by one"] = lambda: with_llama_cpp(local, args, context), few, 1
     else:
         sides["ours, one by one"] = lambda: ours(model), few, 1

@@ -54,43 +54,40 @@ def measure(args):
 opened = None  # in the process of a side: its step, tokens, device
 
 
-def measured_step():
-    return figures_of(*opened)
-
-
 def open_side(args, side):
     """Makes this process a side, for `measured_step`."""
     global opened
-    for number in (signal.SIGINT, signal.SIGTERM):  # they come to all processes; the first one ends this one
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the parent ends this one
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1 if args.toy else torch.get_num_threads())
     cuda, device = args.device == "cuda", train.start_ranks()
     tokenizer = load_tokenizer(Path(args.tokenizer or STAGE_TOKENIZER))
     own = 0 if args.toy or args.model == "stage" else SHAPES[args.model]["vocab_size"]
     config = config_of(args, vocab_size=max(own, tokenizer.vocab_size))
-    options = dict(
+    options = types.SimpleNamespace(
         micro_batch=1, clip=1.0, shard_ranks=None, lora=None, lr=1e-6, weight_decay=0.0, compile=args.compile
     )
-    options |= dict(recompute="full", dtype="bfloat16") if cuda else dict(recompute="none", dtype="float32")
-    options = types.SimpleNamespace(**options | ({"dtype": args.dtype} if args.dtype else {}))
+    options.recompute = "full" if cuda else "none"
+    options.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     rows = Stream([args.data or STAGE], tokenizer, args.seq_len).take(args.rows)[:]
     model = randomise(train.shard_model(config, device, options))
     if side == "ours":
         optimizer = train.make_optimizer(model, options)
         run = functools.partial(train.train_step, model, optimizer, rows, options, device)
     else:
-        batches = [batch([tuple(part[: row["used"]] for part in labelled(row))]) for row in rows]
+        batches = [packed(row) for row in rows]
         if side.endswith("padded"):
-            documents = [document for row in rows for document in split(row)]
-            batches = [batch(documents[i : i + 8]) for i in range(0, len(documents), 8)]
+            documents = [document for row in batches for document in split(row)]
+            batches = [padded(documents[i : i + 8]) for i in range(0, len(documents), 8)]
         with tempfile.TemporaryDirectory() as directory:
             run = peer_step(in_transformers(model, f"{directory}/model"), batches, options)
         del model
     opened = run, sum(row["used"].item() for row in rows), device
 
 
-def figures_of(run, tokens, device):
-    """The figures of a step; run() -> a dict with `loss`, and of ours `flops`."""
+def measured_step():
+    """The figures of one step; the step returns a dict with `loss`, and ours with `flops`."""
+    run, tokens, device = opened
     line = {}
     took = seconds(lambda: line.update(run()), device.type)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_peak()
@@ -107,26 +104,26 @@ def resident_peak():
     return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("utf-8"))[1]) * 2**10
 
 
-def labelled(row):
-    """(tokens, labels, positions) [T]; transformers has labels at the token itself, not at the one before."""
-    return row["tokens"], F.pad(row["targets"][:-1], (1, 0), value=IGNORE), row["positions"]
+def packed(row):
+    """A row as arguments of transformers [1, T], which makes its attention mask from the positions.
+
+    transformers has a label at its own token, not at the token before.
+    """
+    labels = F.pad(row["targets"][:-1], (1, 0), value=IGNORE)
+    parts = {"input_ids": row["tokens"], "labels": labels, "position_ids": row["positions"]}
+    return {name: part[None, : row["used"]] for name, part in parts.items()}
 
 
 def split(row):
-    """The same for each document of a row."""
-    parts = [part[: row["used"]] for part in labelled(row)]
-    starts = (parts[2] == 0).nonzero().flatten().tolist()
-    return zip(*(part.tensor_split(starts[1:]) for part in parts), strict=True)
+    """(ids, labels) of each document of a packed row."""
+    starts = (row["position_ids"][0] == 0).nonzero().flatten().tolist()
+    parts = (row[name][0].tensor_split(starts[1:]) for name in ("input_ids", "labels"))
+    return zip(*parts, strict=True)
 
 
-def batch(documents):
-    """Arguments of transformers' forward pass: documents padded to the longest, or one packed row.
-
-    From the positions of a row alone transformers makes the mask of its documents itself.
-    """
-    ids, labels, positions = map(list, zip(*documents, strict=True))
-    if len(ids) == 1:
-        return {"input_ids": ids[0][None], "labels": labels[0][None], "position_ids": positions[0][None]}
+def padded(documents):
+    """Documents as arguments of transformers, padded to the longest."""
+    ids, labels = zip(*documents, strict=True)
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     mask = pad([torch.ones_like(part) for part in ids])
     return {"input_ids": pad(ids), "labels": pad(labels, padding_value=IGNORE), "attention_mask": mask}
@@ -135,15 +132,15 @@ def batch(documents):
 def peer_step(model, batches, options):
     """One optimiser step of transformers, its gradient accumulated over batches."""
     model.train()
-    adamw = dict(lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    optimizer = torch.optim.AdamW(model.parameters(), **adamw)
-    batches = [{name: part.to(model.device) for name, part in made.items()} for made in batches]
-    supervised = sum((made["labels"] != IGNORE).sum() for made in batches)
+    betas, decay = (0.9, 0.95), options.weight_decay
+    optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas, weight_decay=decay, fused=True)
+    batches = [{name: part.to(model.device) for name, part in batch.items()} for batch in batches]
+    supervised = sum((batch["labels"] != IGNORE).sum() for batch in batches)
 
     def run():
         total = 0.0
-        for made in batches:
-            loss = model(**made, use_cache=False, num_items_in_batch=supervised).loss
+        for batch in batches:
+            loss = model(**batch, use_cache=False, num_items_in_batch=supervised).loss
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip)

@@ -101,7 +101,7 @@ class ViewCache(StepCache):
 
     def read(self, layer, seen):
         """Keys and values, [1, K, seen, D] each."""
-        if len(seen) == len(self.kv):
+        if not isinstance(seen[1], slice):
             return seen[2 * layer : 2 * layer + 2]
         pages, part = seen
         gathered = (self.kv[2 * layer + i].index_select(0, pages).flatten(0, 1)[part] for i in range(2))

@@ -3,7 +3,6 @@
 import itertools
 import random
 import re
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import numpy as np
 from common import files, terminal
 from common.files import UsageError
 from evals.judging import judge_run, open_judge
-from evals.metrics import METRICS, bootstrap, paired, spearman
-from evals.report import count_verdicts, interval, number, scene_of, table
+from evals.metrics import METRICS, bootstrap, mean, spearman
+from evals.report import compare_runs, count_verdicts, interval, number, scene_of, table
 from evals.rubric import load_rubric
 from evals.verdicts import read_performances, rescore
 
@@ -36,12 +35,12 @@ def calibrate(args):
         runs[control] = [(scene, messages_of(scene), {"actor": control}) for scene in chosen.values()]
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", args.judge).strip("-")
     out = Path(args.out) if args.out else files.OUT / "calibration" / slug
-    judge, judged = open_judge(args, out), {}
+    judge, rubric, judged = open_judge(args, out), load_rubric(args.rubric), {}
     for name, run in runs.items():
         terminal.note(f"{name}, {len(run)} scenes")
-        judged[name] = judge_run(run, out / f"{name}.jsonl", args, judge)
+        judged[name] = judge_run(run, out / f"{name}.jsonl", args, judge, rubric)
     recorded = {name: rescore(folder / f"{name}{EVALUATION}", args.length_weight)[0] for name in models}
-    facts = {"judge": judge.name, "rubric": load_rubric(args.rubric)["name"], "out": str(out)}
+    facts = {"judge": judge.name, "rubric": rubric["name"], "out": str(out)}
     return facts | compare_with_recorded(judged, recorded)
 
 
@@ -60,48 +59,44 @@ def shuffled(scene):
 def compare_with_recorded(judged, recorded):
     """How verdicts agree with recorded ones; both are {model: lines}, and `judged` has the controls too."""
     pairs = {name: _scored_pairs(judged[name], lines) for name, lines in recorded.items()}
-    pooled = [pair for of_model in pairs.values() for pair in of_model.values()]
-    models = {name: agreement(list(of_model.values())) for name, of_model in pairs.items()}
+    by_model = {name: list(of_model.values()) for name, of_model in pairs.items()}
+    pooled = [pair for of_model in by_model.values() for pair in of_model]
     keys = {"judge": "score"} | METRICS
     return {
-        "models": models | {"pooled": agreement(pooled)},
+        "models": {name: agreement(of_model) for name, of_model in (by_model | {"pooled": pooled}).items()},
         "better_of_two": {label: better_of_two(pairs, key) for label, key in keys.items()},
         "length": length_bias(pooled),
-        "controls": compare_controls(judged["original"], judged["shuffled"]),
+        "controls": compare_runs(judged["original"], judged["shuffled"]).get("Average"),
         **count_verdicts([line for lines in judged.values() for line in lines]),
     }
 
 
 def _scored_pairs(lines, others):
     """{scene: (line, other line)} of the scenes that have a score in both."""
-    others = {scene_of(line): line for line in others if line["score"] is not None}
-    scored = {scene_of(line): line for line in lines if line["score"] is not None}
-    return {scene: (line, others[scene]) for scene, line in scored.items() if scene in others}
+    lines, others = (
+        {scene_of(line): line for line in run if line["score"] is not None} for run in (lines, others)
+    )
+    return {scene: (line, others[scene]) for scene, line in lines.items() if scene in others}
+
+
+def _columns(pairs):
+    """The scores of the first lines of pairs, and those of the second."""
+    return [[pair[side]["score"] for pair in pairs] for side in (0, 1)]
 
 
 def agreement(pairs):
     """{scenes, spearman, mean, recorded}: rank correlation over scenes and the two means."""
-    judge, recorded = ([pair[side]["score"] for pair in pairs] for side in (0, 1))
-    means = {"mean": bootstrap(judge)[0], "recorded": bootstrap(recorded)[0]}
+    judge, recorded = _columns(pairs)
+    means = {"mean": mean(judge), "recorded": mean(recorded)}
     return {"scenes": len(pairs), "spearman": spearman(judge, recorded)} | means
 
 
 def length_bias(pairs):
     """Rank correlation of the number of messages with both scores and with their difference."""
-    turns = [line["turns"] for line, _ in pairs]
-    judge, recorded = ([pair[side]["score"] for pair in pairs] for side in (0, 1))
+    turns, (judge, recorded) = [line["turns"] for line, _ in pairs], _columns(pairs)
     difference = [round(x - y, 9) for x, y in zip(judge, recorded, strict=True)]
     scores = {"judge": judge, "recorded": recorded, "difference": difference}
     return {name: spearman(turns, values) for name, values in scores.items()}
-
-
-def compare_controls(original, mixed):
-    """The paired comparison of the controls with both means, or None where no scene has both scores."""
-    pairs = _scored_pairs(original, mixed).values()
-    scores = [[pair[side]["score"] for pair in pairs] for side in (0, 1)]
-    if not pairs:
-        return None
-    return paired(*scores) | dict(zip(("original", "shuffled"), map(statistics.mean, scores), strict=True))
 
 
 def better_of_two(pairs, key):
@@ -114,8 +109,8 @@ def better_of_two(pairs, key):
                 order = np.sign(recorded_a["score"] - recorded_b["score"])
                 agree.append((np.sign(a[key] - b[key]) * order + 1) / 2)
                 scenes.append(str(scene))
-    mean, low, high = bootstrap(agree, scenes=scenes)
-    return {"share": mean, "low": low, "high": high, "pairs": len(agree)}
+    share, low, high = bootstrap(agree, scenes=scenes)
+    return {"share": share, "low": low, "high": high, "pairs": len(agree)}
 
 
 def calibration_text(summary):
@@ -134,11 +129,9 @@ def calibration_text(summary):
     rows = [(name, number(value)) for name, value in summary["length"].items()]
     yield table(("score", "Spearman"), rows)
     if controls := summary["controls"]:
-        original, mixed, difference = (number(controls[k]) for k in ("original", "shuffled", "difference"))
+        original, mixed, difference = (number(controls[name]) for name in ("ours", "theirs", "difference"))
         spread = interval(controls, "+.2f")
         yield f"\ncontrols: original {original}, shuffled {mixed}, difference {difference} ({spread})"
         passed = controls["low"] is not None and controls["low"] > 0
-        what = (
-            "controls passed: the judge prefers" if passed else "CONTROLS FAILED: the judge does not prefer"
-        )
-        yield f"{what} the original to its shuffled messages, on these scenes"
+        result, does = ("passed", "prefers") if passed else ("FAILED", "does not prefer")
+        yield f"controls {result}: the judge {does} the original to its shuffled messages, on these scenes"

@@ -1,15 +1,12 @@
 """Asks the judge about every performance, and writes verdicts.jsonl."""
 
-import contextlib
-import time
-from collections import Counter
 from dataclasses import dataclass
 
 from common import terminal
 from common.files import UsageError, append_line, make_dir, read_lines, write_lines
 from engine.params import SamplingParams
-from evals.rubric import digest, flaw_schema, judge_messages, load_rubric, parse_flaws, writable
-from evals.verdicts import VERDICT_KEYS, rescore, verdict_line
+from evals.rubric import flaw_schema, judge_messages, parse_flaws, writable
+from evals.verdicts import VERDICT_KEYS, by_digest, rescore, verdict_line
 from llm import open_model
 
 TRIES = 3  # for a valid verdict
@@ -20,9 +17,8 @@ ANSWERS = "answers"  # directory beside the verdicts for an endpoint's answers
 
 @dataclass
 class Question:
-    """One dimension of one performance in one repeat, and what the judge answered."""
+    """One dimension of a performance in one repeat, and what the judge answered."""
 
-    key: str  # of the performance
     dimension: str
     repeat: int
     prompt: list  # of messages
@@ -45,33 +41,98 @@ def open_judge(args, directory):
     return model
 
 
+def judge_run(performances, out, args, model, rubric):
+    """Verdict lines of performances, in order; they are written to `out`, and complete ones there are kept.
+
+    Lines that are judged again stay in the file until their new ones follow. Every line is scored with
+    args.length_weight. Without a model only the metrics are computed.
+    """
+    fields = {"judge": model and model.name, "rubric": rubric["name"], "seed": args.seed}
+    fields["temperature"] = args.temperature
+    wanted, recorded = by_digest(performances), _recorded(out, args.length_weight, fields)
+    repeats = args.repeats if model else 0
+    left = {key: wanted[key] for key in wanted if not _is_complete(recorded.get(key), repeats)}
+    lines, answers, complete = dict(recorded), 0, len(wanted) - len(left)
+    make_dir(out.parent)
+    write_lines(out, lines.values())
+    try:
+        with terminal.reporting(len(wanted), "scenes") as update:
+
+            def on_reply():
+                nonlocal answers
+                answers += 1
+                update(complete, f"judging, {answers:,} answers")
+
+            judged = ((key, {}) for key in left)
+            if model:
+                sampling = args.seed, args.repeats, args.temperature, max(GROUP, args.concurrency)
+                before = {key: line["dimensions"] for key, line in recorded.items()}
+                judged = judge_all(left, model, rubric, *sampling, before, on_reply)
+            for key, dimensions in judged:
+                if model and model.adaptations:  # to what the endpoint accepts
+                    fields["adaptations"] = list(model.adaptations)
+                lines[key] = verdict_line(key, left[key], fields, args.length_weight, dimensions)
+                append_line(out, lines[key])
+                complete += 1
+                update(complete, f"judging, {answers:,} answers" if model else "computing metrics")
+    except (KeyboardInterrupt, UsageError) as error:
+        reason = f"{error}. " if str(error) else ""
+        hint = f"{complete} verdicts are in {out}; the same command goes on from there"
+        raise type(error)(f"{reason}{hint}") from None
+    in_order = [lines[key] for key in wanted]
+    write_lines(out, [line for key, line in lines.items() if key not in wanted] + in_order)
+    return in_order
+
+
+def _recorded(out, weight, fields):
+    """{performance: line} of a verdicts.jsonl; UsageError if of another judge, rubric or sampling."""
+    lines = rescore(out, weight)[0] if read_lines(out, VERDICT_KEYS) else []
+    for line in lines:
+        differing = [f"{name} {line.get(name)}" for name in fields if line.get(name) != fields[name]]
+        if fields["judge"] and line["judge"] and differing:
+            raise UsageError(f"{out}: holds verdicts of {', '.join(differing)}; name another file with --out")
+    return {line["performance"]: line for line in lines}
+
+
+def _is_complete(line, repeats):
+    """Whether a line has a valid verdict in each repeat and dimension; with 0 repeats, whether it exists."""
+    if line is None or not repeats:
+        return line is not None
+    scores = [verdict["scores"] for verdict in line["dimensions"].values()]
+    return bool(scores) and all(len(s) >= repeats and None not in s[:repeats] for s in scores)
+
+
 def judge_all(
     wanted, model, rubric, seed=0, repeats=1, temperature=0.0, group=GROUP, before=None, on_reply=lambda: None
 ):
-    """Judges performances, a group at a time, in every dimension, `repeats` times; yields (key, dimensions).
+    """Judges performances, `group` at a time; yields (key, {dimension: {flaws, scores, ...}}).
 
     wanted: {key: (scene, messages, settings)}. before: {key: dimensions} of an earlier run; what was invalid
-    in it is asked again with other seeds. dimensions: {name: {flaws, scores, ...}}; `scores` has 0.0, to be
-    computed, for each repeat, or None where there is no valid verdict; then there are `error` and the number
-    of `tries`.
+    in it is asked again with other seeds. `scores` has for each repeat 0.0, to be computed, or None where
+    there is no valid verdict; then there are `error` and the number of `tries`.
     """
-    keys = list(wanted)
+    before, keys = before or {}, list(wanted)
     for start in range(0, len(keys), group):
-        questions = []
-        for key in keys[start : start + group]:
-            scene, messages, settings = wanted[key]
-            for name in rubric["dimensions"]:
-                prompt = judge_messages(scene, messages, name, rubric, settings)
-                earlier = (before or {}).get(key, {}).get(name, {})
-                for r in range(repeats):
-                    invalid = earlier.get("scores", [])[r : r + 1] == [None]
-                    tries = earlier.get("tries", 0) if invalid else 0
-                    questions.append(Question(key, name, r, prompt, tries))
-        _ask(questions, model, rubric, seed, temperature, on_reply)
-        for key in keys[start : start + group]:
-            asked = [q for q in questions if q.key == key]
+        asked = {
+            key: _questions(*wanted[key], rubric, repeats, before.get(key, {}))
+            for key in keys[start : start + group]
+        }
+        every = [question for questions in asked.values() for question in questions]
+        _ask(every, model, rubric, seed, temperature, on_reply)
+        for key, questions in asked.items():
             names = rubric["dimensions"]
-            yield key, {name: _verdict([q for q in asked if q.dimension == name]) for name in names}
+            yield key, {name: _verdict([q for q in questions if q.dimension == name]) for name in names}
+
+
+def _questions(scene, messages, settings, rubric, repeats, before):
+    """A Question for each dimension and repeat. before: {dimension: verdict} of an earlier run."""
+    questions = []
+    for name in rubric["dimensions"]:
+        prompt, earlier = judge_messages(scene, messages, name, rubric, settings), before.get(name, {})
+        tries = [earlier.get("tries", 0) * (score is None) for score in earlier.get("scores", [])]
+        tries += [0] * repeats
+        questions += [Question(name, r, prompt, tries[r]) for r in range(repeats)]
+    return questions
 
 
 def _ask(questions, model, rubric, seed, temperature, on_reply):
@@ -89,7 +150,7 @@ def _ask(questions, model, rubric, seed, temperature, on_reply):
                 q.error, q.failed = writable(reply.error), True
                 continue
             q.tries += 1
-            q.reasoning = writable(getattr(reply, "reasoning", None) or "")
+            q.reasoning = writable(reply.reasoning)
             try:
                 q.flaws = parse_flaws(reply.text, q.dimension, rubric["severity"])
             except (ValueError, RecursionError) as error:
@@ -105,86 +166,3 @@ def _verdict(questions):
     if any(q.reasoning for q in questions):
         verdict["reasoning"] = [q.reasoning for q in questions]
     return verdict
-
-
-def judge_run(performances, out, args, model):
-    """Verdict lines of performances, in order; they are written to `out`, and complete ones there are kept.
-
-    Every line of the file is scored with args.length_weight. Without a model only the metrics are computed.
-    """
-    rubric = load_rubric(args.rubric)
-    judge_fields = {"judge": model and model.name, "rubric": rubric["name"], "seed": args.seed}
-    judge_fields["temperature"] = args.temperature
-    wanted = {digest(scene.to_dict(), messages): (scene, messages, s) for scene, messages, s in performances}
-    recorded = _recorded(out, args.length_weight, judge_fields)
-    repeats = args.repeats if model else 0
-    left = {key: wanted[key] for key in wanted if not _is_complete(recorded.get(key), repeats)}
-    lines = {key: line for key, line in recorded.items() if key not in left}
-    make_dir(out.parent)
-    write_lines(out, lines.values())
-    try:
-        with _progress(len(wanted), len(wanted) - len(left)) as count:
-            for line in _new_lines(left, recorded, model, rubric, judge_fields, args, count):
-                lines[line["performance"]] = line
-                append_line(out, line)
-                count("scenes")
-    except (KeyboardInterrupt, UsageError) as error:
-        reason, done = f"{error}. " if str(error) else "", sum(key in lines for key in wanted)
-        hint = f"{done} verdicts are in {out}; the same command goes on from there"
-        raise type(error)(f"{reason}{hint}") from None
-    in_order = [lines[key] for key in wanted]
-    write_lines(out, [line for key, line in lines.items() if key not in wanted] + in_order)
-    return in_order
-
-
-def _new_lines(left, recorded, model, rubric, judge_fields, args, count):
-    """Yields the verdict line of each performance left to judge. recorded: lines of an earlier run."""
-    judged = ((key, {}) for key in left)
-    if model:
-        sampling = (args.seed, args.repeats, args.temperature, max(GROUP, args.concurrency))
-        before = {key: line["dimensions"] for key, line in recorded.items()}
-        judged = judge_all(left, model, rubric, *sampling, before, lambda: count("answers"))
-    for key, dimensions in judged:
-        adaptations = list(getattr(model, "adaptations", []))  # of requests to what the endpoint accepts
-        judge_fields = judge_fields | ({"adaptations": adaptations} if adaptations else {})
-        yield verdict_line(key, left[key], judge_fields, args.length_weight, dimensions)
-
-
-def _recorded(out, weight, judge_fields):
-    """{performance: line} of a verdicts.jsonl; UsageError if of another judge, rubric or sampling."""
-    lines = rescore(out, weight)[0] if read_lines(out, VERDICT_KEYS) else []
-    for line in lines:
-        differing = [
-            f"{name} {line.get(name)}" for name in judge_fields if line.get(name) != judge_fields[name]
-        ]
-        if judge_fields["judge"] and line["judge"] and differing:
-            found = f"{line['judge']}, {', '.join(differing)}"
-            raise UsageError(f"{out}: holds verdicts of {found}; name another file with --out")
-    return {line["performance"]: line for line in lines}
-
-
-def _is_complete(line, repeats):
-    """Whether a line has a valid verdict in each repeat and dimension; with 0 repeats, whether it exists."""
-    if line is None or not repeats:
-        return line is not None
-    scores = [verdict["scores"] for verdict in line["dimensions"].values()]
-    return bool(scores) and all(len(s) >= repeats and None not in s for s in scores)
-
-
-@contextlib.contextmanager
-def _progress(scenes, done):
-    """Yields count("scenes" or "answers"): a bar on a terminal, elsewhere a line every few seconds."""
-    counts, shown_at = Counter(scenes=done), time.monotonic()
-    with terminal.progress() as bar:
-        task = bar.add_task("judging", total=scenes, completed=done)
-
-        def count(what):
-            nonlocal shown_at
-            counts[what] += 1
-            answers = f", {counts['answers']} answers" if counts["answers"] else ""
-            bar.update(task, completed=counts["scenes"], description=f"judging{answers}")
-            if not terminal.stderr.is_terminal and time.monotonic() - shown_at > terminal.EVERY:
-                terminal.note(f"{counts['scenes']} of {scenes} scenes judged{answers}")
-                shown_at = time.monotonic()
-
-        yield count

@@ -1,9 +1,4 @@
-"""Scores and statistics: penalty scores, BLEU, ROUGE-L, bootstrap intervals, rank correlation.
-
-score_flaws([{"severity": 3}], turns=12)        # 100 - 5 * (3 - 0.3 * 12) = 103
-bootstrap(scores)                               # (mean, low, high): 95% over scenes
-paired([a1, a2, ...], [b1, b2, ...])            # two runs on the same scenes
-"""
+"""Scores and statistics: penalty scores, BLEU, ROUGE-L, bootstrap intervals, rank correlation."""
 
 import statistics
 import warnings
@@ -22,9 +17,8 @@ METRICS = {  # label in tables: key in verdicts.jsonl
 def score_flaws(flaws, turns, weight=LENGTH_WEIGHT, cap=None):
     """100 - 5 * (sum of severities - weight * turns), at least 0 (CoSER paper, section 4.3).
 
-    flaws: dicts with an integer `severity`. turns: simulated messages that are not the Environment's. weight:
-    severity points forgiven per message, since longer scenes show more flaws. cap: the highest score; none in
-    the paper, 100 in the 2025 release.
+    turns: simulated messages that are not the Environment's. cap: the highest score; none in the paper, 100
+    in the 2025 release.
     """
     score = max(0.0, 100 - 5 * (sum(flaw["severity"] for flaw in flaws) - weight * turns))
     return score if cap is None else min(score, cap)
@@ -36,18 +30,23 @@ def with_scores(line, weight=LENGTH_WEIGHT):
     A dimension's score is the mean over its valid repeats (None in `scores` marks an invalid one), the
     scene's score the mean over dimensions, or None where a dimension has none.
     """
-    dimensions = {}
-    for name, verdict in line["dimensions"].items():
-        scores = list(verdict["scores"])
-        for repeat, recorded in enumerate(scores):
-            if recorded is not None:
-                flaws = [flaw for flaw in verdict["flaws"] if flaw.get("repeat", 0) == repeat]
-                scores[repeat] = score_flaws(flaws, line["turns"], weight)
-        valid = [score for score in scores if score is not None]
-        dimensions[name] = verdict | {"scores": scores, "score": statistics.mean(valid) if valid else None}
+
+    def rescored(verdict):
+        scores = []
+        for repeat, recorded in enumerate(verdict["scores"]):
+            flaws = [flaw for flaw in verdict["flaws"] if flaw.get("repeat", 0) == repeat]
+            scores.append(None if recorded is None else score_flaws(flaws, line["turns"], weight))
+        return verdict | {"scores": scores, "score": mean([score for score in scores if score is not None])}
+
+    dimensions = {name: rescored(verdict) for name, verdict in line["dimensions"].items()}
     scores = [verdict["score"] for verdict in dimensions.values()]
-    score = statistics.mean(scores) if scores and None not in scores else None
+    score = None if None in scores else mean(scores)
     return line | {"dimensions": dimensions, "length_weight": weight, "score": score}
+
+
+def mean(values):
+    """The mean of a list, or None if it is empty."""
+    return statistics.mean(values) if values else None
 
 
 def bleu(reference, candidate):
@@ -55,19 +54,15 @@ def bleu(reference, candidate):
 
     Tokens are nltk's, after its untrained sentence splitter, so that no data has to be downloaded.
     """
-    from nltk.translate.bleu_score import sentence_bleu
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # nltk warns where no n-gram is shared; the score is then 0
-        return float(sentence_bleu([_word_tokens(reference)], _word_tokens(candidate)))
-
-
-def _word_tokens(text):
     from nltk.tokenize import NLTKWordTokenizer
     from nltk.tokenize.punkt import PunktSentenceTokenizer
+    from nltk.translate.bleu_score import sentence_bleu
 
-    sentences = PunktSentenceTokenizer().tokenize(text.lower())
-    return [token for sentence in sentences for token in NLTKWordTokenizer().tokenize(sentence)]
+    sentences, words = PunktSentenceTokenizer().tokenize, NLTKWordTokenizer().tokenize
+    texts = [[w for s in sentences(text.lower()) for w in words(s)] for text in (reference, candidate)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nltk warns where no n-gram is shared; the score is then 0
+        return float(sentence_bleu(texts[:1], texts[1]))
 
 
 def rouge_l(reference, candidate, variant="lcs"):
@@ -81,13 +76,12 @@ def rouge_l(reference, candidate, variant="lcs"):
         return _f1(_lcs_rows(x, y)[-1].bit_count(), len(y), len(x))
     if variant != "release":
         raise ValueError(f"variant {variant!r} is neither 'lcs' nor 'release'")
-    reference, candidate = (
+    x, y = (
         [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
         for text in (reference, candidate)
     )
-    shared = {word for x in reference for y in candidate for word in _lcs_words(x, y)}
-    sizes = [len({word for sentence in text for word in sentence}) for text in (candidate, reference)]
-    return _f1(len(shared), *sizes, epsilon=1e-8)
+    shared = {word for own in x for other in y for word in _lcs_words(own, other)}
+    return _f1(len(shared), len(set().union(*y)), len(set().union(*x)), epsilon=1e-8)
 
 
 def _f1(shared, candidate, reference, epsilon=0.0):
@@ -146,11 +140,12 @@ def bootstrap(values, resamples=10_000, seed=0, scenes=None):
 
 
 def paired(ours, theirs):
-    """{difference, low, high, wins, scenes} of two runs on the same scenes, in order; a tie is half a win."""
-    difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    mean, low, high = bootstrap(difference)
-    wins = float(np.mean((np.sign(difference) + 1) / 2)) if len(difference) else None
-    return {"difference": mean, "low": low, "high": high, "wins": wins, "scenes": len(difference)}
+    """Both means, their difference with its interval, wins (a tie is half) of two runs on the same scenes."""
+    differences = np.subtract(ours, theirs)
+    difference, low, high = bootstrap(differences)
+    columns = {"wins": (np.sign(differences) + 1) / 2, "ours": ours, "theirs": theirs}
+    means = {name: float(np.mean(column)) for name, column in columns.items()}
+    return {"difference": difference, "low": low, "high": high, "scenes": len(differences)} | means
 
 
 def spearman(x, y):

@@ -12,78 +12,72 @@ from pathlib import Path
 import jinja2
 
 from common import terminal
-from data.brackets import ACTION, THOUGHT, BracketParser
+from data.brackets import ACTION, SPEECH, THOUGHT, BracketParser
 from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT
 from evals.metrics import METRICS
-from evals.report import common_value, protocol, short, values
+from evals.report import how_played, short, values
+from evals.rubric import writable
 
-COLOURS = 6  # of dimensions, in page.html
+COLOURS = 6  # of dimensions: classes d0 to d5 in page.html
 KINDS = {THOUGHT: "thought", ACTION: "action"}
 QUOTATION = re.compile(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|(?<!\w)['\u2018](.+?)['\u2019](?!\w)")
 
 
 def html(lines, performances, summary):
-    """The page as text: it loads nothing, escapes all text, and its policy allows no script but its own."""
-    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    """The page as text: it loads nothing and escapes all text."""
     dimensions = list(dict.fromkeys(name for line in lines for name in line["dimensions"]))
     verdicts = [verdict for line in lines for verdict in line["dimensions"].values()]
     severities = [flaw["severity"] for verdict in verdicts for flaw in verdict["flaws"]]
     ids, pairs = itertools.count(), zip(lines, performances, strict=True)
     scenes = [scene_fields(line, scene, messages, dimensions, ids) for line, (scene, messages, _) in pairs]
-    columns = [values(line) for line in lines]
-
-    def row_fields(label, row, mean):
-        scored = [(i, column[label]) for i, column in enumerate(columns) if column.get(label) is not None]
-        dots = [{"scene": i, "title": scenes[i]["book"], "value": value} for i, value in scored]
-        colour = f"d{dimensions.index(label) % COLOURS}" if label in dimensions else "dx"
-        return {**row, "label": label, "mid": row[mean], "colour": colour, "dots": dots}
-
-    scores = {label: row for label, row in summary["rows"].items() if label not in METRICS}
-    rows = [row_fields(label, row, "mean") for label, row in scores.items()]
+    rows = {label: row for label, row in summary["rows"].items() if label not in METRICS}
+    columns = [list(enumerate(values(line).get(label) for line in lines)) for label in rows]
+    dots = [[(i, value) for i, value in column if value is not None] for column in columns]
     versus = summary.get("versus", {"name": "", "rows": {}})
-    differences = [row_fields(label, row, "difference") for label, row in versus["rows"].items()]
-    edges = [row[key] or 0 for row in differences for key in ("difference", "low", "high")]
+    edges = [abs(row[key] or 0) for row in versus["rows"].values() for key in ("difference", "low", "high")]
     books = list(dict.fromkeys(scene["book"] for scene in scenes))
-    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    template = jinja2.Environment(autoescape=True, **options).from_string(source)
-    page = template.render(
+    return render(
+        "page.html",
         title=" and ".join(books) if len(books) < 3 else f"{len(lines)} scenes from {len(books)} books",
-        hashes={tag: _policy_hash(source, tag) for tag in ("style", "script")},
         facts=_facts(lines, summary, len(severities)),
-        against=short(versus["name"]),
-        rows=rows,
-        average=scores.get("Average"),
-        metrics=[(label, row) for label, row in summary["rows"].items() if label in METRICS],
         summary=summary,
-        versus=differences,
-        reach=4 * max(1, math.ceil(max(map(abs, edges), default=0) / 4)),
-        top=max([100, *(dot["value"] for row in rows for dot in row["dots"])]),
-        dimensions=dimensions,
+        rows=rows,
+        dots=dict(zip(rows, dots, strict=True)),
+        metrics={label: row for label, row in summary["rows"].items() if label in METRICS},
+        against=short(versus["name"]),
+        versus=versus["rows"],
+        reach=4 * max(1, math.ceil(max(edges, default=0) / 4)),
+        top=max([100, *(value for column in dots for _, value in column)]),
+        colours={name: f"d{index % COLOURS}" for index, name in enumerate(dimensions)},
         least=min([1, *severities]),
         most=min(10, max([5, *severities])),
         scenes=scenes,
         at=lambda value, low, high: round(100 * (value - low) / (high - low), 2),
-        ticks=lambda low, high: (
-            range(0, int(high) + 1, 25) if low == 0 else [low, low / 2, 0, high / 2, high]
-        ),
+        ticks=lambda low, high: [low, low / 2, 0, high / 2, high] if low else range(0, int(high) + 1, 25),
     )
-    return page.encode("utf-8", errors="replace").decode()
+
+
+def render(name, **fields):
+    """A template of this folder, filled; its security policy allows no style or script but its own."""
+    source = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Environment(autoescape=True, **options).from_string(source)
+    hashes = {tag: _policy_hash(source, tag) for tag in ("style", "script") if f"<{tag}>" in source}
+    return writable(template.render(hashes=hashes, **fields))
 
 
 def _policy_hash(source, tag):
-    """The hash by which the page's security policy knows its own style or script."""
     own = re.search(rf"<{tag}>(.*?)</{tag}>", source, re.DOTALL)[1]
     return "sha256-" + base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()
 
 
 def _facts(lines, summary, flaws):
     """[(name, value)] for the head of the page."""
-    settings = [line.get("settings", {}) for line in lines]
-    facts = {name.title(): summary[name] for name in ("judge", "rubric", "seed") if summary["judge"]}
-    facts |= {"Actor": common_value(settings, "actor"), "Protocol": protocol(settings[0])}
-    facts |= {"Scenes": summary["scenes"], "Messages": sum(line["turns"] for line in lines), "Flaws": flaws}
-    return [(name, short(value)) for name, value in facts.items() if value is not None]
+    facts = {name: summary[name] for name in ("judge", "rubric", "seed") if summary["judge"]}
+    facts |= how_played(lines) | {"scenes": summary["scenes"]}
+    facts |= {"messages": sum(line["turns"] for line in lines), "flaws": flaws}
+    return [(name.title(), short(value)) for name, value in facts.items() if value is not None]
 
 
 def scene_fields(line, scene, messages, dimensions, ids):
@@ -93,38 +87,45 @@ def scene_fields(line, scene, messages, dimensions, ids):
     for i, message in enumerate(spoken):
         if message.get("named"):
             texts[i] = texts[i].replace(f"{message['role']}:", "", 1).strip()
-    marks, flaws, loose = place_flaws(line, texts, dimensions, ids)
+    names = [message["role"] for message in spoken]
+    played = [channels(name, text) for name, text in zip(names, texts, strict=True)]
+    marks, flaws, loose = place_flaws(line, played, dimensions, ids)
     where = f"plot {scene.i_p}, conversation {scene.i_c}"
 
-    def message_fields(name, text, i=None):
-        return {"name": name, "world": name == ENVIRONMENT, "spans": spans(text, marks[i]), "flaws": flaws[i]}
+    def message_fields(name, spans, flaws=()):
+        return {"name": name, "world": name == ENVIRONMENT, "spans": spans, "flaws": flaws}
 
+    written = [(turn["character"], turn["message"]) for turn in scene.dialogues]
     return {
         "book": scene.book,
         "where": f"{scene.topic}, {where}" if scene.topic else where,
         "scenario": scene.scenario,
         "score": line["score"],
-        "chips": [{"name": name, "score": verdict["score"]} for name, verdict in line["dimensions"].items()],
-        "played": [message_fields(m["role"], texts[i], i) for i, m in enumerate(spoken)],
+        "dimensions": line["dimensions"],
+        "played": [message_fields(names[i], spans(played[i], marks[i]), flaws[i]) for i in range(len(names))],
         "loose": loose,
-        "written": [message_fields(turn["character"], turn["message"]) for turn in scene.dialogues],
+        "written": [message_fields(name, spans(channels(name, text), [])) for name, text in written],
     }
 
 
-def place_flaws(line, texts, dimensions, ids):
+def channels(name, text):
+    """[(part, channel)] of a message; the Environment has no thoughts, as in `script_line`."""
+    return [(text, SPEECH)] if name == ENVIRONMENT else list(BracketParser().feed(text))
+
+
+def place_flaws(line, played, dimensions, ids):
     """({message: [(first, last, flaw id)]}, {message: its flaws}, flaws that quote no message).
 
-    Thoughts are blanked before the search, since the judge has not seen them.
+    played: `channels` of each message. Thoughts are blanked before the search: the judge has not seen them.
     """
     marks, flaws, loose = defaultdict(list), defaultdict(list), []
     visible = [
-        "".join(" " * len(part) if kind == THOUGHT else part for part, kind in BracketParser().feed(text))
-        for text in texts
+        "".join(" " * len(part) if channel == THOUGHT else part for part, channel in parts)
+        for parts in played
     ]
     for index, name in enumerate(dimensions):
         for flaw in line["dimensions"].get(name, {"flaws": []})["flaws"]:
-            shown = {"repeat": 0, **flaw, "id": next(ids), "index": index, "colour": index % COLOURS}
-            shown["dimension"] = name
+            shown = {"repeat": 0, **flaw, "id": next(ids), "index": index, "dimension": name}
             if quote := find_quote(flaw["instance"], visible):
                 i, first, last = quote
                 flaws[i].append(shown)
@@ -157,10 +158,10 @@ def find_quote(instance, texts):
     return None
 
 
-def spans(text, marks):
+def spans(parts, marks):
     """A message as pieces {text, kind, flaws}: thought, action or "", and the ids of the flaws quoting it."""
     pieces, start = [], 0
-    for part, channel in BracketParser().feed(text):
+    for part, channel in parts:
         edges = [edge - start for mark in marks for edge in mark[:2] if 0 < edge - start < len(part)]
         for first, last in itertools.pairwise(sorted({0, len(part), *edges})):
             quoting = " ".join(str(i) for a, b, i in marks if a < start + last and start + first < b)

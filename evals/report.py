@@ -1,6 +1,6 @@
 """Summaries of verdict lines: means with intervals, comparisons, the leaderboard; as plain dicts and as text.
 
-`--json` prints the dicts. Scores of different judges or rubrics are never put in one table.
+Scores of different judges or rubrics are never put in one table.
 """
 
 import itertools
@@ -41,13 +41,12 @@ def common_value(lines, name):
 def summarise(lines):
     """{judge, rubric, seed, ..., rows: {label: mean and interval}, repeats: their means and deviation}."""
     columns, rows, means = defaultdict(list), {}, repeat_means(lines)
-    for line in lines:
-        for label, value in values(line).items():
-            columns[label] += [] if value is None else [value]
-    for label, numbers in columns.items():
-        if numbers:
-            mean, low, high = bootstrap(numbers)
-            rows[label] = {"mean": mean, "low": low, "high": high, "scenes": len(numbers)}
+    for label, value in (item for line in lines for item in values(line).items()):
+        if value is not None:
+            columns[label].append(value)
+    for label, column in columns.items():
+        mean, low, high = bootstrap(column)
+        rows[label] = {"mean": mean, "low": low, "high": high, "scenes": len(column)}
     facts = {name: common_value(lines, name) for name in ("judge", "rubric", "seed", "length_weight")}
     repeats = {"means": means, "deviation": statistics.stdev(means)} if len(means) > 1 else None
     return facts | {"scenes": len(lines)} | count_verdicts(lines) | {"rows": rows, "repeats": repeats}
@@ -73,11 +72,11 @@ def count_verdicts(lines):
 
 def require_same_judge(ours, theirs):
     """UsageError where the scores of two runs come from different judges or rubrics."""
-    judges = [
-        {f"{line['judge']} ({line.get('rubric')})" for line in run if line["judge"]} for run in (ours, theirs)
-    ]
-    if all(judges) and judges[0] != judges[1]:
-        here, there = (" and ".join(sorted(side)) for side in judges)
+    here, there = (
+        " and ".join(sorted({f"{line['judge']} ({line.get('rubric')})" for line in run if line["judge"]}))
+        for run in (ours, theirs)
+    )
+    if here and there and here != there:
         raise UsageError(f"--versus: judged by {here} here, by {there} there; their scores do not compare")
 
 
@@ -103,7 +102,7 @@ def leaderboard(runs):
         for line in lines:
             groups[line["judge"], line.get("rubric")][str(name)].append(line)
     for (judge, rubric), members in groups.items():
-        rows = [_leaderboard_row(name, lines) for name, lines in members.items()]
+        rows = [{"run": name} | how_played(lines) | summarise(lines) for name, lines in members.items()]
         rows.sort(key=lambda row: -row["rows"].get("Average", {"mean": 0})["mean"])
         same_scenes = len({frozenset(map(scene_of, lines)) for lines in members.values()}) == 1
         table = {"judge": judge, "rubric": rubric, "same_scenes": same_scenes}
@@ -112,23 +111,16 @@ def leaderboard(runs):
     return {"tables": tables, "published": json.loads(published)}
 
 
-def _leaderboard_row(name, lines):
-    settings, summary = [line.get("settings", {}) for line in lines], summarise(lines)
-    actor = short(common_value(settings, "actor") or "unknown")
-    kept = ("seed", "length_weight", "scenes", "invalid", "rows", "repeats")
-    row = {"run": name, "actor": actor, "protocol": protocol(settings[0])}
-    return row | {key: summary[key] for key in kept}
-
-
 def sweep(runs):
     """[{from, to, ranking}]: for which length weights which ranking of the runs holds."""
     runs = {name: [line for line in lines if line["score"] is not None] for name, lines in runs.items()}
     spans = []
     for weight in WEIGHTS if len(runs) > 1 and all(runs.values()) else ():
-        scores = {
-            name: [with_scores(line, weight)["score"] for line in lines] for name, lines in runs.items()
+        means = {
+            name: statistics.mean(with_scores(line, weight)["score"] for line in lines)
+            for name, lines in runs.items()
         }
-        ranking = sorted(scores, key=lambda name: -statistics.mean(scores[name]))
+        ranking = sorted(means, key=lambda name: -means[name])
         if spans and spans[-1]["ranking"] == ranking:
             spans[-1]["to"] = weight
         else:
@@ -136,8 +128,14 @@ def sweep(runs):
     return spans
 
 
+def how_played(lines):
+    """{actor, protocol} of a run in a few words, from its settings."""
+    settings = [line["settings"] for line in lines]
+    played = [{"actor": short(own.get("actor") or "unknown"), "protocol": protocol(own)} for own in settings]
+    return {name: common_value(played, name) for name in ("actor", "protocol")}
+
+
 def protocol(settings):
-    """How a run was played, in a few words, from its settings."""
     parts = [str(settings.get("protocol", ""))]
     parts += [f"{settings['max_rounds']} rounds"] if "max_rounds" in settings else []
     parts += [f"k={settings['continue_from']}"] if settings.get("continue_from") else []
@@ -159,28 +157,24 @@ def interval(row, form=".2f"):
 
 
 def table(header, rows):
-    """A table for stdout: a rich Table on a terminal, elsewhere the same cells as aligned lines of text."""
-    on_terminal = terminal.stdout.is_terminal
-    drawn = Table(box=SIMPLE_HEAD if on_terminal else None, show_edge=False, pad_edge=False)
+    """A table for `show`; the header is ruled off on a terminal."""
+    drawn = Table(box=SIMPLE_HEAD if terminal.stdout.is_terminal else None, show_edge=False, pad_edge=False)
     for i, name in enumerate(header):
         style = "dim" if "interval" in name or name in ("scenes", "pairs") else ""
         justify, name = "right" if i else "left", Text(terminal.plain(name))
         drawn.add_column(name, justify=justify, style=style, vertical="bottom", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(terminal.plain(str(cell))) for cell in row))
-    if on_terminal:
-        return drawn
-    console = Console(width=10_000, color_system=None)
-    with console.capture() as captured:
-        console.print(drawn)
-    return captured.get().rstrip("\n")
+    return drawn
 
 
 def show(parts):
-    """Prints lines and tables to stdout."""
+    """Prints lines and tables to stdout; elsewhere than on a terminal tables are as wide as they need."""
+    on_terminal = terminal.stdout.is_terminal
+    console = terminal.stdout if on_terminal else Console(width=10_000, emoji=False, highlight=False)
     for part in parts:
         is_text = isinstance(part, str)
-        terminal.stdout.print(terminal.plain(part) if is_text else part, markup=False, soft_wrap=is_text)
+        console.print(terminal.plain(part) if is_text else part, markup=False, soft_wrap=is_text)
 
 
 def summary_text(summary):
@@ -194,10 +188,16 @@ def summary_text(summary):
         yield f"means of the repeats: {means}, standard deviation {summary['repeats']['deviation']:.2f}"
     if "versus" in summary:
         yield f"\nagainst {summary['versus']['name']}, scene by scene"
-        rows = []
-        for label, row in summary["versus"]["rows"].items():
-            cells = number(row["difference"], "+.2f"), interval(row, "+.2f"), number(row["wins"], ".0%")
-            rows.append((label, *cells, row["scenes"]))
+        rows = [
+            (
+                label,
+                number(r["difference"], "+.2f"),
+                interval(r, "+.2f"),
+                number(r["wins"], ".0%"),
+                r["scenes"],
+            )
+            for label, r in summary["versus"]["rows"].items()
+        ]
         yield table(("", "difference", "95% interval", "better on", "scenes"), rows)
     if "recomputed" in summary:
         yield summary["recomputed"]
@@ -207,7 +207,8 @@ def leaderboard_text(board):
     """Yields the lines and tables of a leaderboard, a blank line between tables."""
     facts = ("run", "actor", "protocol", "seed", "scenes", "invalid")
     for part in board["tables"]:
-        labels = dict.fromkeys(label for row in part["rows"] for label in row["rows"] if "(" not in label)
+        labels = dict.fromkeys(label for row in part["rows"] for label in row["rows"])
+        labels.pop("ROUGE-L (release)", None)  # a column less
         weight, rows = part["rows"][0]["length_weight"], []
         yield f"judge: {part['judge'] or 'none'}, {part['rubric']}, length weight {weight}"
         for row in part["rows"]:

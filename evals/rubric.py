@@ -19,9 +19,9 @@ FIELDS += ["original_conversation", "simulated_conversation", "additional_instru
 FIELDS += ["dimension_name", "dimension_brief", "dimension_criteria"]
 RUBRIC = {"template": str, "system?": str, "dimensions": dict, "severity": [int]}
 FLAW = {"instance": str, "type": str, "severity": int}
-# the opening brace of a JSON object, with the group where the object is the value of a key
+# the opening brace of a JSON object; the group matches where the object is the value of a key
 OPENING = re.compile(r'("\s*:\s*)?\{')
-# a comma before a closing bracket, or, as the group, a whole string, in which a comma stays
+# a comma before a closing bracket, or, as the group, a whole string, whose commas are kept
 TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[\]}])', re.DOTALL)
 
 
@@ -109,8 +109,7 @@ def judge_messages(scene, messages, dimension, rubric=prompts.RUBRIC, settings=N
 
 def flaw_schema(rubric):
     """The JSON schema of a verdict, for constrained decoding."""
-    low, high = rubric["severity"]
-    text = {"type": "string"}
+    (low, high), text = rubric["severity"], {"type": "string"}
     flaw = {"instance": text, "type": text, "severity": {"type": "integer", "minimum": low, "maximum": high}}
     item = {"type": "object", "properties": flaw, "required": list(flaw), "additionalProperties": False}
     flaws = {"flaws": {"type": "array", "items": item, "maxItems": 10}}
@@ -128,15 +127,14 @@ def parse_flaws(text, dimension=None, severity=(1, 5)):
     verdicts = max(verdicts, _verdicts(without_commas, dimension)[0], key=len)
     if not verdicts:
         raise ValueError(problem)
-    check(verdicts[-1], [FLAW], "flaws")
-    (low, high), flaws = severity, []
-    for flaw in verdicts[-1]:
-        value = flaw["severity"]
-        if not low <= value <= high:
-            raise ValueError(f"severity {str(value)[:20]} is not an integer from {low} to {high}")
-        texts = {key: writable(flaw[key]) for key in ("instance", "type")}
-        flaws.append(texts | {"severity": value})
-    return flaws
+    flaws, (low, high) = verdicts[-1], severity
+    check(flaws, [FLAW], "flaws")
+    if wrong := [flaw["severity"] for flaw in flaws if not low <= flaw["severity"] <= high]:
+        raise ValueError(f"severity {str(wrong[0])[:20]} is not an integer from {low} to {high}")
+    return [
+        {"instance": writable(flaw["instance"]), "type": writable(flaw["type"]), "severity": flaw["severity"]}
+        for flaw in flaws
+    ]
 
 
 def _verdicts(text, dimension):

@@ -36,31 +36,29 @@ def read_performances(path, scenes_file=None):
     path = Path(path)
     file = path / TRANSCRIPTS if path.is_dir() else path
     if not file.is_file():
-        hint = f"python simulate.py --scene NAME --out {path} makes one"
-        raise UsageError(f"{path}: no {TRANSCRIPTS} here; {hint}")
+        raise UsageError(f"{path}: no {TRANSCRIPTS}; make one: python simulate.py --scene NAME --out {path}")
     try:
         if file.suffix == ".jsonl":
-            performances = [_own_performance(line) for line in read_lines(file, TRANSCRIPT_KEYS)]
+            lines = read_lines(file, TRANSCRIPT_KEYS)
+            check(lines, [{"scene": SCENE, "messages": MESSAGES, "settings": SETTINGS}], "line")
+            performances = [(Scene(**line["scene"]), line["messages"], line["settings"]) for line in lines]
         else:
             performances = _release_performances(file, scenes_file)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{file}: neither a transcript nor a simulation of the release: {error}") from None
-    spoken, silent = {}, 0
-    for scene, messages, settings in performances:
-        if any(m["role"] != NEXT_SPEAKER and m["content"].strip() for m in messages):
-            spoken[digest(scene.to_dict(), messages)] = (scene, messages, settings)
-        else:
-            silent += 1
+    spoken = [
+        p for p in performances if any(m["role"] != NEXT_SPEAKER and m["content"].strip() for m in p[1])
+    ]
     if not spoken:
         raise UsageError(f"{file}: no finished scene in it; python simulate.py ... --resume finishes one")
-    if silent:
+    if silent := len(performances) - len(spoken):
         terminal.note(f"{file}: left out {silent} scene(s) in which nobody says a word")
-    return list(spoken.values())
+    return list(by_digest(spoken).values())
 
 
-def _own_performance(line):
-    check(line, {"scene": SCENE, "messages": MESSAGES, "settings": SETTINGS}, "line")
-    return Scene(**line["scene"]), line["messages"], line["settings"]
+def by_digest(performances):
+    """{digest of scene and messages (the `performance` of verdict lines): performance}; one of duplicates."""
+    return {digest(scene.to_dict(), messages): (scene, messages, s) for scene, messages, s in performances}
 
 
 def _release_performances(file, scenes_file):
@@ -138,7 +136,8 @@ def _recorded_lines(path):
             # older lines have no `scores`, or no `flaws` where the verdict was invalid
             verdict.setdefault("scores", [0.0] if "flaws" in verdict else [None])
             verdict.setdefault("flaws", [])
-    return lines
+    # the last line of a performance counts: an interrupted run leaves earlier ones
+    return list({line.get("performance") or i: line for i, line in enumerate(lines)}.values())
 
 
 def _recorded_case(key, case, path):
@@ -157,11 +156,11 @@ def _recorded_case(key, case, path):
 
 def read_verdicts(path, weight=LENGTH_WEIGHT):
     """Verdict lines of a file, or of a judged directory, there only of performances that are still in it."""
-    file = Path(path) / VERDICTS if Path(path).is_dir() else Path(path)
+    file = Path(path, VERDICTS) if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UsageError(f"{path}: not judged yet; python judge.py {path} --judge MODEL does it")
     lines = rescore(file, weight)[0]
     if file.name != VERDICTS or not (file.parent / TRANSCRIPTS).exists():
         return lines
-    current = {digest(scene.to_dict(), messages) for scene, messages, _ in read_performances(file.parent)}
+    current = by_digest(read_performances(file.parent))
     return [line for line in lines if line["performance"] in current]

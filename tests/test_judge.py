@@ -1183,6 +1183,45 @@ def test_repeats_and_their_spread(script, plays, monkeypatch):
         )
 
 
+def test_fewer_repeats_than_recorded_ask_nothing(script, plays, monkeypatch):
+    """Also where a repeat beyond them is invalid; what is recorded is kept."""
+
+    def answer(body, _):
+        return "No." if body["seed"] >= 1000 else verdict(2)
+
+    file = plays / "verdicts.jsonl"
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        assert script("judge", plays, "--judge", "openai:j", "--repeats", 2)[0] == 0
+        content, asked = file.read_bytes(), len(server.requests)
+        assert script("judge", plays, "--judge", "openai:j", "--repeats", 1)[0] == 0
+        assert len(server.requests) == asked and file.read_bytes() == content
+
+
+def test_an_interrupted_run_keeps_earlier_verdicts(script, plays, monkeypatch):
+    """With more repeats, stopped after the first scene, which has both; each scene has one line."""
+    file = plays / "verdicts.jsonl"
+    asked = 0
+
+    def say(messages, _):
+        nonlocal asked
+        asked += 1
+        if asked == 12 + 4 * 2 + 1:
+            raise KeyboardInterrupt
+        return verdict(2)
+
+    monkeypatch.setattr(judging, "open_model", lambda spec, **_: Script(say))
+    monkeypatch.setattr(judging, "GROUP", 1)
+    command = ["judge", plays, "--judge", "some-directory", "--concurrency", 1]
+    assert script(*command)[0] == 0
+    code, _, err = script(*command, "--repeats", 2)
+    assert code == 130 and "1 verdicts are in" in err
+    lines = verdicts.read_verdicts(file)
+    assert [len(line["dimensions"]["Anthropomorphism"]["scores"]) for line in lines] == [2, 1, 1]
+    assert script(*command, "--repeats", 2)[0] == 0 and asked == 12 + 4 * 2 + 1 + 2 * 4 * 2
+    assert len(read_lines(file)) == 3
+
+
 def test_the_length_weight_is_an_option(script, plays, monkeypatch):
     """Another weight gives the same flaws another score, and asks nothing."""
     with Server(judge_answer) as server:

@@ -203,6 +203,13 @@ def test_verdicts_of_two_judges_in_one_file_are_two_tables(script, two):
     ]
 
 
+def test_a_dimension_with_a_bracket_in_its_name_has_a_column(script, two):
+    file = two / "a" / "verdicts.jsonl"
+    file.write_text(file.read_text().replace('"Anthropomorphism"', '"Wit (dry)"'))
+    header = script("judge", "--table", two / "a")[1].splitlines()[1]
+    assert "Wit (dry)" in header and "(release)" not in header
+
+
 def test_verdicts_of_plays_that_are_gone_are_in_no_table(script, two):
     """A directory whose transcripts have changed since: what was judged then is not of what is there now."""
     transcripts = two / "a" / "transcripts.jsonl"
@@ -322,7 +329,7 @@ def test_calibration_of_a_judge_that_does_not(script, recording, monkeypatch):
         and found["better_of_two"]["judge"]["share"] < 0.5
         and len(recorded) == 8
     )
-    assert found["controls"]["difference"] == 0 and "CONTROLS FAILED" in text
+    assert found["controls"]["difference"] == 0 and "controls FAILED" in text
 
 
 def test_a_calibration_has_a_place_of_its_own(script, recording, tmp_path, monkeypatch):
@@ -335,6 +342,18 @@ def test_a_calibration_has_a_place_of_its_own(script, recording, tmp_path, monke
     place = tmp_path / "out" / "calibration" / "openai-j"
     assert code == 1 and "no verdict is valid" in err and str(place) in err and "pooled" in out
     assert len(read_lines(place / "one.jsonl")) == 8
+
+
+def test_a_rubric_is_read_once_in_a_calibration(script, recording, tmp_path, monkeypatch):
+    """So its warning comes once, not once per run."""
+    rubric = {"template": "{simulated_conversation}", "dimensions": {"Wit": {"brief": "", "criteria": ""}}}
+    (tmp_path / "wit.json").write_text(json.dumps(rubric | {"severity": [1, 5]}))
+    with Server(lambda *_: verdict(2)) as server:
+        server.use(monkeypatch)
+        command = ["judge", "--calibrate", recording / "gca", "--scenes", recording / "test" / "id.json"]
+        options = ["--judge", "openai:j", "--rubric", tmp_path / "wit.json", "--out", tmp_path / "out"]
+        code, _, err = script(*command, *options)
+    assert code == 0 and err.count("may pose as instructions") == 1
 
 
 def test_a_shuffled_scene_is_another_order_of_the_same_lines(stage):
@@ -555,6 +574,19 @@ def test_flaws_stand_beside_the_lines_they_quote(script, plays, stage, tmp_path,
     ]
     written = text.split('class="reference"')[1]
     assert all(turn["character"] in written for turn in scene.dialogues) and len(scene.dialogues) > 3
+
+
+def test_what_the_environment_says_in_brackets_is_no_thought(stage):
+    """The judge reads it, so a flaw may quote it; a thought in the same words is not quoted."""
+    words, dimension = "[closed until the morning tide]", "Storyline Quality"
+    messages = [{"role": name, "content": words} for name in ("Hanne", "Environment")]
+    flaw = {"instance": "it says 'closed until the morning tide'", "type": "Flow", "severity": 2}
+    line = {"score": 90, "dimensions": {dimension: {"flaws": [flaw], "score": 90}}}
+    fields = page.scene_fields(line, stage["the-last-ferry/1"], messages, [dimension], itertools.count())
+    thought, sign = fields["played"]
+    assert {span["kind"] for span in thought["spans"]} == {"thought"} and thought["flaws"] == []
+    assert {span["kind"] for span in sign["spans"]} == {""} and len(sign["flaws"]) == 1
+    assert [span["text"] for span in sign["spans"] if span["flaws"]] == [words[1:-1]]
 
 
 def test_filters_in_a_browser(hostile_page, tmp_path):
