@@ -1,6 +1,7 @@
 """The order of the folders: imports go downward only, and nothing imports a script."""
 
 import ast
+import re
 
 from conftest import ROOT
 
@@ -73,3 +74,36 @@ def test_imports_go_downward_and_nothing_imports_a_script():
             if name != "bench.training" and (other > row or (imported in SCRIPTS and not same)):
                 wrong.append(f"{name} imports {imported}")
     assert not wrong, "\n".join(wrong)
+
+
+def places():
+    """{folder or top-level script: the folders and top-level modules it imports}."""
+    known, found = modules(), {}
+    tops = {name.split(".")[0] for name in known}
+    for name, path in known.items():
+        place = name.split(".")[0]
+        found.setdefault(place, set()).update(
+            top for imported in imports(path, known) if (top := imported.split(".")[0]) in tops - {place}
+        )
+    return found
+
+
+def drawing():
+    """The table of docs/reading.md: every place after those that it imports."""
+    found, lines = places(), ["| place | imports |", "|---|---|"]
+    order = {name.split(".")[0]: row for row, names in reversed(list(enumerate(LEVELS))) for name in names}
+    for place in sorted(found, key=lambda place: (order[place], place)):
+        lines.append(f"| `{place}` | {', '.join(sorted(found[place], key=lambda p: (order[p], p))) or '-'} |")
+    return "\n".join(lines)
+
+
+def test_the_reading_guide_is_true():
+    """Its table is that of the imports, and each line of code that it shows stands in the file it names."""
+    text = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
+    assert drawing() in text
+    blocks = re.findall(r"^```python (\S+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 5
+    for name, code in blocks:
+        source = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        missing = [line for line in code.splitlines() if line not in source]
+        assert not missing, (name, missing)
