@@ -22,18 +22,14 @@ BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"
 
 
 def load_engine(spec, dtype=None, chat_format=None):
-    """An Engine for a checkpoint directory or Hub id: on the GPU in bf16 where there is one, else on the CPU
-    in fp32.
-    """
+    """An Engine for a checkpoint directory or Hub id: by default on a GPU in bf16, else on the CPU in fp32."""
     directory, cuda = find_model(spec), torch.cuda.is_available()
     dtype = DTYPES[dtype] if dtype else torch.bfloat16 if cuda else torch.float32
     load_config(directory)  # first, so that a directory that is no checkpoint is reported as that
     tokenizer = load_tokenizer(tokenizer_directory(directory), chat_format)
     model = load_model(directory, "cuda" if cuda else "cpu", dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UsageError(
-            f"{directory}: tokenizer of {tokenizer.vocab_size} tokens, model of {model.config.vocab_size}"
-        )
+    if tokenizer.vocab_size > (size := model.config.vocab_size):
+        raise UsageError(f"{directory}: tokenizer of {tokenizer.vocab_size} tokens, model of {size}")
     return Engine(model, tokenizer, consume=True)
 
 
@@ -71,15 +67,15 @@ class Local:
     def __init__(self, spec, dtype=None, chat_format=None):
         self.name, self.engine = str(spec), load_engine(spec, dtype, chat_format)
         self.tokenizer = self.engine.tokenizer
+        self.chat_format = self.tokenizer.chat_format
         self.identity = f"{fingerprint(find_model(spec))} {self.engine.device.type} {self.engine.kv.dtype}"
         self.markers = turn_markers(self.tokenizer)
         self.reasoning_tokens = 0
         self.running, self.refused = {}, []  # key -> Request; (key, Reply)
         # a chat's turns are rendered again at each of its calls
         self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)
-        self.as_sampled = functools.lru_cache(2**15)(
-            functools.partial(as_sampled, self.tokenizer.decode, self.encode)
-        )
+        sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
+        self.as_sampled = functools.lru_cache(2**15)(sampled)
 
     def chat(self, conversations, params, openings=None, on_reply=lambda: None):
         """A list of Reply to conversations, lists of messages; params: one SamplingParams for all, or a list.
@@ -219,11 +215,8 @@ def fingerprint(path):
 def default_actor():
     """The stage actor trained last if there is one, else the bundled one."""
     trained = files.OUT / "stage" / "final"
-    for directory, what in (
-        (trained, "the stage actor trained last"),
-        (BUNDLED_ACTOR, "the bundled stage actor"),
-    ):
+    for directory, what in ((trained, "stage actor trained last"), (BUNDLED_ACTOR, "bundled stage actor")):
         if (directory / "config.json").is_file():
-            terminal.note(f"using {what}, {os.path.relpath(directory)}")
+            terminal.note(f"using the {what}, {os.path.relpath(directory)}")
             return directory
     raise UsageError("no stage actor has been trained yet; run `torchrun train.py` first, or name a model")

@@ -18,24 +18,18 @@ _HARMONY = re.compile(r"<\|start\|>\w*|<\|channel\|>[^<]*|<\|\w+\|>")
 
 @dataclass
 class Reply:
-    """An answer; token counts are the engine's or the endpoint's (0 where an endpoint gives none).
+    """An answer of a model."""
 
-    text: what the model says. reasoning: what it wrote for itself, which nobody else may see. ids: all
-    sampled tokens, those of the reasoning included (a local model's only). probabilities: {choice: p} where
-    choices were given. error: why there is no answer (text is then empty). own_tokens: number of prompt
-    tokens that are the ones this model sampled in earlier replies.
-    """
-
-    text: str
+    text: str  # what the model says
     finish_reason: str
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # as the endpoint counts, 0 if it does not
     completion_tokens: int = 0
     cached_tokens: int = 0
-    ids: list | None = None
-    probabilities: dict | None = None
-    error: str | None = None
-    own_tokens: int = 0
-    reasoning: str = ""
+    ids: list | None = None  # of a local model: all sampled tokens, reasoning included
+    probabilities: dict | None = None  # {choice: p} where choices were given
+    error: str | None = None  # why there is no answer; text is then empty
+    own_tokens: int = 0  # prompt tokens that this model sampled in earlier replies
+    reasoning: str = ""  # what the model wrote for itself, which nobody else may see
 
 
 def split_reasoning(text):
@@ -76,9 +70,7 @@ def spoken_so_far(text):
 
 
 def open_tag(prompt):
-    """The tag that opens reasoning at the end of a prompt, so that the reply begins inside; "" if there is
-    none.
-    """
+    """The tag that opens reasoning at the end of a prompt, so that the reply begins inside it; else ""."""
     found = re.search(rf"({_OPEN})\s*\Z", prompt, _FLAGS)
     return found[1] if found else ""
 

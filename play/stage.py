@@ -16,8 +16,7 @@ COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 
 
 class Stage:
-    """Shows one scene: each character in its colour, actions in italics, thoughts dim, or not at all with
-    thoughts=False."""
+    """Shows one scene: each character in a colour, actions in italics, thoughts dim or (False) not at all."""
 
     def __init__(self, scene, thoughts=True):
         self.cast, self.thoughts = [*scene.speaking_characters, ENVIRONMENT], thoughts

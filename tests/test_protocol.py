@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -757,7 +758,6 @@ def test_reasoning_is_in_the_transcript_and_nowhere_else():
     assert all("reasoning" not in m for m in messages)
 
 
-@pytest.mark.skipif(not hasattr(llm.reply, "split_reasoning"), reason="endpoints do not read it")
 def test_reasoning_of_an_endpoint_reaches_nobody(script, three_scenes, tmp_path, monkeypatch):
     """A server that sends it beside the content: in transcripts.jsonl, and not on the screen, in the script
     or in a request."""
@@ -1027,13 +1027,17 @@ def test_a_slow_endpoint_holds_up_its_own_scene_alone():
     class Remote(Script):
         local = False
 
-        def chat(self, conversations, params, openings=None, on_reply=lambda: None):
-            if "Slow." in conversations[0][0]["content"] and not ended:
+        def submit(self, messages, params):
+            return pool.submit(self.answer, messages, params)
+
+        def answer(self, messages, params):
+            if "Slow." in messages[0]["content"] and not ended:
                 deadline = time.monotonic() + 20
                 while not ended and time.monotonic() < deadline:
                     time.sleep(0.005)
-            return super().chat(conversations, params, openings)
+            return self.chat([messages], params)[0]
 
+    pool = ThreadPoolExecutor()
     models = dict.fromkeys(
         ROLES, Remote(lambda m, _: "random" if m[0]["content"].startswith("You watch") else "Yes.")
     )
