@@ -22,9 +22,9 @@ __all__ = ["Reply", "default_actor", "open_model"]
 def open_model(spec, chat_format=None, dtype=None, **options):
     """The model of `openai:MODEL`, `openai:MODEL@URL` or a checkpoint directory.
 
-    It has `name`, `local`, `identity`, `chat_format`, `adaptations` and `chat`; a local one also has `ask`,
-    `step`, `spoken` and `drop`, an endpoint `submit`. chat_format, dtype: of a checkpoint. options: of an
-    Endpoint (answers, concurrency, per_minute).
+    It has `name`, `local`, `identity`, `chat_format`, `adaptations`, `chat` and `submit`; a local one also
+    has `step` and `spoken`. chat_format, dtype: of a checkpoint. options: of an Endpoint (answers,
+    concurrency, per_minute).
     """
     spec = str(spec)
     if spec.startswith("openai:"):

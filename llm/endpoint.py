@@ -125,7 +125,7 @@ class Endpoint:
         return [describe(name, change) for name, change in self.changes.items()]
 
     def chat(self, conversations, params, openings=None, on_reply=lambda: None):
-        """As `Local.chat`; openings are not sent, since the interface has no place for them."""
+        """As `Local.chat`; openings are not sent."""
         params = params if isinstance(params, list) else [params] * len(conversations)
         futures = [self.submit(*request) for request in zip(conversations, params, strict=True)]
         try:
@@ -137,8 +137,8 @@ class Endpoint:
             for future in futures:
                 future.cancel()
 
-    def submit(self, messages, params):
-        """A concurrent.futures.Future of the Reply; UsageError, here or from it, ends the run."""
+    def submit(self, messages, params, opening=""):
+        """A Future of the Reply, as in `chat`. UsageError, here or from the Future: no request can succeed."""
         body = request_body(self.model, messages, params)
         return asyncio.run_coroutine_threadsafe(self.answer(body, params), event_loop(os.getpid()))
 

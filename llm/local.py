@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,7 +72,7 @@ class Local:
         self.identity = f"{fingerprint(find_model(spec))} {self.engine.device.type} {self.engine.kv.dtype}"
         self.markers = turn_markers(self.tokenizer)
         self.reasoning_tokens = 0
-        self.running, self.refused = {}, []  # key -> Request; (key, Reply)
+        self.running = {}  # {Future: Request}
         # a chat's turns are rendered again at each of its calls
         self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)
         sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
@@ -82,68 +83,68 @@ class Local:
 
         openings: the text that each reply is made to begin with, which is not part of the Reply (an endpoint
         cannot be made to). A message may carry `sampled`, the ids of the Reply it was, with the `opening` it
-        had: see `as_sampled`. on_reply() is called after each reply. No other request may be running.
+        had: see `as_sampled`. on_reply() is called after each reply.
         """
         openings = openings or [""] * len(conversations)
         params = params if isinstance(params, list) else [params] * len(conversations)
-        replies = {}
+        futures = [self.submit(*request) for request in zip(conversations, params, openings, strict=True)]
         try:
-            for i, request in enumerate(zip(conversations, params, openings, strict=True)):
-                self.ask(i, *request)
-            while len(replies) < len(conversations):
-                for key, reply in self.step():
-                    replies[key] = reply
+            pending = futures
+            while pending:
+                self.step()
+                for _ in (future for future in pending if future.done()):
                     on_reply()
-        finally:
-            self.drop()
-        return [replies[i] for i in range(len(conversations))]
+                pending = [future for future in pending if not future.done()]
+            return [future.result() for future in futures]
+        finally:  # after Ctrl-C the others are not needed
+            for future in futures:
+                future.cancel()
 
-    def ask(self, key, messages, params, opening=""):
-        """Enqueues a conversation, as in `chat`; `step` returns its Reply under this key."""
+    def submit(self, messages, params, opening=""):
+        """Enqueues a conversation, as in `chat`; `step` brings on the Future of its Reply."""
         ids, own_tokens = self.prompt(messages, opening)
         end = len(ids) - len(self.encode(opening))
         tag = open_tag(self.tokenizer.decode(ids[max(0, end - 16) : end]))
-        request = Request(ids, params, own_tokens, tag)
+        request, future = Request(ids, params, own_tokens, tag), Future()
         if not request.constrained:
             request.params = replace(params, stop_ids=(*params.stop_ids, *self.markers))
-        self.enqueue(key, request)
+        future.add_done_callback(self.remove)
+        self.enqueue(future, request)
+        return future
 
-    def enqueue(self, key, request):
-        """Gives a request to the engine; what the engine refuses is a Reply with an error."""
+    def enqueue(self, future, request):
+        """Gives a request to the engine; if the engine refuses it, the Reply has the error."""
         request.room = 0 if request.constrained else self.reasoning_tokens
         try:
             params = replace(request.params, max_tokens=request.params.max_tokens + request.room)
             request.sequences = self.engine.add(request.ids, params)
-            self.running[key] = request
+            self.running[future] = request
         except RequestRefused as error:
-            self.refused.append((key, Reply("", "error", len(request.ids), error=f"{self.name}: {error}")))
+            future.set_result(Reply("", "error", len(request.ids), error=f"{self.name}: {error}"))
 
     def step(self):
-        """Runs a step of the engine for all requests -> [(key, Reply)] of those that have ended."""
-        done, self.refused = self.refused, []
-        if not done and self.running:
+        """Runs a step of the engine for all requests, and gives those that have ended their Reply."""
+        if self.running:
             self.engine.step()
-            for key, request in list(self.running.items()):
-                if completion := self.engine.completion(request.sequences):
-                    del self.running[key]
-                    reply = reply_of(completion, request)
-                    if needs_room(reply) and not request.room:
-                        self.reasoning_tokens = REASONING_TOKENS
-                        self.enqueue(key, request)
-                    else:
-                        done.append((key, reply))
-        return done
+        for future, request in list(self.running.items()):
+            if completion := self.engine.completion(request.sequences):
+                del self.running[future]
+                reply = reply_of(completion, request)
+                if needs_room(reply) and not request.room:
+                    self.reasoning_tokens = REASONING_TOKENS
+                    self.enqueue(future, request)
+                else:
+                    future.set_result(reply)
 
-    def spoken(self, key):
+    def spoken(self, future):
         """What a running reply says so far, in whole characters, without reasoning."""
-        request = self.running[key]
+        request = self.running[future]
         return spoken_so_far(request.tag + request.sequences[0].text)
 
-    def drop(self):
-        """Cancels all requests."""
-        for request in self.running.values():
+    def remove(self, future):
+        """Takes a cancelled request out of the engine."""
+        if request := self.running.pop(future, None):
             self.engine.cancel(request.sequences)
-        self.running, self.refused = {}, []
 
     def prompt(self, messages, opening=""):
         """(ids of a conversation up to a reply that begins with `opening`, how many of them it sampled)."""

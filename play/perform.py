@@ -1,7 +1,6 @@
 """Plays many scenes concurrently and keeps a journal of every reply."""
 
 import time
-from collections import deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field
 
@@ -106,45 +105,6 @@ class Journal:
             append_line(self.path, {scene.key: None})
 
 
-class Dispatcher:
-    """Sends calls to the models of the roles: a local model batches its calls, an endpoint's are futures."""
-
-    def __init__(self, models):
-        self.models = models
-        self.local_models = {id(model): model for model in models.values() if model.local}.values()
-        self.at_local_models, self.at_endpoints = set(), {}  # LiveScenes; {future: LiveScene}
-
-    def submit(self, live):
-        call, model = live.call, self.models[live.call.role]
-        if model.local:
-            model.ask(live, call.messages, call.params, call.opening)
-            self.at_local_models.add(live)
-        else:
-            self.at_endpoints[model.submit(call.messages, call.params)] = live
-
-    def collect(self):
-        """Yields [(LiveScene, Reply)]: of each local model after a step, and of endpoints what has arrived;
-        if nothing else can come, it waits for one."""
-        timeout = 0 if self.at_local_models else None
-        for model in self.local_models:
-            if replies := model.step():
-                self.at_local_models.difference_update(live for live, _ in replies)
-                yield replies
-        for future in wait(self.at_endpoints, timeout, FIRST_COMPLETED).done:
-            yield [(self.at_endpoints.pop(future), future.result())]
-
-    def partial_replies(self):
-        """(Call, its text so far) of each call at a local model."""
-        return [(live.call, self.models[live.call.role].spoken(live)) for live in self.at_local_models]
-
-    def close(self):
-        """Cancels all calls."""
-        for model in self.local_models:
-            model.drop()
-        for future in self.at_endpoints:
-            future.cancel()
-
-
 def _nothing(*_):
     pass
 
@@ -157,8 +117,8 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
     seconds) or on_failure(scene, messages so far, error) once for each scene; on_reply(reply) at each reply
     of a model; on_text(call, text) with the growing text of a turn by a local model.
     """
-    journal, dispatcher = journal or Journal(), Dispatcher(models)
-    scenes, live_scenes, ready = iter(scenes), set(), deque()  # ready: (LiveScene, the reply it waited for)
+    scenes, journal, calls = iter(scenes), journal or Journal(), {}  # {Future: LiveScene}
+    local_models = {id(model): model for model in models.values() if model.local}.values()
 
     def advance(live, reply):
         """Plays a scene on to its next call that the journal has no reply to, or to its end."""
@@ -170,7 +130,9 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
                     live.call = step
                     kept = journal.take(live.scene, step)
                     if kept is None:
-                        return dispatcher.submit(live)
+                        future = models[step.role].submit(step.messages, step.params, step.opening)
+                        calls[future] = live
+                        return
                     reply, run = kept
                     live.tokens.add(step.agent, reply, run)
                 else:
@@ -184,27 +146,33 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
             if isinstance(error, NobodySpoke):
                 journal.forget(live.scene)
             on_failure(live.scene, live.messages, str(error))
-        live_scenes.remove(live)
+
+    def wait_for_replies():
+        """[(LiveScene, Reply)]: of local models all that a step of theirs answers, else of one endpoint."""
+        for model in local_models:
+            model.step()
+        at_local_models = [future for future, live in calls.items() if models[live.call.role].local]
+        done = wait(calls, 0 if at_local_models else None, FIRST_COMPLETED).done
+        for future in at_local_models if on_text else ():
+            call = calls[future].call
+            if future not in done and call.role != "next_speaker":
+                on_text(call, models[call.role].spoken(future))
+        answered = [future for future in at_local_models if future in done] or list(done)[:1]
+        return [(calls.pop(future), future.result()) for future in answered]
 
     try:
         while True:
-            while ready:
-                advance(*ready.popleft())
-            while len(live_scenes) < side_by_side and (scene := next(scenes, None)):
-                live = LiveScene(scene, Performance(scene, protocol).play())
-                live_scenes.add(live)
-                advance(live, None)
-            if not live_scenes:
+            while len(calls) < side_by_side and (scene := next(scenes, None)):
+                advance(LiveScene(scene, Performance(scene, protocol).play()), None)
+            if not calls:
                 return
-            while not ready:
-                for replies in dispatcher.collect():
-                    journal.keep(replies, errors=not protocol.silence_passes)
-                    for live, reply in replies:
-                        on_reply(reply)
-                        live.tokens.add(live.call.agent, reply, journal.run)
-                        ready.append((live, reply))
-                for call, text in dispatcher.partial_replies() if on_text else ():
-                    if call.role != "next_speaker":
-                        on_text(call, text)
+            replies = wait_for_replies()
+            journal.keep(replies, errors=not protocol.silence_passes)
+            for live, reply in replies:
+                on_reply(reply)
+                live.tokens.add(live.call.agent, reply, journal.run)
+            for answered in replies:
+                advance(*answered)
     finally:
-        dispatcher.close()
+        for future in calls:
+            future.cancel()

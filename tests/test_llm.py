@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -110,16 +111,15 @@ class Script:
     def __init__(self, say):
         self.say, self.asked, self.openings, self.batches, self.line = say, [], [], [], []
 
-    def ask(self, key, messages, params, opening=""):
-        self.line.append((key, messages, params, opening))
+    def submit(self, messages, params, opening=""):
+        self.line.append((Future(), messages, params, opening))
+        return self.line[-1][0]
 
     def step(self):
-        keys, *asked = zip(*self.line, strict=True) if self.line else [()] * 4
+        futures, *asked = zip(*self.line, strict=True) if self.line else [()] * 4
         self.line = []
-        return list(zip(keys, self.chat(*map(list, asked)), strict=True)) if keys else []
-
-    def drop(self):
-        self.line = []
+        for future, reply in zip(futures, self.chat(*map(list, asked)) if futures else (), strict=True):
+            future.set_result(reply)
 
     def chat(self, conversations, params, openings=None, on_reply=lambda: None):
         params = params if isinstance(params, list) else [params] * len(conversations)
@@ -1300,12 +1300,11 @@ def reasoner(tmp_path):
 def test_a_local_models_reasoning_is_kept_apart(reasoner, opening):
     """In the reply, in what is shown while it is spoken, and in the prompts that follow."""
     model = llm.open_model(reasoner)
-    model.ask("key", HELLO, SamplingParams(0, max_tokens=60), opening)
-    shown, done = set(), []
-    while not done:
-        done = model.step()
-        shown |= set() if done else {model.spoken("key")}
-    [(_, reply)] = done
+    future, shown = model.submit(HELLO, SamplingParams(0, max_tokens=60), opening), set()
+    while not future.done():
+        shown.add(model.spoken(future))
+        model.step()
+    reply = future.result()
     assert (reply.text, reply.reasoning, reply.finish_reason) == ("Hi", "plan", "stop")
     assert shown <= {"", "H", "Hi"} and model.tokenizer.decode(reply.ids) == "<think>plan</think>Hi"
     said = {"role": "assistant", "content": f"{opening}Hi", "opening": opening, "sampled": reply.ids}

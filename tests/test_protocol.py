@@ -926,18 +926,18 @@ def test_a_scene_streams_what_is_played(script, tiny_actor, stage, tmp_path, mon
         letters = 0
 
         def step(self):
-            [(key, messages, *_)] = self.line
+            [(future, messages, *_)] = self.line
             if messages[0]["content"].startswith("You watch"):
                 self.line, text = [], "Wick Tarn"
             elif self.letters < len(text := said[len(shown) % 2]):
                 self.letters += 1
-                return []
+                return
             else:
                 shown.append(text)
                 self.line, self.letters = [], 0
-            return [(key, Reply(text, "stop"))]
+            future.set_result(Reply(text, "stop"))
 
-        def spoken(self, key):
+        def spoken(self, future):
             return said[len(shown) % 2][: self.letters]
 
     monkeypatch.setattr(simulate, "open_model", lambda *_, **__: Model(None))
@@ -1027,7 +1027,7 @@ def test_a_slow_endpoint_holds_up_its_own_scene_alone():
     class Remote(Script):
         local = False
 
-        def submit(self, messages, params):
+        def submit(self, messages, params, opening=""):
             return pool.submit(self.answer, messages, params)
 
         def answer(self, messages, params):
@@ -1054,9 +1054,8 @@ def test_a_long_turn_holds_up_its_own_scene_alone():
         def step(self):
             slow = [asked for asked in self.line if "Slow." in asked[1][0]["content"] and not ended]
             self.line = [asked for asked in self.line if asked not in slow]
-            done = super().step()
+            super().step()
             self.line = slow
-            return done
 
     models = dict.fromkeys(
         ROLES, Model(lambda m, _: "random" if m[0]["content"].startswith("You watch") else "Yes.")
