@@ -138,7 +138,7 @@ class Endpoint:
                 future.cancel()
 
     def submit(self, messages, params, opening=""):
-        """A Future of the Reply, as in `chat`. UsageError, here or from the Future: no request can succeed."""
+        """A Future of the Reply, as in `chat`. UsageError (also from it): no request can succeed."""
         body = request_body(self.model, messages, params)
         return asyncio.run_coroutine_threadsafe(self.answer(body, params), event_loop(os.getpid()))
 

@@ -23,7 +23,7 @@ BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"
 
 
 def load_engine(spec, dtype=None, chat_format=None):
-    """An Engine for a checkpoint directory or Hub id: by default on a GPU in bf16, else on the CPU in fp32."""
+    """An Engine for a checkpoint directory or Hub id: on a GPU in bf16, on a CPU in fp32."""
     directory, cuda = find_model(spec), torch.cuda.is_available()
     dtype = DTYPES[dtype] if dtype else torch.bfloat16 if cuda else torch.float32
     load_config(directory)  # first, so that a directory that is no checkpoint is reported as that

@@ -130,7 +130,7 @@ def describe(name, change):
 
 
 def read_error(status, answer, text):
-    """(status, the server's words, the parameter they are about) of an answer; (200, "", "") without an error.
+    """(status, the server's words, the parameter they are about) of an answer; (200, "", "") if all is well.
 
     answer: its JSON, or None. An error under status 200 gets the status that its code or type says.
     """

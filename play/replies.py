@@ -213,22 +213,15 @@ def introduces_a_person(head, text):
     return is_person and speaks and not text[: head.start()].rstrip().endswith(":")
 
 
-def settled(text, cast):
-    """The beginning of a growing reply that no further text can turn into somebody else's line."""
-    names = [straighten(name) for name in cast]
-    *lines, line = straighten(text).split("\n")
-    # the last line may be about to become a head
-    head = rf"[-*#>\s]*(?P<name>(?i:{any_of(names)})|{WORDS})?[*\s]*(\([^)]*\)?)?[*\s]*[:\uff1a]?[*\s]*"
-    begun, start = re.fullmatch(head, line), line.strip("-*#> \t").casefold()
-    word = begun and begun["name"]
-    may_be_name = not word or looks_like_a_name(word) or word.casefold() in map(str.casefold, names)
-    if (begun and may_be_name) or any(name.casefold().startswith(start) for name in names):
-        return text[: len(text) - len(line)]
-    # its last characters may be the beginning of a name
-    for length in range(min(len(line), max(map(len, names)) + 3), 0, -1):
-        if any(f"{name}: [".startswith(line[-length:]) for name in names):
-            return text[:-length]
-    return text
+def played_so_far(text, character, cast):
+    """What will surely be played of a reply that is still being generated, in whole words: without a last
+    line that may become another's, and without last words that may begin a name."""
+    names, line = any_of(cast), straighten(text).rpartition("\n")[2]
+    head = rf"[-*#>\s]*(?:(?i:{names})|{WORDS})?[*\s]*(?:\([^)]*\)?)?[*\s]*[:\uff1a]?[*\s]*"
+    if re.fullmatch(head, line):
+        text = text[: len(text) - len(line)]
+    longest = max(map(len, cast)) + 8  # with what may stand around it
+    return re.sub(r"\S+\Z", "", clean_reply(text, character, cast)[:-longest])
 
 
 # ---- repetition --------------------------------------------------------------------------------------------
