@@ -5,13 +5,15 @@ from dataclasses import dataclass
 
 REASONING_TOKENS = 2048  # added to max_tokens for a model that reasons before it answers
 
-_NAME = r"(?:think|thinking|thoughts?|reasoning)"
-_OPEN, _CLOSE = rf"(?:<{_NAME}\b[^<>\n]*>|\[(?-i:THINK)\])", rf"(?:</{_NAME}\s*>|\[/(?-i:THINK)\])"
+_NAME = r"(?:\w+:)?(?:think|thinking|thoughts?|reasoning)"
+_OPEN = rf"(?:<{_NAME}\b[^<>\n]*>|\[(?-i:THINK)\]|\u25c1think\u25b7)"
+_CLOSE = rf"(?:</{_NAME}\s*>|\[/(?-i:THINK)\]|\u25c1/think\u25b7)"
 _FLAGS = re.IGNORECASE | re.DOTALL | re.MULTILINE
 TAG = re.compile(_OPEN, _FLAGS)  # opens reasoning
 _BLOCK = re.compile(rf"(?:^[ \t]*{_OPEN}(.*?)|{_OPEN}([^\n]*?)){_CLOSE}", _FLAGS)
 _CLOSED = re.compile(rf"\A(.*){_CLOSE}", _FLAGS)  # a closing tag whose opening tag was in the prompt
-_UNCLOSED = re.compile(rf"(?:^|\A[^\n<:]{{1,60}}:)[ \t]*{_OPEN}(.*)\Z", _FLAGS)  # perhaps after a name
+# at the start of a line, perhaps after a name, or before the end of one
+_UNCLOSED = re.compile(rf"(?:(?:^|\A[^\n<:]{{1,60}}:)[ \t]*{_OPEN}|{_OPEN}[ \t]*$)(.*)\Z", _FLAGS)
 _FINAL = re.compile(r"<\|channel\|>\s*final\b.*?<\|message\|>(.*?)(?:<\|\w+\|>|\Z)", re.DOTALL)
 _HARMONY = re.compile(r"<\|start\|>\w*|<\|channel\|>[^<]*|<\|\w+\|>")
 
@@ -35,11 +37,11 @@ class Reply:
 def split_reasoning(text):
     """(reasoning, what is said) of a reply's raw text; ("", text unchanged) where there is no reasoning.
 
-    Reasoning is: a block in tags (<think>, <thinking>, <thought>, <reasoning>, [THINK]), which opens at the
-    start of a line or closes on the line it opened on; everything before a closing tag without an opening one
-    (it was in the prompt); everything after an opening tag at the start of a line that is never closed; all
-    channels but `final` of OpenAI's Harmony format, with or without its special tokens. An opening tag in the
-    middle of a line that does not close is only mentioned.
+    Reasoning is: a block in tags (<think>, <thinking>, <thought>, <reasoning>, <seed:think>, [THINK],
+    ◁think▷) that opens at the start of a line or closes on the line it opened on; everything before a
+    closing tag without an opening one (it was in the prompt); everything after an opening tag at the start or
+    the end of a line that is never closed; all channels but `final` of OpenAI's Harmony format, with or
+    without its special tokens. Any other opening tag that does not close is only mentioned.
     """
     if "<|channel|>" in text:
         return _HARMONY.sub("\n", _FINAL.sub("", text)).strip(), "\n".join(_FINAL.findall(text)).strip()
@@ -66,7 +68,7 @@ def spoken_so_far(text):
     spoken = split_reasoning(text)[1]
     if any(mark.startswith(spoken.strip()) for mark in ("[THINK]", "analysis", "<|start|>assistant")):
         return ""
-    return re.sub(r"<[^\s>]*\Z", "", spoken)
+    return re.sub(r"[<\u25c1][^\s>]*\Z", "", spoken)
 
 
 def open_tag(prompt):

@@ -830,6 +830,8 @@ RAW = {
     "think": f"<think>\n{SECRET}\n</think>\n\n{SPEECH}",
     "thinking": f"<Thinking>{SECRET}</THINKING>{SPEECH}",
     "reasoning": f"  <reasoning>{SECRET}</reasoning>\n{SPEECH}",
+    "seed": f"<seed:think>{SECRET}</seed:think>{SPEECH}",
+    "kimi": f"\u25c1think\u25b7{SECRET}\u25c1/think\u25b7{SPEECH}",
     "mistral": f"[THINK]{SECRET}[/THINK]{SPEECH}",
     "opened in the prompt": f"{SECRET}\n</think>\n\n{SPEECH}",
     "that mentions a tag": f"I open <think> first.\n{SECRET}</think>{SPEECH}",
@@ -886,6 +888,11 @@ def test_unfinished_reasoning_is_all_reasoning(form):
 def test_speech_is_left_as_it_is(text):
     """A tag in the middle of a line is only mentioned; nothing is stripped where there is no reasoning."""
     assert split_reasoning(text) == ("", text) and spoken_so_far(text) == text
+
+
+def test_reasoning_that_is_cut_off_after_speech_is_not_said():
+    """The tag ends its line."""
+    assert split_reasoning("Good evening. <think>\nsecret") == ("secret", "Good evening.")
 
 
 def test_reasoning_in_the_middle_is_not_said():

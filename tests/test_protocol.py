@@ -3,6 +3,7 @@ leave behind."""
 
 # ruff: noqa: F401, F811 (fixtures of another file)
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -12,7 +13,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,7 +25,7 @@ import torch
 from conftest import ROOT, usage_error
 from rich.console import Console
 from rich.progress import Progress
-from test_llm import Script, Server
+from test_llm import RAW, SECRET, SPEECH, UNFINISHED, Script, Server, reasoner
 from test_simulate import (
     in_turn,
     make_scene,
@@ -40,6 +43,7 @@ from common import files, terminal
 from data import prompts
 from data.chats import END_CHAT
 from data.scenes import load_scenes, straighten
+from engine.engine import Engine
 from engine.params import SamplingParams
 from evals import next_speaker
 from llm import Reply, local
@@ -787,6 +791,93 @@ def test_reasoning_of_an_endpoint_reaches_nobody(script, three_scenes, tmp_path,
     assert len(messages) == 7 and all(m["reasoning"] == "my secret plan" for m in messages)
 
 
+def hidden_in_every_form():
+    """{form: text -> a choice of an answer that says it}: all ways in which reasoning comes, besides what is
+    cut off before anything is said."""
+
+    def choice(content, finish_reason="stop", **fields):
+        return {"message": {"content": content, **fields}, "finish_reason": finish_reason}
+
+    def parts(text):
+        thinking = {"type": "thinking", "thinking": [{"type": "text", "text": SECRET}]}
+        return [thinking, {"type": "text", "text": text}]
+
+    forms = {form: lambda text, raw=raw: choice(raw.replace(SPEECH, text)) for form, raw in RAW.items()}
+    forms |= {
+        f"unfinished {form}": lambda _, raw=raw: choice(raw, "length") for form, raw in UNFINISHED.items()
+    }
+    forms["content of parts"] = lambda text: choice(parts(text))
+    forms["no content"] = lambda _: choice(None, "length", reasoning_content=SECRET)
+    for name in ("reasoning", "reasoning_content"):
+        forms[f"beside, {name}"] = lambda text, name=name: choice(text, **{name: SECRET})
+    return forms
+
+
+def test_no_reasoning_and_no_thought_reaches_another(script, three_scenes, tmp_path, monkeypatch):
+    """From simulate.py to judge.py, of all roles, in every form: no request to anybody holds reasoning, and a
+    thought is in requests of its own agent alone; neither screen nor script shows reasoning."""
+    forms, lock, count, met = hidden_in_every_form(), threading.Lock(), Counter(), set()
+
+    def mark(body):
+        return hashlib.sha256(body["messages"][0]["content"].encode()).hexdigest()[:8]
+
+    def answer(body, _):
+        system, number = body["messages"][0]["content"], len(body["messages"])
+        if "response_format" in body:
+            role, said = "judge", json.dumps({"flaws": []})
+        elif system.startswith("You watch"):
+            role, said = "NSP", ("Environment", "random")[number // 2 % 2]
+        else:
+            role = "environment" if system.startswith("You are the world") else "actor"
+            said = f"[thought {mark(body)}] Word {number}."
+        with lock:
+            form = list(forms)[count[role] % len(forms)]
+            count[role] += 1
+            met.add((role, form))
+        return 200, {"choices": [forms[form](said)]}, {}
+
+    out, scenes = tmp_path / "a", ["--scene", f"{three_scenes}:all"]
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        code, *screen = script("simulate", *scenes, "--actor", "openai:m", "--script", "--out", out)
+        assert code == 0, screen
+        played = len(server.requests)
+        code, *more = script("judge", out, "--judge", "openai:m", "--repeats", 4)
+        assert code == 0, more
+    assert met == {(role, form) for role in ("actor", "environment", "NSP", "judge") for form in forms}
+    assert not any("secretly plan" in json.dumps(request.body) for request in server.requests)
+    for request in server.requests[:played]:
+        assert set(re.findall(r"thought (\w{8})", json.dumps(request.body))) <= {mark(request.body)}
+    assert "secretly" not in "".join([*screen, *more]) + (out / "script.md").read_text()
+    messages = [message for line in read_lines(out) for message in line["messages"]]
+    assert not any("secretly" in message["content"] for message in messages)
+    assert {
+        m["role"] in ("Environment", "NSP") for m in messages if "secretly" in m.get("reasoning", "")
+    } == {
+        True,
+        False,
+    }
+    assert "secretly" in (out / "verdicts.jsonl").read_text()
+
+
+def test_reasoning_of_a_checkpoint_is_not_streamed(script, reasoner, tmp_path, monkeypatch):
+    """simulate.py with a model that thinks aloud before each turn: not on the screen at any time, in no later
+    prompt, and in the transcript apart."""
+    prompts, add = [], Engine.add
+    monkeypatch.setattr(
+        Engine, "add", lambda e, ids, p: prompts.append(e.tokenizer.decode(ids)) or add(e, ids, p)
+    )
+    (tmp_path / "scene.json").write_text(json.dumps([make_scene().to_dict()]))
+    args = ["--scene", tmp_path / "scene.json", "--actor", reasoner, "--max-rounds", 4]
+    code, screen, err = script("simulate", *args, "--out", tmp_path / "a")
+    assert code == 0, err
+    messages = read_lines(tmp_path / "a")[0]["messages"]
+    turns = [message for message in messages if message["role"] != "NSP"]
+    assert [(m["content"], m["reasoning"]) for m in turns] == [("Hi", "plan")] * 4
+    assert screen.endswith("\n\n" + "".join(f"{m['role']}: Hi\n\n" for m in turns))
+    assert len(prompts) == 7 and not any(re.search("plan|think>", prompt) for prompt in prompts)
+
+
 def test_a_journal_without_reasoning_is_read(tmp_path):
     """Journals of before there was any."""
     path, scene = tmp_path / "replies.jsonl", make_scene()
@@ -816,7 +907,7 @@ def test_what_requests_had_to_change_is_recorded(script, three_scenes, tmp_path,
     settings."""
 
     class Model(Script):
-        chat_format_reason = "stage: tokenizer_config.json says so"
+        chat_format = "stage"
 
     def opened(spec, **options):
         model = Model(lambda *_: "Yes.")
@@ -834,7 +925,7 @@ def test_what_requests_had_to_change_is_recorded(script, three_scenes, tmp_path,
         "next_speaker": ["y: no seed"],
     }
     settings = json.loads((tmp_path / "a" / "settings.json").read_text())
-    assert settings["actor_chat_format"] == Model.chat_format_reason and settings == line["settings"]
+    assert settings["actor_chat_format"] == Model.chat_format and settings == line["settings"]
 
 
 def test_chat_format_and_dtype_are_passed_on(script, three_scenes, tiny_actor, tmp_path, monkeypatch):
@@ -846,7 +937,8 @@ def test_chat_format_and_dtype_are_passed_on(script, three_scenes, tiny_actor, t
     args = ["--scene", f"{three_scenes}:0", "--max-rounds", 1, "--out", tmp_path / "a"]
     more = ["--dtype", "bfloat16", "--chat-format", "stage"]
     assert script("simulate", *args, "--actor", tiny_actor, *more)[0] == 0
-    assert read_lines(tmp_path / "a")[0]["settings"]["actor_identity"].endswith("bfloat16")
+    settings = read_lines(tmp_path / "a")[0]["settings"]
+    assert settings["actor_identity"].endswith("bfloat16") and settings["actor_chat_format"] == "stage"
     wrong = [*args[:-1], tmp_path / "b", "--actor", tiny_actor, "--chat-format", "chatml"]
     assert "chatml" in usage_error(script("simulate", *wrong))  # its tokenizer has no such markers
     with Server(stage_answer) as server:
