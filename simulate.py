@@ -46,34 +46,30 @@ def parse_args():
     file_forms = "FILE, FILE:INDEX, FILE:FIRST-LAST or FILE:all of a book or test file"
     add("--scene", help=f"a bundled scene (see --list), or {file_forms}")
     add("--list", action="store_true", help="print the names of the bundled scenes")
-    evaluation = "measure how often the next-speaker model is right on these scenes (as --scene)"
-    add("--next-speaker-eval", metavar="FILE", help=evaluation)
+    add("--next-speaker-eval", metavar="FILE", help="how often the next-speaker model is right (as --scene)")
     add("--limit", type=int, metavar="N", help="only the first N scenes")
     spec = "a checkpoint directory, openai:MODEL or openai:MODEL@URL"
     add("--actor", metavar="M", help=f"who plays the characters: {spec} (default: a stage actor)")
     add("--environment", metavar="M", help="who narrates the world (default: the actor)")
     add("--next-speaker", metavar="M", help="who names the next speaker (default: the actor)")
-    by_probability = "choices: one of the cast, by its probability (default: text)"
-    add("--next-speaker-mode", choices=["text", "choices"], default="text", help=by_probability)
+    add("--next-speaker-mode", choices=["text", "choices"], default="text", help="choices: by probability")
     add("--chat-format", choices=CHAT_FORMATS, help="of checkpoints (default: what each says)")
     add("--dtype", choices=DTYPES, help="of checkpoints (default: bfloat16 on a GPU, else float32)")
-    preset = "release: as the code released with the paper plays (default: paper)"
-    add("--protocol", choices=PROTOCOLS, default="paper", help=preset)
+    add("--protocol", choices=PROTOCOLS, default="paper", help="release: as the paper's code plays")
     add("--out", metavar="DIR", help="directory of the results (default: a new one under out/plays)")
     add("--resume", action="store_true", help="with --out: go on with an interrupted run")
     add("--script", action="store_true", help=f"write {SCRIPT} as well, the scenes to be read")
     add("--max-rounds", type=int, default=20, metavar="N", help="(default: %(default)s)")
     add("--continue-from", type=int, default=0, metavar="K", help="begin with the first K original messages")
-    without = "ask actors for no thoughts, and show them none of theirs"
-    add("--without-thoughts", action="store_true", help=without)
-    shown = "thoughts on the screen; the transcript has them in any case (default: show)"
-    add("--thoughts", choices=["show", "hide"], default="show", help=shown)
+    add("--without-thoughts", action="store_true", help="actors are asked for no thoughts, and see none")
+    add("--thoughts", choices=["show", "hide"], default="show", help="on the screen (transcripts have them)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    at_once = "scenes played at once (default: %(default)s)"
-    add("--side-by-side", type=int, default=SIDE_BY_SIDE, metavar="N", help=at_once)
-    requests = "concurrent requests to an endpoint (default: %(default)s)"
-    add("--concurrency", type=int, default=CONCURRENCY, metavar="N", help=requests)
+    default = "(default: %(default)s)"
+    add("--side-by-side", type=int, default=SIDE_BY_SIDE, metavar="N", help=f"concurrent scenes {default}")
+    add(
+        "--concurrency", type=int, default=CONCURRENCY, metavar="N", help=f"requests to an endpoint {default}"
+    )
     add("--requests-per-minute", type=float, metavar="N", help="to an endpoint, at most")
     args = parser.parse_args()
     if bool(args.scene) + args.list + bool(args.next_speaker_eval) != 1:
@@ -221,10 +217,9 @@ def evaluate(args):
         raise UsageError(f"{args.next_speaker_eval}: nobody to name, as no scene has a second message")
     names = ("correct", "last_other", "uniform", "answered")
     percent = {name: round(100 * counts[name] / total, 2) for name in names}
-    terminal.note(
-        f"{model.name}: {percent['correct']}% of {total:,} next speakers of {len(scenes)} scenes; "
-        f"the last other speaker: {percent['last_other']}%; uniform over the cast: {percent['uniform']}%"
-    )
+    baselines = f"the last other speaker: {percent['last_other']}%; uniform: {percent['uniform']}%"
+    correct = f"{percent['correct']}% of {total:,} next speakers of {len(scenes)} scenes"
+    terminal.note(f"{model.name}: {correct}; {baselines}")
     about = {"model": model.identity, "mode": args.next_speaker_mode, "scenes": len(scenes)}
     result = json.dumps({**about, **counts, "percent": percent})
     print(result)

@@ -17,7 +17,6 @@ import time
 import weakref
 import zlib
 from asyncio import sleep
-from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import httpx
 
 from common import terminal
 from common.files import UsageError, make_dir, write_whole
-from llm.reply import REASONING_TOKENS, Reply, needs_room
+from llm.reply import REASONING_TOKENS, Model, Reply, needs_room
 from llm.request import change_for, changed, describe, read_error, read_reply, request_body
 
 TRIES = 5
@@ -67,7 +66,7 @@ class Address:
             await sleep(start - time.monotonic())
 
 
-class Endpoint:
+class Endpoint(Model):
     """A model behind an OpenAI-compatible `/chat/completions`.
 
     pause: seconds before the first retry. answers: a directory to keep answers in (None: they are not kept).
@@ -124,21 +123,8 @@ class Endpoint:
         """How requests are changed because the server refused a parameter, in words."""
         return [describe(name, change) for name, change in self.changes.items()]
 
-    def chat(self, conversations, params, openings=None, on_reply=lambda: None):
-        """As `Local.chat`; openings are not sent."""
-        params = params if isinstance(params, list) else [params] * len(conversations)
-        futures = [self.submit(*request) for request in zip(conversations, params, strict=True)]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                on_reply()
-            return [future.result() for future in futures]
-        finally:  # after an error or Ctrl-C the others are not needed
-            for future in futures:
-                future.cancel()
-
     def submit(self, messages, params, opening=""):
-        """A Future of the Reply, as in `chat`. UsageError (also from it): no request can succeed."""
+        """A Future of the Reply, as in `chat`; openings are not sent. UsageError: no request can succeed."""
         body = request_body(self.model, messages, params)
         return asyncio.run_coroutine_threadsafe(self.answer(body, params), event_loop(os.getpid()))
 

@@ -16,7 +16,7 @@ from common.files import MANIFEST, ROOT, UsageError
 from common.gguf import parts_of
 from engine.engine import Engine
 from engine.params import RequestRefused, SamplingParams
-from llm.reply import REASONING_TOKENS, TAG, Reply, needs_room, open_tag, split_reasoning, spoken_so_far
+from llm.reply import REASONING_TOKENS, Model, Reply, needs_room, open_tag, split_reasoning, spoken_so_far
 from tokenizer import load_tokenizer
 
 BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"
@@ -36,8 +36,7 @@ def load_engine(spec, dtype=None, chat_format=None):
 
 def turn_markers(tokenizer):
     """Ids of the special tokens that end a turn: all but the tags around reasoning."""
-    is_tag = {name: TAG.fullmatch(name.replace("/", "", 1)) for name in tokenizer.specials}
-    return tuple(i for name, i in tokenizer.specials.items() if not is_tag[name])
+    return tuple(i for name, i in tokenizer.specials.items() if not open_tag(name.replace("/", "", 1)))
 
 
 @dataclass(eq=False)
@@ -56,7 +55,7 @@ class Request:
         return self.params.choices is not None or self.params.json_schema is not None
 
 
-class Local:
+class Local(Model):
     """A checkpoint on this machine. `identity`: hash of its files, device and dtype, which determine answers.
 
     A reply that is cut off by max_tokens while the model is still reasoning is asked for once more with
@@ -78,30 +77,8 @@ class Local:
         sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
         self.as_sampled = functools.lru_cache(2**15)(sampled)
 
-    def chat(self, conversations, params, openings=None, on_reply=lambda: None):
-        """A list of Reply to conversations, lists of messages; params: one SamplingParams for all, or a list.
-
-        openings: the text that each reply is made to begin with, which is not part of the Reply (an endpoint
-        cannot be made to). A message may carry `sampled`, the ids of the Reply it was, with the `opening` it
-        had: see `as_sampled`. on_reply() is called after each reply.
-        """
-        openings = openings or [""] * len(conversations)
-        params = params if isinstance(params, list) else [params] * len(conversations)
-        futures = [self.submit(*request) for request in zip(conversations, params, openings, strict=True)]
-        try:
-            pending = futures
-            while pending:
-                self.step()
-                for _ in (future for future in pending if future.done()):
-                    on_reply()
-                pending = [future for future in pending if not future.done()]
-            return [future.result() for future in futures]
-        finally:  # after Ctrl-C the others are not needed
-            for future in futures:
-                future.cancel()
-
     def submit(self, messages, params, opening=""):
-        """Enqueues a conversation, as in `chat`; `step` brings on the Future of its Reply."""
+        """Enqueues a conversation, as in `chat`, and returns the Future of its Reply."""
         ids, own_tokens = self.prompt(messages, opening)
         end = len(ids) - len(self.encode(opening))
         tag = open_tag(self.tokenizer.decode(ids[max(0, end - 16) : end]))

@@ -1,6 +1,7 @@
-"""A model's answer, and how the reasoning in it is told apart from what it says."""
+"""What models have in common: their answers, and how reasoning is told apart from what they say."""
 
 import re
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 
 REASONING_TOKENS = 2048  # added to max_tokens for a model that reasons before it answers
@@ -9,7 +10,6 @@ _NAME = r"(?:\w+:)?(?:think|thinking|thoughts?|reasoning)"
 _OPEN = rf"(?:<{_NAME}\b[^<>\n]*>|\[(?-i:THINK)\]|\u25c1think\u25b7)"
 _CLOSE = rf"(?:</{_NAME}\s*>|\[/(?-i:THINK)\]|\u25c1/think\u25b7)"
 _FLAGS = re.IGNORECASE | re.DOTALL | re.MULTILINE
-TAG = re.compile(_OPEN, _FLAGS)  # opens reasoning
 _BLOCK = re.compile(rf"(?:^[ \t]*{_OPEN}(.*?)|{_OPEN}([^\n]*?)){_CLOSE}", _FLAGS)
 _CLOSED = re.compile(rf"\A(.*){_CLOSE}", _FLAGS)  # a closing tag whose opening tag was in the prompt
 # at the start of a line, perhaps after a name, or before the end of one
@@ -32,6 +32,36 @@ class Reply:
     error: str | None = None  # why there is no answer; text is then empty
     own_tokens: int = 0  # prompt tokens that this model sampled in earlier replies
     reasoning: str = ""  # what the model wrote for itself, which nobody else may see
+
+
+class Model:
+    """A model that is asked by `submit(messages, params, opening)`, which returns the Future of a Reply.
+
+    A message may carry `sampled`, the ids of the Reply it was, with the `opening` it had, so that a local
+    model need not read it again. opening: what a local model's reply begins with; it is not in the Reply.
+    """
+
+    def step(self):
+        """Brings all requests on; those to an endpoint proceed by themselves."""
+
+    def chat(self, conversations, params, openings=None, on_reply=lambda: None):
+        """The Replies to a list of conversations; params: SamplingParams for all, or a list. on_reply() is
+        called after each reply."""
+        openings = openings or [""] * len(conversations)
+        params = params if isinstance(params, list) else [params] * len(conversations)
+        futures = [self.submit(*request) for request in zip(conversations, params, openings, strict=True)]
+        try:
+            pending = futures
+            while pending:
+                self.step()
+                done, pending = wait(pending, 0 if self.local else None, FIRST_COMPLETED)
+                for future in done:
+                    future.result()  # raises what ended the request
+                    on_reply()
+            return [future.result() for future in futures]
+        finally:  # after an error or Ctrl-C the others are not needed
+            for future in futures:
+                future.cancel()
 
 
 def split_reasoning(text):

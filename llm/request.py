@@ -39,21 +39,11 @@ def request_body(model, messages, params):
     for name in ("choices", "stop_ids", "logprobs"):
         if getattr(params, name):
             raise UsageError(f"{name}: an endpoint cannot do this; leave it out or use a local model")
+    defaults = vars(SamplingParams()) | {"temperature": None, "max_tokens": None}  # these two are always sent
+    sent = {name: value for name, value in vars(params).items() if value != defaults[name]}
     messages = [{"role": message["role"], "content": message["content"]} for message in messages]
     body = {"model": model, "messages": messages}
-    for name in (
-        "temperature",
-        "max_tokens",
-        "top_p",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "seed",
-        "stop",
-    ):
-        value = getattr(params, name)
-        if name in ("temperature", "max_tokens") or value != getattr(SamplingParams(), name):
-            body[name] = value
+    body |= {name: value for name, value in sent.items() if name in CHANGEABLE}
     if params.json_schema is not None:
         schema = {"name": "answer", "schema": params.json_schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}

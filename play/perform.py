@@ -118,7 +118,6 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
     of a model; on_text(call, text) with the growing text of a turn by a local model.
     """
     scenes, journal, calls = iter(scenes), journal or Journal(), {}  # {Future: LiveScene}
-    local_models = {id(model): model for model in models.values() if model.local}.values()
 
     def advance(live, reply):
         """Plays a scene on to its next call that the journal has no reply to, or to its end."""
@@ -149,7 +148,7 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
 
     def wait_for_replies():
         """[(LiveScene, Reply)]: of local models all that a step of theirs answers, else of one endpoint."""
-        for model in local_models:
+        for model in dict.fromkeys(models.values()):
             model.step()
         at_local_models = [future for future, live in calls.items() if models[live.call.role].local]
         done = wait(calls, 0 if at_local_models else None, FIRST_COMPLETED).done
