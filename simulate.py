@@ -90,12 +90,12 @@ def main():
     args = parse_args()
     if args.list:
         return list_scenes()
+    protocol = protocol_of(args)
     needs_default = not args.actor and not (args.next_speaker_eval and args.next_speaker)
     args.default = str(default_actor()) if needs_default else None
     if args.next_speaker_eval:
-        return evaluate(args)
+        return evaluate(args, protocol)
     scenes = find_scenes(args.scene, args.limit)
-    protocol = protocol_of(args)
     out = Path(args.out) if args.out else default_directory(args.scene, vars(args))
     models = open_roles(args, ROLES, out / ANSWERS)
     settings = settings_of(models, scenes, args.protocol, protocol)
@@ -206,12 +206,12 @@ def summarise(transcripts, models):
     terminal.note(f"{count}: {tokens}. Next: python judge.py {where}")
 
 
-def evaluate(args):
+def evaluate(args, protocol):
     """Prints how often the next-speaker model is right, as JSON; with --out also writes it to a file."""
     scenes = find_scenes(args.next_speaker_eval, args.limit, "all")
     out = make_dir(args.out) if args.out else None
     model = open_roles(args, ["next_speaker"], out and out / ANSWERS)["next_speaker"]
-    counts = evaluate_next_speaker(scenes, model, protocol_of(args))
+    counts = evaluate_next_speaker(scenes, model, protocol)
     total = counts["total"]
     if not total:
         raise UsageError(f"{args.next_speaker_eval}: nobody to name, as no scene has a second message")

@@ -507,23 +507,20 @@ def test_every_agents_tokens_are_read_once(tiny_actor, stage):
     """On a real engine: what it says it read is what the scenes count, and at most 2% above the least
     possible, which is what rendering each agent's last chat gives."""
     model = llm.open_model(tiny_actor)
-    asking, stepping, prompts_of, last = model.ask, model.step, {}, {}
+    submit, prompts_of, last = model.submit, {}, {}
 
-    def ask(key, messages, params, opening):
+    def noted(messages, params, opening):
         prompt, own = model.prompt(messages, opening)
-        prompts_of[key], last[messages[0]["content"]] = prompt, len(prompt) - own
-        asking(key, messages, params, opening)
+        future = submit(messages, params, opening)
+        prompts_of[future], last[messages[0]["content"]] = prompt, len(prompt) - own
+        return future
 
-    def step():
-        done = stepping()
-        assert all(reply.prompt_tokens == len(prompts_of[key]) for key, reply in done)
-        return done
-
-    model.ask, model.step = ask, step
+    model.submit = noted
     ends = []
     scenes = [stage["the-last-ferry/1"], stage["ward-c/1"], stage["three-keys/3"]]
     protocol = Protocol(max_rounds=10, max_tokens=24, next_speaker_tokens=4, temperature=0.8)
     perform(scenes, dict.fromkeys(ROLES, model), protocol, on_end=lambda *end: ends.append(end[2]))
+    assert all(future.result().prompt_tokens == len(prompt) for future, prompt in prompts_of.items())
     assert sum(stats["least"] for stats in ends) == sum(last.values())
     prefilled = sum(stats["prefilled"] for stats in ends)
     assert model.engine.stats["prefilled"] <= prefilled <= 1.02 * sum(last.values())
