@@ -87,7 +87,7 @@ def measure(args):
     args.model = args.model or ("8b" if args.device == "cuda" else str(BUNDLED_ACTOR))
     random = args.model in SHAPES
     local = Local(BUNDLED_ACTOR if random else args.model)
-    dtype, context = local.engine.kv.dtype, min(local.engine.room, 8192)
+    dtype, context = local.engine.kv.dtype, min(local.engine.max_sequence_tokens, 8192)
 
     def ours(model=None):
         """`local` with an empty cache. The engine before it goes first: its cache takes most of a GPU."""

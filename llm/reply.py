@@ -54,7 +54,8 @@ class Model:
             pending = futures
             while pending:
                 self.step()
-                done, pending = wait(pending, 0 if self.local else None, FIRST_COMPLETED)
+                # not without end: a Ctrl-C just before a wait is noticed only after it
+                done, pending = wait(pending, 0 if self.local else 1, FIRST_COMPLETED)
                 for future in done:
                     future.result()  # raises what ended the request
                     on_reply()

@@ -147,11 +147,11 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
             on_failure(live.scene, live.messages, str(error))
 
     def wait_for_replies():
-        """[(LiveScene, Reply)]: of local models all that a step of theirs answers, else of one endpoint."""
+        """[(LiveScene, Reply)]: of local models all that a step answers, else of an endpoint one or none."""
         for model in dict.fromkeys(models.values()):
             model.step()
         at_local_models = [future for future, live in calls.items() if models[live.call.role].local]
-        done = wait(calls, 0 if at_local_models else None, FIRST_COMPLETED).done
+        done = wait(calls, 0 if at_local_models else 1, FIRST_COMPLETED).done  # Ctrl-C is noticed after it
         for future in at_local_models if on_text else ():
             call = calls[future].call
             if future not in done and call.role != "next_speaker":
