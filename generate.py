@@ -25,6 +25,7 @@ from llm.reply import open_tag, split_reasoning, spoken_so_far
 from play.stage import STYLES
 from tokenizer import CHAT_FORMATS
 
+VISITOR = "Visitor"  # who speaks to a character
 HELP = """/help          this text
 /system TEXT   a new system text from here on; without TEXT none
 /retry         another answer to the last line
@@ -67,8 +68,8 @@ def show(pieces, stats="", tag=None):
                 text += next(pieces)
                 first = first or time.perf_counter()
                 visible = text if tag is None else spoken_so_far(tag + text)
-            except StopIteration as end:
-                completion = end.value
+            except StopIteration as stop:
+                completion = stop.value
                 text = visible = text if tag is None else split_reasoning(tag + text)[1]
             if visible.startswith(shown):
                 for part, channel in brackets.feed(visible[len(shown) :]):
@@ -79,23 +80,29 @@ def show(pieces, stats="", tag=None):
         text = shown
     terminal.put("\n")
     if stats and completion:
-        count, seconds = len(completion.ids), time.perf_counter() - start
-        terminal.note(
-            f"({count} tokens, {count / seconds:.1f} tokens/s{stats}, the first piece after "
-            f"{first - start if first else seconds:.2f} s; "
-            f"{completion.cached_tokens} of {completion.prompt_tokens} prompt tokens cached)"
-        )
+        count, end = len(completion.ids), time.perf_counter()
+        begun, speed = (first or end) - start, f"{count / (end - start):.1f} tokens/s{stats}"
+        cached = f"{completion.cached_tokens} of {completion.prompt_tokens} prompt tokens cached"
+        terminal.note(f"({count} tokens, {speed}, the first piece after {begun:.2f} s; {cached})")
     return text, completion
 
 
-def converse(engine, params, messages_of, system=None, name="", stats=""):
-    """Reads lines from stdin and prints replies, until an empty line or the end of input.
+def messages_of(exchanges, character=None):
+    """The user and assistant messages of exchanges, without the last reply; as a character perceives them."""
+    pairs = [((VISITOR, exchange.line), (character, exchange.reply)) for exchange in exchanges]
+    turns = [turn for pair in pairs for turn in pair][:-1]
+    if character:
+        return perspective([{"character": who, "message": text.strip()} for who, text in turns], character)
+    return [{"role": "user" if who else "assistant", "content": text} for who, text in turns]
 
-    messages_of: exchanges -> user and assistant messages in turn, without the last reply. name: whose name
-    each reply is made to begin with, "" for none.
-    """
-    tokenizer, exchanges, retries = engine.tokenizer, [], 0
-    opening = f"{name}:" if name else ""
+
+def chat(engine, params, stats, scene=None, character=None):
+    """Reads lines from stdin and prints replies, until an empty line or the end of input: of the model as it
+    is, or of one character of a scene, to whom the visitor is one more speaker on stage."""
+    tokenizer, exchanges, retries, system, opening = engine.tokenizer, [], 0, None, ""
+    if character:
+        terminal.note(f"{character}, from {scene.book}. {scene.scenario}\n")
+        system, opening = system_prompt(scene, character, prompts.AT_PLAY, concise=True), f"{character}:"
     params = replace(params, stop_ids=(*params.stop_ids, *turn_markers(tokenizer)))
     for line in terminal.lines("you> "):
         command, _, argument = line.partition(" ")
@@ -109,7 +116,7 @@ def converse(engine, params, messages_of, system=None, name="", stats=""):
             answers = {"/help": HELP, "/retry": "nothing has been said yet"}
             terminal.note(answers.get(command, f"{command}: no such command; /help lists them"))
             continue
-        messages = messages_of([*exchanges, Exchange(line)])
+        messages = messages_of([*exchanges, Exchange(line)], character)
         for message, exchange in zip(messages[1::2], exchanges, strict=True):
             if exchange.completion:  # the tokens as sampled are the ones in the cache
                 sampled = (message["content"], opening, exchange.completion.ids)
@@ -127,48 +134,15 @@ def converse(engine, params, messages_of, system=None, name="", stats=""):
             terminal.note(f"\n{error}: the line is too long, or the chat has become too long")
 
 
-def turns(exchanges, user, model):
-    """[(who, text)] of exchanges, without the last reply."""
-    pairs = [((user, exchange.line), (model, exchange.reply)) for exchange in exchanges]
-    return [turn for pair in pairs for turn in pair][:-1]
-
-
-def chat(engine, params, stats):
-    """A chat with the model as it is."""
-
-    def messages_of(exchanges):
-        return [{"role": role, "content": text} for role, text in turns(exchanges, "user", "assistant")]
-
-    converse(engine, params, messages_of, stats=stats)
-
-
-def meet(engine, params, stats, scene, character, visitor="Visitor"):
-    """A chat with one character of a scene, to whom the visitor is one more speaker on stage."""
-
-    def messages_of(exchanges):
-        spoken = turns(exchanges, visitor, character)
-        return perspective([{"character": who, "message": text.strip()} for who, text in spoken], character)
-
-    terminal.note(f"{character}, from {scene.book}. {scene.scenario}\n")
-    system = system_prompt(scene, character, prompts.AT_PLAY, concise=True)
-    converse(engine, params, messages_of, system, character, stats)
-
-
 def parse_args():
     parser = terminal.Parser(__doc__, 'python generate.py --prompt "The ferry" --max-tokens 60 --seed 1')
     add = parser.add_argument
-    add(
-        "--model", help="checkpoint directory or Hub id (default: the stage actor trained last, else bundled)"
-    )
+    add("--model", help="checkpoint directory or Hub id (default: the last stage actor, else the bundled)")
     add("--prompt", help="a text to continue; - reads it from stdin")
     add("--chat", action="store_true", help="chat with the model, line by line")
     add("--character", help="with --chat: whom to meet, of the bundled scenes or of --scene")
     add("--scene", help="with --character: a bundled scene, or FILE, FILE:INDEX of a book or test file")
-    add(
-        "--stats",
-        action="store_true",
-        help="print speed, dtype and cached tokens after each answer, on stderr",
-    )
+    add("--stats", action="store_true", help="print speed, dtype and cached tokens after each answer")
     add("--max-tokens", type=int, default=200, help="default: 200")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
     add("--top-p", type=float, default=1.0, help="default: 1, which keeps all tokens")
@@ -189,14 +163,12 @@ def main():
     args = parse_args()
     stop = tuple(filter(None, args.stop))
     params = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_tokens, stop, args.seed)
-    met = find_character(args.character, args.scene) if args.character else None
+    met = find_character(args.character, args.scene) if args.character else ()
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or fast_bf16() else "float32")
     stats = f" in {dtype}" if args.stats else ""
     engine = load_engine(args.model or default_actor(), dtype, args.chat_format)
-    if met:
-        meet(engine, params, stats, *met)
-    elif args.chat:
-        chat(engine, params, stats)
+    if args.chat:
+        chat(engine, params, stats, *met)
     else:
         text = "\n".join(terminal.lines("", keep=True)) if args.prompt == "-" else args.prompt
         bos = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]

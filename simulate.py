@@ -5,12 +5,12 @@
     python simulate.py --scene test.json:all --actor DIR --out DIR    a whole test file, many scenes at once
     python simulate.py --next-speaker-eval test.json --actor DIR      how often it names the real next speaker
 
-The rules are in play/protocol.py. `--out DIR` gets `settings.json` with all that decides the result;
-`transcripts.jsonl` with each scene as soon as it ends, in the order of the file at last; `failures.jsonl`
-with scenes that could not be finished, if any; `answers/` with the answers of endpoints, if any; and until
-the end `replies.jsonl`, every reply as it comes, so that `--resume` asks for none of them again and ends with
-what an uninterrupted run would have written. The same settings and seed give the same bytes on a CPU, but for
-the last value of a line, `stats.seconds`: drop it to compare two files (`sed 's/"seconds": [0-9.]*}}$//'`).
+The rules are in play/protocol.py. `--out DIR` gets `settings.json`, all that decides the result;
+`transcripts.jsonl`, each scene as soon as it ends, in the order of the file at last; `failures.jsonl`, scenes
+that could not be finished; `answers/` of endpoints; and, until the end, `replies.jsonl`, every reply as it
+comes, so that `--resume` asks for none of them again and ends with what an uninterrupted run would have
+written. The same settings and seed give the same bytes on a CPU, but for the last value of a line,
+`stats.seconds` (drop it to compare two files: `sed 's/"seconds": [0-9.]*}}$//'`).
 """
 
 import contextlib
@@ -46,52 +46,41 @@ def parse_args():
     file_forms = "FILE, FILE:INDEX, FILE:FIRST-LAST or FILE:all of a book or test file"
     add("--scene", help=f"a bundled scene (see --list), or {file_forms}")
     add("--list", action="store_true", help="print the names of the bundled scenes")
-    evaluation = "measure how often the next-speaker model is right on these scenes (as --scene)"
-    add("--next-speaker-eval", metavar="FILE", help=evaluation)
+    add("--next-speaker-eval", metavar="FILE", help="how often the next-speaker model is right (as --scene)")
     add("--limit", type=int, metavar="N", help="only the first N scenes")
     spec = "a checkpoint directory, openai:MODEL or openai:MODEL@URL"
     add("--actor", metavar="M", help=f"who plays the characters: {spec} (default: a stage actor)")
     add("--environment", metavar="M", help="who narrates the world (default: the actor)")
     add("--next-speaker", metavar="M", help="who names the next speaker (default: the actor)")
-    by_probability = "choices: one of the cast, by its probability (default: text)"
-    add("--next-speaker-mode", choices=["text", "choices"], default="text", help=by_probability)
+    add("--next-speaker-mode", choices=["text", "choices"], default="text", help="choices: by probability")
     add("--chat-format", choices=CHAT_FORMATS, help="of checkpoints (default: what each says)")
     add("--dtype", choices=DTYPES, help="of checkpoints (default: bfloat16 on a GPU, else float32)")
-    preset = "release: as the code released with the paper plays (default: paper)"
-    add("--protocol", choices=PROTOCOLS, default="paper", help=preset)
-    add(
-        "--out",
-        metavar="DIR",
-        help="directory for the results (default, for plays: a new one under out/plays)",
-    )
+    add("--protocol", choices=PROTOCOLS, default="paper", help="release: as the paper's code plays")
+    add("--out", metavar="DIR", help="directory of the results (default: a new one under out/plays)")
     add("--resume", action="store_true", help="with --out: go on with an interrupted run")
     add("--script", action="store_true", help=f"write {SCRIPT} as well, the scenes to be read")
     add("--max-rounds", type=int, default=20, metavar="N", help="(default: %(default)s)")
     add("--continue-from", type=int, default=0, metavar="K", help="begin with the first K original messages")
-    add(
-        "--without-thoughts",
-        action="store_true",
-        help="ask actors for no thoughts, and show them none of theirs",
-    )
-    shown = "thoughts on the screen; the transcript has them in any case (default: show)"
-    add("--thoughts", choices=["show", "hide"], default="show", help=shown)
+    add("--without-thoughts", action="store_true", help="actors are asked for no thoughts, and see none")
+    add("--thoughts", choices=["show", "hide"], default="show", help="on the screen (transcripts have them)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    at_once = "scenes played at once (default: %(default)s)"
-    add("--side-by-side", type=int, default=SIDE_BY_SIDE, metavar="N", help=at_once)
-    requests = "concurrent requests to an endpoint (default: %(default)s)"
-    add("--concurrency", type=int, default=CONCURRENCY, metavar="N", help=requests)
+    default = "(default: %(default)s)"
+    add("--side-by-side", type=int, default=SIDE_BY_SIDE, metavar="N", help=f"concurrent scenes {default}")
+    add(
+        "--concurrency", type=int, default=CONCURRENCY, metavar="N", help=f"requests to an endpoint {default}"
+    )
     add("--requests-per-minute", type=float, metavar="N", help="to an endpoint, at most")
     args = parser.parse_args()
     if bool(args.scene) + args.list + bool(args.next_speaker_eval) != 1:
         raise UsageError("give --scene NAME or FILE, or --list to see the bundled scenes")
-    if args.max_rounds < 1 or args.continue_from < 0 or not args.temperature >= 0:
-        raise UsageError("--max-rounds is at least 1, --continue-from and --temperature at least 0")
+    if args.continue_from < 0:
+        raise UsageError(f"--continue-from must be at least 0, not {args.continue_from}")
     if args.next_speaker_eval and (args.resume or args.script):
         raise UsageError("--resume and --script belong to --scene; --next-speaker-eval plays nothing")
     if args.resume and not args.out:
         raise UsageError("--resume needs --out DIR, the run to go on with")
-    for name in ("limit", "side_by_side", "concurrency", "requests_per_minute"):
+    for name in ("limit", "max_rounds", "side_by_side", "concurrency", "requests_per_minute"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
     return args
@@ -101,12 +90,12 @@ def main():
     args = parse_args()
     if args.list:
         return list_scenes()
+    protocol = protocol_of(args)
     needs_default = not args.actor and not (args.next_speaker_eval and args.next_speaker)
     args.default = str(default_actor()) if needs_default else None
     if args.next_speaker_eval:
-        return evaluate(args)
+        return evaluate(args, protocol)
     scenes = find_scenes(args.scene, args.limit)
-    protocol = protocol_of(args)
     out = Path(args.out) if args.out else default_directory(args.scene, vars(args))
     models = open_roles(args, ROLES, out / ANSWERS)
     settings = settings_of(models, scenes, args.protocol, protocol)
@@ -125,17 +114,14 @@ def list_scenes():
 
 
 def protocol_of(args):
-    SamplingParams(
-        args.temperature, seed=args.seed
-    )  # values out of range are refused before anything is written
+    SamplingParams(args.temperature, seed=args.seed)  # refuses values out of range
     names = ("max_rounds", "next_speaker_mode", "temperature", "continue_from", "seed")
     options = {name: getattr(args, name) for name in names}
     return Protocol(thoughts=not args.without_thoughts, **options, **PROTOCOLS[args.protocol])
 
 
 def open_roles(args, roles, answers):
-    """{role: model} of the command line; roles with the same endpoint or directory share a model. answers: a
-    directory."""
+    """{role: model} of the command line; roles with the same endpoint or directory share a model."""
     options = dict(answers=answers, concurrency=args.concurrency, per_minute=args.requests_per_minute)
     options |= dict(chat_format=args.chat_format, dtype=args.dtype)
     opened, models = {}, {}
@@ -156,9 +142,7 @@ def settings_of(models, scenes, preset, protocol):
     """All that decides the result of a run."""
     settings = {role: model.name for role, model in models.items()}
     settings |= {f"{role}_identity": model.identity for role, model in models.items()}
-    for role, model in models.items():
-        if reason := getattr(model, "chat_format_reason", None):
-            settings[f"{role}_chat_format"] = reason
+    settings |= {f"{role}_chat_format": model.chat_format for role, model in models.items() if model.local}
     contents = json.dumps([scene.to_dict() for scene in scenes], sort_keys=True)
     digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
     return settings | {"scenes": digest, "protocol": preset, **asdict(protocol)}
@@ -198,20 +182,9 @@ def play_scenes(scenes, models, protocol, transcripts, args):
             ended = len(transcripts.finished) + len(transcripts.failed)
             update(ended, f"playing, {counts['rounds']} rounds, {speed:,.0f} tokens/s")
 
-        perform(
-            *(
-                missing,
-                models,
-                protocol,
-                on_message,
-                transcripts.add_finished,
-                transcripts.add_failed,
-                on_reply,
-            ),
-            on_text=stage.on_text if stage else None,
-            journal=Journal(transcripts.directory / REPLIES),
-            side_by_side=args.side_by_side,
-        )
+        handlers = on_message, transcripts.add_finished, transcripts.add_failed, on_reply
+        on_text, journal = stage and stage.on_text, Journal(transcripts.directory / REPLIES)
+        perform(missing, models, protocol, *handlers, on_text, journal, args.side_by_side)
     if failed := transcripts.failed:
         raise UsageError(f"{len(failed)} scene(s) could not be finished; the first: {failed[0]['error']}")
 
@@ -223,39 +196,32 @@ def summarise(transcripts, models):
     if total["empty"] or total["fallbacks"]:
         drawn = f"next speakers drawn at random, as nobody was named: {total['fallbacks']}"
         terminal.note(f"turns without a word: {total['empty']}; {drawn}")
-    least, all_local = "", all(model.local for model in models.values())
-    if total["least"] and all_local:
-        least = f" ({total['prefilled'] / total['least']:.3f} of the least possible)"
-    if not all_local:
-        terminal.note(f"the answers of the endpoints are kept in {transcripts.directory / ANSWERS}")
-    where, tokens = (
-        transcripts.directory,
-        f"{total['decoded']:,} tokens generated, {total['prefilled']:,} prefilled",
-    )
+    where = transcripts.directory
+    tokens = f"{total['decoded']:,} tokens generated, {total['prefilled']:,} prefilled"
+    if not all(model.local for model in models.values()):
+        terminal.note(f"the answers of the endpoints are kept in {where / ANSWERS}")
+    elif total["least"]:
+        tokens += f" ({total['prefilled'] / total['least']:.3f} of the least possible)"
     count = f"{len(transcripts.finished)} scene(s) in {where / TRANSCRIPTS}"
-    terminal.note(f"{count}: {tokens}{least}. Next: python judge.py {where}")
+    terminal.note(f"{count}: {tokens}. Next: python judge.py {where}")
 
 
-def evaluate(args):
-    """Prints how often the next-speaker model is right, as JSON; with --out in a file as well, beside kept
-    answers."""
+def evaluate(args, protocol):
+    """Prints how often the next-speaker model is right, as JSON; with --out also writes it to a file."""
     scenes = find_scenes(args.next_speaker_eval, args.limit, "all")
     out = make_dir(args.out) if args.out else None
     model = open_roles(args, ["next_speaker"], out and out / ANSWERS)["next_speaker"]
-    counts = evaluate_next_speaker(scenes, model, protocol_of(args))
+    counts = evaluate_next_speaker(scenes, model, protocol)
     total = counts["total"]
     if not total:
-        raise UsageError(
-            f"{args.next_speaker_eval}: no scene has a second message, so there is nobody to name"
-        )
+        raise UsageError(f"{args.next_speaker_eval}: nobody to name, as no scene has a second message")
     names = ("correct", "last_other", "uniform", "answered")
     percent = {name: round(100 * counts[name] / total, 2) for name in names}
-    terminal.note(
-        f"{model.name}: {percent['correct']}% of {total:,} next speakers of {len(scenes)} scenes; "
-        f"the last other speaker: {percent['last_other']}%; uniform over the cast: {percent['uniform']}%"
-    )
+    baselines = f"the last other speaker: {percent['last_other']}%; uniform: {percent['uniform']}%"
+    correct = f"{percent['correct']}% of {total:,} next speakers of {len(scenes)} scenes"
+    terminal.note(f"{model.name}: {correct}; {baselines}")
     about = {"model": model.identity, "mode": args.next_speaker_mode, "scenes": len(scenes)}
-    result = json.dumps(about | counts | {"percent": percent})
+    result = json.dumps({**about, **counts, "percent": percent})
     print(result)
     if out:
         with write_whole(out / "next_speaker.json") as file:

@@ -2,6 +2,7 @@
 
 import gc
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
@@ -28,22 +29,20 @@ class Peer:
         self.ours, self.generate, self.calls = ours, generate, []
         self.stops = [*ours.tokenizer.stop_ids, *ours.markers]
 
-    def ask(self, *call):
-        self.calls.append(call)
+    def submit(self, messages, params, opening=""):
+        self.calls.append((Future(), messages, params, opening))
+        return self.calls[-1][0]
 
     def step(self):
         if not self.calls:
-            return []
-        key, messages, params, opening = self.calls.pop(0)
+            return
+        future, messages, params, opening = self.calls.pop(0)
         prompt, own = self.ours.prompt(messages, opening)
         ids, cached = self.generate(prompt, params.max_tokens)
         end = "length" if len(ids) == params.max_tokens and ids[-1] not in self.stops else "stop"
         ids = ids[:-1] if ids and ids[-1] in self.stops else ids
         text = self.ours.tokenizer.decode(ids)
-        return [(key, Reply(text, end, len(prompt), len(ids), cached, ids, own_tokens=own))]
-
-    def drop(self):
-        self.calls = []
+        future.set_result(Reply(text, end, len(prompt), len(ids), cached, ids, own_tokens=own))
 
 
 def with_transformers(ours, model):

@@ -11,11 +11,10 @@ def evaluate_next_speaker(scenes, model, protocol):
     """Counts how often the model names the real next speaker: for each message but the first, it reads the
     real ones before.
 
-    Returns {correct, answered (with a name that is valid), failed, total, last_other, uniform}; `uniform` is
-    an expected count. Baselines: the last other speaker (the last before the current one who is somebody
-    else; at the second message there is none, which counts as wrong), and uniform over the cast without the
-    current speaker. A message by the one who has just spoken is left out, since by the protocol nobody
-    follows themselves. UsageError if no question was answered.
+    Returns the counts {correct, answered (with a valid name), failed, total, last_other, uniform}. Baselines:
+    the last other speaker (the second message has none, which is wrong), and uniform over the cast without
+    the current speaker (an expected count). A message by who has just spoken is left out, since by the
+    protocol nobody follows themselves. UsageError if no question was answered.
     """
     counts = dict.fromkeys(("correct", "answered", "failed", "total", "last_other", "uniform"), 0)
     errors, longest = [], max(len(scene.dialogues) for scene in scenes)
@@ -30,9 +29,8 @@ def evaluate_next_speaker(scenes, model, protocol):
     if errors and len(errors) == counts["total"]:
         raise UsageError(f"none of {len(errors)} questions was answered; the first: {errors[0]}")
     if errors:
-        terminal.note(
-            f"{len(errors)} of {counts['total']} questions were not answered; the first: {errors[0]}"
-        )
+        share = f"{len(errors)} of {counts['total']} questions"
+        terminal.note(f"{share} were not answered; the first: {errors[0]}")
     return counts
 
 

@@ -5,11 +5,8 @@
     model = open_model("openai:llama@http://localhost/v1")   # OPENAI_API_KEY_LOCALHOST, else OPENAI_API_KEY
     replies = model.chat([messages, ...], params)            # a list of Reply, in order
 
-Requests to endpoints are limited in number at once and per minute, and retried with growing pauses (or as
-Retry-After says) until a number of tries or a deadline. What fails for one prompt (400, the context, the
-deadline) is a Reply with an `error`; what fails for all requests (401, 403, 404) is a UsageError. Keys are
-sent to the endpoint and nowhere else. Answers can be kept on disk, each under the hash of its request.
-Reasoning is in `Reply.reasoning`, never in `Reply.text`.
+What fails for one prompt (400, the context, the deadline) is a Reply with an `error`; what fails for all
+requests (401, 403, 404) is a UsageError. Reasoning is in `Reply.reasoning`, never in `Reply.text`.
 """
 
 import re
@@ -23,19 +20,17 @@ __all__ = ["Reply", "default_actor", "open_model"]
 
 
 def open_model(spec, chat_format=None, dtype=None, **options):
-    """`openai:MODEL`, `openai:MODEL@URL` or a checkpoint directory -> a model with `name`, `local`,
-    `identity`, `adaptations` and `chat`; a local one also has `ask`, `step`, `spoken` and `drop`, an endpoint
-    `submit`.
+    """The model of `openai:MODEL`, `openai:MODEL@URL` or a checkpoint directory.
 
-    chat_format, dtype: of a checkpoint (an endpoint applies its own). options: of an Endpoint (answers,
+    It has `name`, `local`, `identity`, `chat_format` and `adaptations`, and all that llm.reply.Model has; a
+    local one also `spoken`. chat_format, dtype: of a checkpoint. options: of an Endpoint (answers,
     concurrency, per_minute).
     """
     spec = str(spec)
     if spec.startswith("openai:"):
         model, _, url = spec.removeprefix("openai:").partition("@http")
         if not model or re.search(r"@[\w.-]+:\d+|@\w+://", model):
-            raise UsageError(
-                f"{spec}: write openai:MODEL or openai:MODEL@URL, with a URL that begins with http:// or https://"
-            )
+            hint = "with a URL that begins with http:// or https://"
+            raise UsageError(f"{spec}: write openai:MODEL or openai:MODEL@URL, {hint}")
         return Endpoint(model, f"http{url}" if url else None, **options)
     return Local(spec, dtype, chat_format)

@@ -17,7 +17,6 @@ import time
 import weakref
 import zlib
 from asyncio import sleep
-from concurrent.futures import as_completed
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import httpx
 
 from common import terminal
 from common.files import UsageError, make_dir, write_whole
-from llm.reply import REASONING_TOKENS, Reply, needs_room
+from llm.reply import REASONING_TOKENS, Model, Reply, needs_room
 from llm.request import change_for, changed, describe, read_error, read_reply, request_body
 
 TRIES = 5
@@ -55,7 +54,7 @@ class Address:
 
     @classmethod
     def at(cls, url, *limits):
-        """The address of a URL; opened again with the same limits it is the same."""
+        """The one address of a URL with these limits."""
         key = (os.getpid(), url.host, url.port, limits)
         address = ADDRESSES.get(key) or cls(*limits)
         return ADDRESSES.setdefault(key, address)
@@ -67,7 +66,7 @@ class Address:
             await sleep(start - time.monotonic())
 
 
-class Endpoint:
+class Endpoint(Model):
     """A model behind an OpenAI-compatible `/chat/completions`.
 
     pause: seconds before the first retry. answers: a directory to keep answers in (None: they are not kept).
@@ -76,17 +75,15 @@ class Endpoint:
     was reasoning.
     """
 
-    local = False
+    local, chat_format = False, None
 
-    def __init__(
-        self, model, url=None, key=None, pause=1.0, answers=None, concurrency=CONCURRENCY, per_minute=None
-    ):
+    def __init__(self, model, url=None, key=None, pause=1.0, answers=None,
+                 concurrency=CONCURRENCY, per_minute=None):  # fmt: skip
         self.name, self.model, self.pause, self.answers = f"openai:{model}", model, pause, answers
         self.url = (url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
         parsed = self.check_url()
         self.key = self.find_key(key, parsed.host)
         self.identity = f"{self.model} at {self.url}"
-        self.loop = event_loop(os.getpid())
         self.address = Address.at(parsed, concurrency, per_minute)
         self.changes = self.address.changes.setdefault(model, {})
         self.reasoning_tokens = 0
@@ -98,23 +95,21 @@ class Endpoint:
             raise UsageError(f"{self.name}: {error}; check HTTP_PROXY, ALL_PROXY and NO_PROXY") from None
 
     def check_url(self):
-        """The URL in parts; a UsageError where it is not a plain http(s) one shows no password in it."""
+        """The URL in parts; UsageError, without the password, if it is not a plain http(s) URL."""
         try:
             url = httpx.URL(self.url)
             valid = url.scheme in ("http", "https") and url.host
         except httpx.InvalidURL:
             valid = False
         if not valid:
-            shown = re.sub(r"//[^/]*@", "//", self.url)
-            raise UsageError(
-                f"{self.name} at {shown}: not an http(s) URL; check OPENAI_BASE_URL and the @URL"
-            )
+            shown, hint = re.sub(r"//[^/]*@", "//", self.url), "check OPENAI_BASE_URL and the @URL"
+            raise UsageError(f"{self.name} at {shown}: not an http(s) URL; {hint}")
         if url.userinfo or url.query or url.fragment:
             raise UsageError(f"{self.name} at {url.host}: the URL may have no user, query or fragment")
         return url
 
     def find_key(self, key, host):
-        """The key for a host; UsageError where there is none or it is no key."""
+        """The key for a host; UsageError if there is none or it cannot be one."""
         variable = "OPENAI_API_KEY_" + re.sub(r"\W", "_", host).upper()
         key = (key or os.environ.get(variable) or os.environ.get("OPENAI_API_KEY") or "").strip()
         if not key:
@@ -128,23 +123,10 @@ class Endpoint:
         """How requests are changed because the server refused a parameter, in words."""
         return [describe(name, change) for name, change in self.changes.items()]
 
-    def chat(self, conversations, params, openings=None, on_reply=lambda: None):
-        """As `Local.chat`; openings are not sent, since the interface has no place for them."""
-        params = params if isinstance(params, list) else [params] * len(conversations)
-        futures = [self.submit(*request) for request in zip(conversations, params, strict=True)]
-        try:
-            for future in as_completed(futures):
-                future.result()
-                on_reply()
-            return [future.result() for future in futures]
-        finally:  # after an error or Ctrl-C the others are not needed
-            for future in futures:
-                future.cancel()
-
-    def submit(self, messages, params):
-        """A concurrent.futures.Future of the Reply; UsageError, here or from it, ends the run."""
+    def submit(self, messages, params, opening=""):
+        """A Future of the Reply, as in `chat`; openings are not sent. UsageError: no request can succeed."""
         body = request_body(self.model, messages, params)
-        return asyncio.run_coroutine_threadsafe(self.answer(body, params), self.loop)
+        return asyncio.run_coroutine_threadsafe(self.answer(body, params), event_loop(os.getpid()))
 
     async def answer(self, body, params):
         """The Reply to a request, from the answers on disk or from the endpoint."""
@@ -167,7 +149,7 @@ class Endpoint:
             return reply
 
     def kept(self, file):
-        """The Reply in a file, None if there is none; what had to be changed for it is known from then on."""
+        """The Reply in a file, or None; the changes that its request needed hold from then on."""
         try:
             kept = json.loads(file.read_bytes())
             reply, changes = Reply(**kept["reply"]), dict(kept["changes"])
@@ -180,18 +162,17 @@ class Endpoint:
 
     def learn(self, name, change, reason):
         """Changes a parameter in all requests from now on."""
-        if name not in self.changes or self.changes[name] != change:
+        if self.changes.get(name, "") != change:
             self.changes[name] = change
             terminal.note(f"{self.name}: {describe(name, change)} from now on ({reason})")
 
     async def fetch(self, body, added_tokens):
         """The Reply to a request, after retries; those after 429 are limited by the deadline alone."""
         body = {**body, "max_tokens": body["max_tokens"] + added_tokens}
-        tries, failed, retries, begun = 1 if self.down else TRIES, 0, 0, None
+        tries, failed, retries, deadline = 1 if self.down else TRIES, 0, 0, None
         while True:
             await self.address.wait_for_start()
-            begun = begun or time.monotonic()
-            deadline = begun + DEADLINE
+            deadline = deadline or time.monotonic() + DEADLINE
             outcome = await self.attempt(changed(body, self.changes), deadline)
             if isinstance(outcome, Reply):
                 self.down = self.down and outcome.error is not None
@@ -223,20 +204,20 @@ class Endpoint:
         or None where a parameter is changed from now on and the request is to be sent again at once.
         """
         try:
-            status, content, retry_after = await self.post(body, deadline)
+            status, text, retry_after = await self.post(body, deadline)
         except (httpx.RequestError, zlib.error, TimeoutError) as error:
             return describe_error(error), False, None
-        text = content.decode(errors="replace")
         try:
-            answer = json.loads(content)
+            answer = json.loads(text)
         except (ValueError, RecursionError):
             answer = None
         status, words, parameter = read_error(status, answer, text)
         if status == 200:
             try:
-                return self.without_key(read_reply(answer))
+                reply = read_reply(answer)
             except ValueError as error:
                 return f"{error}: {self.shown(text)}", False, None
+            return self.failure(f"gave no answer: {self.shown(reply.error)}") if reply.error else reply
         trouble = f"HTTP {status}: {self.shown(words)}"
         if status in (401, 403, 404):
             raise UsageError(f"{self.name} at {self.url} refused: {trouble}")
@@ -250,7 +231,7 @@ class Endpoint:
         return trouble, status == 429, seconds_of(retry_after)
 
     async def post(self, body, deadline):
-        """(status, content, Retry-After) of an answer; TimeoutError at the deadline, even in mid-answer."""
+        """(status, text, Retry-After) of an answer; TimeoutError at the deadline, even in mid-answer."""
         left = max(0.01, deadline - time.monotonic())
         timeout = httpx.Timeout(min(TIMEOUT, left), connect=CONNECT_TIMEOUT)
         content, request = bytearray(), dict(url=f"{self.url}/chat/completions", json=body, timeout=timeout)
@@ -259,21 +240,15 @@ class Endpoint:
                 content += chunk
                 if len(content) > LARGEST:
                     raise httpx.ReadError("the answer is too large")
-        return response.status_code, bytes(content), response.headers.get("Retry-After", "")
+        text = content.decode(errors="replace")
+        if len(self.key) >= 16:  # a shorter one may be a word
+            text = text.replace(self.key, "***")
+        return response.status_code, text, response.headers.get("Retry-After", "")
 
     def shown(self, words):
         """A server's words for an error message: one short line, without HTML tags and without the key."""
         words = re.sub(r"<[^<>]*>", " ", words.replace(self.key, "***"))
         return " ".join(words.split())[:300] or "no message"
-
-    def without_key(self, reply):
-        """A Reply in which no text repeats the key."""
-        if reply.error:
-            reply.error = f"{self.name} at {self.url}: {self.shown(reply.error)}"
-        if len(self.key) >= 16:  # a shorter one may be a word
-            reply.text = reply.text.replace(self.key, "***")
-            reply.reasoning = reply.reasoning.replace(self.key, "***")
-        return reply
 
 
 def describe_error(error):
@@ -286,9 +261,7 @@ def describe_error(error):
 
 
 def seconds_of(retry_after):
-    """Seconds from now that a Retry-After asks for, a number or a date; None where it is neither, or the date
-    is past.
-    """
+    """Seconds from now that a Retry-After (a number or a date) asks for; None if it is neither or past."""
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?", retry_after):
         return float(retry_after)
     try:

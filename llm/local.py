@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from common.files import MANIFEST, ROOT, UsageError
 from common.gguf import parts_of
 from engine.engine import Engine
 from engine.params import RequestRefused, SamplingParams
-from llm.reply import REASONING_TOKENS, TAG, Reply, needs_room, open_tag, split_reasoning, spoken_so_far
+from llm.reply import REASONING_TOKENS, Model, Reply, needs_room, open_tag, split_reasoning, spoken_so_far
 from tokenizer import load_tokenizer
 
 BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"  # 4M parameters, from nothing
@@ -23,25 +24,20 @@ SHIPPED_ACTOR = ROOT / "data" / "stage" / "smollm2"  # a LoRA adapter
 
 
 def load_engine(spec, dtype=None, chat_format=None):
-    """An Engine for a checkpoint directory or Hub id: on the GPU in bf16 where there is one, else on the CPU
-    in fp32.
-    """
+    """An Engine for a checkpoint directory or Hub id: on a GPU in bf16, on a CPU in fp32."""
     directory, cuda = find_model(spec), torch.cuda.is_available()
     dtype = DTYPES[dtype] if dtype else torch.bfloat16 if cuda else torch.float32
     load_config(directory)  # first, so that a directory that is no checkpoint is reported as that
     tokenizer = load_tokenizer(tokenizer_directory(directory), chat_format)
     model = load_model(directory, "cuda" if cuda else "cpu", dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UsageError(
-            f"{directory}: tokenizer of {tokenizer.vocab_size} tokens, model of {model.config.vocab_size}"
-        )
+    if tokenizer.vocab_size > (size := model.config.vocab_size):
+        raise UsageError(f"{directory}: tokenizer of {tokenizer.vocab_size} tokens, model of {size}")
     return Engine(model, tokenizer, consume=True)
 
 
 def turn_markers(tokenizer):
     """Ids of the special tokens that end a turn: all but the tags around reasoning."""
-    is_tag = {name: TAG.fullmatch(name.replace("/", "", 1)) for name in tokenizer.specials}
-    return tuple(i for name, i in tokenizer.specials.items() if not is_tag[name])
+    return tuple(i for name, i in tokenizer.specials.items() if not open_tag(name.replace("/", "", 1)))
 
 
 @dataclass(eq=False)
@@ -60,7 +56,7 @@ class Request:
         return self.params.choices is not None or self.params.json_schema is not None
 
 
-class Local:
+class Local(Model):
     """A checkpoint on this machine. `identity`: hash of its files, device and dtype, which determine answers.
 
     A reply that is cut off by max_tokens while the model is still reasoning is asked for once more with
@@ -72,83 +68,61 @@ class Local:
     def __init__(self, spec, dtype=None, chat_format=None):
         self.name, self.engine = str(spec), load_engine(spec, dtype, chat_format)
         self.tokenizer = self.engine.tokenizer
+        self.chat_format = self.tokenizer.chat_format
         self.identity = f"{fingerprint(find_model(spec))} {self.engine.device.type} {self.engine.kv.dtype}"
         self.markers = turn_markers(self.tokenizer)
         self.reasoning_tokens = 0
-        self.running, self.refused = {}, []  # key -> Request; (key, Reply)
+        self.running = {}  # {Future: Request}
         # a chat's turns are rendered again at each of its calls
         self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)
-        self.as_sampled = functools.lru_cache(2**15)(
-            functools.partial(as_sampled, self.tokenizer.decode, self.encode)
-        )
+        sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
+        self.as_sampled = functools.lru_cache(2**15)(sampled)
 
-    def chat(self, conversations, params, openings=None, on_reply=lambda: None):
-        """A list of Reply to conversations, lists of messages; params: one SamplingParams for all, or a list.
-
-        openings: the text that each reply is made to begin with, which is not part of the Reply (an endpoint
-        cannot be made to). A message may carry `sampled`, the ids of the Reply it was, with the `opening` it
-        had: see `as_sampled`. on_reply() is called after each reply. No other request may be running.
-        """
-        openings = openings or [""] * len(conversations)
-        params = params if isinstance(params, list) else [params] * len(conversations)
-        replies = {}
-        try:
-            for i, request in enumerate(zip(conversations, params, openings, strict=True)):
-                self.ask(i, *request)
-            while len(replies) < len(conversations):
-                for key, reply in self.step():
-                    replies[key] = reply
-                    on_reply()
-        finally:
-            self.drop()
-        return [replies[i] for i in range(len(conversations))]
-
-    def ask(self, key, messages, params, opening=""):
-        """Enqueues a conversation, as in `chat`; `step` returns its Reply under this key."""
+    def submit(self, messages, params, opening=""):
+        """Enqueues a conversation, as in `chat`, and returns the Future of its Reply."""
         ids, own_tokens = self.prompt(messages, opening)
         end = len(ids) - len(self.encode(opening))
         tag = open_tag(self.tokenizer.decode(ids[max(0, end - 16) : end]))
-        request = Request(ids, params, own_tokens, tag)
+        request, future = Request(ids, params, own_tokens, tag), Future()
         if not request.constrained:
             request.params = replace(params, stop_ids=(*params.stop_ids, *self.markers))
-        self.enqueue(key, request)
+        future.add_done_callback(self.remove)
+        self.enqueue(future, request)
+        return future
 
-    def enqueue(self, key, request):
-        """Gives a request to the engine; what the engine refuses is a Reply with an error."""
+    def enqueue(self, future, request):
+        """Gives a request to the engine; if the engine refuses it, the Reply has the error."""
         request.room = 0 if request.constrained else self.reasoning_tokens
         try:
             params = replace(request.params, max_tokens=request.params.max_tokens + request.room)
             request.sequences = self.engine.add(request.ids, params)
-            self.running[key] = request
+            self.running[future] = request
         except RequestRefused as error:
-            self.refused.append((key, Reply("", "error", len(request.ids), error=f"{self.name}: {error}")))
+            future.set_result(Reply("", "error", len(request.ids), error=f"{self.name}: {error}"))
 
     def step(self):
-        """Runs a step of the engine for all requests -> [(key, Reply)] of those that have ended."""
-        done, self.refused = self.refused, []
-        if not done and self.running:
+        """Runs a step of the engine for all requests, and gives those that have ended their Reply."""
+        if self.running:
             self.engine.step()
-            for key, request in list(self.running.items()):
-                if completion := self.engine.completion(request.sequences):
-                    del self.running[key]
-                    reply = reply_of(completion, request)
-                    if needs_room(reply) and not request.room:
-                        self.reasoning_tokens = REASONING_TOKENS
-                        self.enqueue(key, request)
-                    else:
-                        done.append((key, reply))
-        return done
+        for future, request in list(self.running.items()):
+            if completion := self.engine.completion(request.sequences):
+                del self.running[future]
+                reply = reply_of(completion, request)
+                if needs_room(reply) and not request.room:
+                    self.reasoning_tokens = REASONING_TOKENS
+                    self.enqueue(future, request)
+                else:
+                    future.set_result(reply)
 
-    def spoken(self, key):
+    def spoken(self, future):
         """What a running reply says so far, in whole characters, without reasoning."""
-        request = self.running[key]
+        request = self.running[future]
         return spoken_so_far(request.tag + request.sequences[0].text)
 
-    def drop(self):
-        """Cancels all requests."""
-        for request in self.running.values():
+    def remove(self, future):
+        """Takes a cancelled request out of the engine."""
+        if request := self.running.pop(future, None):
             self.engine.cancel(request.sequences)
-        self.running, self.refused = {}, []
 
     def prompt(self, messages, opening=""):
         """(ids of a conversation up to a reply that begins with `opening`, how many of them it sampled)."""

@@ -16,21 +16,19 @@ NEW_NAMES = {"max_tokens": "max_completion_tokens", "seed": "random_seed"}
 
 # how servers word the range of a parameter, a refusal, a prompt that is too long, and a combination
 _NUMBER = r"[^\w-]*(-?(?:0|[1-9]\d*)(?:\.\d+)?)"
-_RANGE = re.compile(
-    rf"(?i)(?:between|range(?: [a-z_]+){{0,4}}|from|in){_NUMBER}\s*(?:and|to|\.\.+|,|-|\u2013){_NUMBER}"
-)
-_HIGH = re.compile(
-    rf"(?i)(?:<=?|at most|less than(?: or equal to)?|max(?:imum)?\b(?: \w+){{0,2}}|up to){_NUMBER}"
-)
-_LOW = re.compile(rf"(?i)(?:>=|at least|greater than or equal to|min(?:imum)?\b(?: \w+){{0,2}}){_NUMBER}")
-_REFUSED = re.compile(
-    r"(?i)support|recogni[sz]ed|unknown|unexpected|permitted|allowed|invalid|extra|deprecated|must|should|both"
+_RANGE = rf"(?:between|range(?: [a-z_]+){{0,4}}|from|in){_NUMBER}\s*(?:and|to|\.\.+|,|-|\u2013){_NUMBER}"
+_HIGH = rf"(?:<=?|at most|less than(?: or equal to)?|max(?:imum)?\b(?: \w+){{0,2}}|up to){_NUMBER}"
+_LOW = rf"(?:>=|at least|greater than or equal to|min(?:imum)?\b(?: \w+){{0,2}}){_NUMBER}"
+_REFUSED = (
+    r"support|recogni[sz]ed|unknown|unexpected|permitted|allowed|invalid|extra|deprecated|must|should|both"
     r"|expected|range|between|at (?:most|least)|m(?:ax|in)imum|\btoo\b|greater|less|available|compatible|[<>]"
 )
-_TOO_LONG = re.compile(
-    r"(?i)(?:maximum|exceeds?|model's)(?: \w+){0,2} context[ _]?(?:length|window|size)|prompt is too long"
-)
-_COMBINED = re.compile(r"(?i)\b(?:both|together|combin\w+|only one|simultaneously)\b")
+_TOO_LONG = r"(?:maximum|exceeds?|model's)(?: \w+){0,2} context[ _]?(?:length|window|size)|prompt is too long"
+_COMBINED = r"\b(?:both|together|combin\w+|only one|simultaneously)\b"
+
+
+def _search(pattern, words):
+    return re.search(pattern, words, re.IGNORECASE)
 
 
 def request_body(model, messages, params):
@@ -40,21 +38,12 @@ def request_body(model, messages, params):
     """
     for name in ("choices", "stop_ids", "logprobs"):
         if getattr(params, name):
-            raise UsageError(
-                f"{name}: an endpoint cannot be asked for this; leave it out or use a local model"
-            )
-    default = SamplingParams()
-    body = {
-        "model": model,
-        "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
-        "temperature": params.temperature,
-        "max_tokens": params.max_tokens,
-    }
-    for name in ("top_p", "top_k", "min_p", "repetition_penalty", "seed"):
-        if getattr(params, name) != getattr(default, name):
-            body[name] = getattr(params, name)
-    if params.stop:
-        body["stop"] = list(params.stop)
+            raise UsageError(f"{name}: an endpoint cannot do this; leave it out or use a local model")
+    defaults = vars(SamplingParams()) | {"temperature": None, "max_tokens": None}  # these two are always sent
+    sent = {name: value for name, value in vars(params).items() if value != defaults[name]}
+    messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+    body = {"model": model, "messages": messages}
+    body |= {name: value for name, value in sent.items() if name in CHANGEABLE}
     if params.json_schema is not None:
         schema = {"name": "answer", "schema": params.json_schema, "strict": True}
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -79,36 +68,37 @@ def changed(body, changes):
 
 def change_for(body, words):
     """(parameter, change) for a body that was refused in these words; None where no change can help."""
-    places = {
-        name: found.start()
-        for name in CHANGEABLE
-        if name in body and (found := re.search(rf"(?<!\w){name}(?!\w)", words))
-    }
-    if not places or _TOO_LONG.search(words) or not _REFUSED.search(words):
+
+    def place(name):
+        found = re.search(rf"(?<!\w){name}(?!\w)", words)
+        return found.start() if found else -1
+
+    named = [name for name in CHANGEABLE if name in body and place(name) >= 0]
+    if not named or _search(_TOO_LONG, words) or not _search(_REFUSED, words):
         return None
-    if len(places) > 1 and _COMBINED.search(words):
-        return next(iter(places)), None
-    name = min(places, key=places.get)
+    if len(named) > 1 and _search(_COMBINED, words):
+        return named[0], None
+    name = min(named, key=place)
     new_name, limits = NEW_NAMES.get(name), _limits(words)
-    if new_name and (re.search(rf"(?<!\w){new_name}(?!\w)", words) or (name == "max_tokens" and not limits)):
+    if new_name and (place(new_name) >= 0 or (name == "max_tokens" and not limits)):
         return name, new_name
     narrowed = limits and _narrowed(body[name], *limits, wraps="seed" in name)
-    return name, limits if narrowed not in (None, [], body[name]) else None
+    return name, limits if narrowed not in (None, (), body[name]) else None
 
 
 def _limits(words):
     """[low, high] that a server names, None for one that it does not; None where it names neither."""
-    if found := _RANGE.search(words):
+    if found := _search(_RANGE, words):
         return [json.loads(found[1]), json.loads(found[2])]
-    low, high = (found and json.loads(found[1]) for found in (_LOW.search(words), _HIGH.search(words)))
+    low, high = (found and json.loads(found[1]) for found in (_search(_LOW, words), _search(_HIGH, words)))
     return None if low is None and high is None else [low, high]
 
 
 def _narrowed(value, low, high, wraps):
-    """A value within a range: a list is cut, a seed wraps around (so that seeds still differ)."""
+    """A value within a range: a tuple is cut, a seed wraps around (so that seeds still differ)."""
     if isinstance(value, dict):
         return None
-    if isinstance(value, list):
+    if isinstance(value, tuple):
         return value[:high] if isinstance(high, int) else None
     if wraps and high is not None:
         return value % (high + 1)
@@ -130,9 +120,9 @@ def describe(name, change):
 
 
 def read_error(status, answer, text):
-    """(status, the server's words, the parameter they are about) of an answer; (200, "", "") if it is fine.
+    """(status, the server's words, the parameter they are about) of an answer; (200, "", "") if all is well.
 
-    answer: its JSON, None if it is none. An error under status 200 has the status that its code or type says.
+    answer: its JSON, or None. An error under status 200 gets the status that its code or type says.
     """
     answer = answer if isinstance(answer, dict) else {}
     choice = next(iter(answer["choices"]), None) if isinstance(answer.get("choices"), list) else None
@@ -153,7 +143,7 @@ def read_error(status, answer, text):
 
 
 def read_reply(answer):
-    """The Reply in the JSON of an answer. ValueError says what it is where it is no chat completion."""
+    """The Reply in the JSON of an answer; ValueError if it is no chat completion."""
     choices = answer.get("choices") if isinstance(answer, dict) else None
     if choices == []:
         raise ValueError("an answer without choices, no chat completion")

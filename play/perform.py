@@ -1,18 +1,57 @@
 """Plays many scenes concurrently and keeps a journal of every reply."""
 
-import queue
-import threading
 import time
-from collections import deque
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass, field
 
 from common.files import append_line, read_lines, write_lines
 from data.scenes import Scene
 from llm.reply import Reply
-from play.accounting import TokenCounts
-from play.protocol import Call, NobodySpoke, SceneFailed, play
+from play.protocol import Call, NobodySpoke, Performance, SceneFailed
 
 SIDE_BY_SIDE = 32  # scenes
+
+
+class TokenCounts:
+    """The token counts of one scene, over all calls of its agents.
+
+    prefilled: prompt tokens computed for this scene. cached: prompt tokens found in the cache, at most those
+    that the agent's own last call left there, so the counts do not depend on other scenes; a resumed run
+    counts what the interrupted one would have found. decoded: tokens sampled. least: the minimum to prefill:
+    of each agent's chat at its last call, all tokens that the model had not sampled itself.
+    """
+
+    def __init__(self):
+        self.prefilled = self.decoded = self.cached = 0
+        self.last_calls = {}  # agent: (its last Reply, the run in which it came)
+
+    def add(self, agent, reply, run):
+        """Counts an agent's reply, which came in this run (Journal.run)."""
+        if reply.error is not None:
+            return
+        cached = cached_tokens(reply, run, *self.last_calls.get(agent, (None, run)))
+        self.last_calls[agent] = reply, run
+        self.prefilled += reply.prompt_tokens - cached
+        self.cached += cached
+        self.decoded += reply.completion_tokens
+
+    def stats(self):
+        least = sum(reply.prompt_tokens - reply.own_tokens for reply, _ in self.last_calls.values())
+        return dict(prefilled=self.prefilled, decoded=self.decoded, cached=self.cached, least=least)
+
+
+def cached_tokens(reply, run, before, run_before):
+    """The prompt tokens of a reply that the agent's call before had left in the cache: no more than were
+    measured, unless that call came in an earlier run, whose cache is gone."""
+    if reply.ids is None:  # an endpoint: its own count
+        return reply.cached_tokens
+    left = 0
+    if before is not None:
+        kept = reply.own_tokens - before.own_tokens  # tokens of the reply before that stand as sampled
+        # the last token of a reply cut at max_tokens was sampled, but never an input
+        not_computed = kept == len(before.ids) and before.finish_reason == "length"
+        left = min(before.prompt_tokens + kept - not_computed, reply.prompt_tokens - 1)
+    return left if run != run_before else min(reply.cached_tokens, left)
 
 
 @dataclass(eq=False)
@@ -46,73 +85,24 @@ class Journal:
             write_lines(path, lines)  # without the torn line a kill may have left
 
     def take(self, scene, call):
-        """(the Reply to a call of a scene, the number of the run in which it came), or None."""
+        """(the Reply to a call of a scene, the run in which it came), or None."""
         run, reply = self.replies.pop(f"{scene.key}|{call.occasion}", (0, None))
         return (Reply(**reply), run) if reply else None
 
     def keep(self, answered, errors=False):
-        """Writes the replies to [(LiveScene, Reply)], all or none. errors: failed ones too, as the scenes go
-        on with them."""
-        kept = [(live, reply) for live, reply in answered if errors or reply.error is None]
-        if self.path and kept:
-            keys = [f"{live.scene.key}|{live.call.occasion}" for live, _ in kept]
-            entries = [(self.run, asdict(reply)) for _, reply in kept]
-            append_line(self.path, dict(zip(keys, entries, strict=True)))
+        """Writes the replies to [(LiveScene, Reply)], all or none; failed ones only with `errors`."""
+        entries = {
+            f"{live.scene.key}|{live.call.occasion}": (self.run, asdict(reply))
+            for live, reply in answered
+            if errors or reply.error is None
+        }
+        if self.path and entries:
+            append_line(self.path, entries)
 
     def forget(self, scene):
         """Drops the replies to a scene, so that a resumed run asks for all of them again."""
         if self.path:
             append_line(self.path, {scene.key: None})
-
-
-class Dispatcher:
-    """Sends calls to the models of the roles: a local model batches its calls, step by step; an endpoint's
-    get a thread each."""
-
-    def __init__(self, models):
-        self.models = models
-        self.local_models = {id(model): model for model in models.values() if model.local}.values()
-        self.at_local_models, self.at_endpoints = set(), 0  # LiveScenes; number of calls
-        self.arrived = queue.Queue()  # (LiveScene, Reply or exception) from endpoints
-
-    def submit(self, live):
-        call, model = live.call, self.models[live.call.role]
-        if model.local:
-            model.ask(live, call.messages, call.params, call.opening)
-            self.at_local_models.add(live)
-        else:  # a daemon thread, so that Ctrl-C need not wait for it
-            threading.Thread(target=self._fetch, args=(live, model), daemon=True).start()
-            self.at_endpoints += 1
-
-    def _fetch(self, live, model):
-        call = live.call
-        try:
-            self.arrived.put((live, model.chat([call.messages], [call.params], [call.opening])[0]))
-        except BaseException as error:
-            self.arrived.put((live, error))
-
-    def collect(self):
-        """Yields [(LiveScene, Reply)]: of each local model after a step, and of endpoints what has arrived;
-        if nothing else can come, it waits for one."""
-        idle = not self.at_local_models
-        for model in self.local_models:
-            if replies := model.step():
-                self.at_local_models.difference_update(live for live, _ in replies)
-                yield replies
-        while self.at_endpoints and (idle or not self.arrived.empty()):
-            live, reply = self.arrived.get()
-            self.at_endpoints, idle = self.at_endpoints - 1, False
-            if isinstance(reply, BaseException):
-                raise reply
-            yield [(live, reply)]
-
-    def partial_replies(self):
-        """(Call, its text so far) of each call at a local model."""
-        return [(live.call, self.models[live.call.role].spoken(live)) for live in self.at_local_models]
-
-    def close(self):
-        for model in self.local_models:
-            model.drop()
 
 
 def _nothing(*_):
@@ -127,8 +117,7 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
     seconds) or on_failure(scene, messages so far, error) once for each scene; on_reply(reply) at each reply
     of a model; on_text(call, text) with the growing text of a turn by a local model.
     """
-    journal, dispatcher = journal or Journal(), Dispatcher(models)
-    scenes, live_scenes, ready = iter(scenes), set(), deque()  # ready: (LiveScene, the reply it waited for)
+    scenes, journal, calls = iter(scenes), journal or Journal(), {}  # {Future: LiveScene}
 
     def advance(live, reply):
         """Plays a scene on to its next call that the journal has no reply to, or to its end."""
@@ -140,7 +129,9 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
                     live.call = step
                     kept = journal.take(live.scene, step)
                     if kept is None:
-                        return dispatcher.submit(live)
+                        future = models[step.role].submit(step.messages, step.params, step.opening)
+                        calls[future] = live
+                        return
                     reply, run = kept
                     live.tokens.add(step.agent, reply, run)
                 else:
@@ -154,27 +145,33 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
             if isinstance(error, NobodySpoke):
                 journal.forget(live.scene)
             on_failure(live.scene, live.messages, str(error))
-        live_scenes.remove(live)
+
+    def wait_for_replies():
+        """[(LiveScene, Reply)]: of local models all that a step answers, else of an endpoint one or none."""
+        for model in dict.fromkeys(models.values()):
+            model.step()
+        at_local_models = [future for future, live in calls.items() if models[live.call.role].local]
+        done = wait(calls, 0 if at_local_models else 1, FIRST_COMPLETED).done  # Ctrl-C is noticed after it
+        for future in at_local_models if on_text else ():
+            call = calls[future].call
+            if future not in done and call.role != "next_speaker":
+                on_text(call, models[call.role].spoken(future))
+        answered = [future for future in at_local_models if future in done] or list(done)[:1]
+        return [(calls.pop(future), future.result()) for future in answered]
 
     try:
         while True:
-            while ready:
-                advance(*ready.popleft())
-            while len(live_scenes) < side_by_side and (scene := next(scenes, None)):
-                live = LiveScene(scene, play(scene, protocol))
-                live_scenes.add(live)
-                advance(live, None)
-            if not live_scenes:
+            while len(calls) < side_by_side and (scene := next(scenes, None)):
+                advance(LiveScene(scene, Performance(scene, protocol).play()), None)
+            if not calls:
                 return
-            while not ready:
-                for replies in dispatcher.collect():
-                    journal.keep(replies, errors=not protocol.silence_passes)
-                    for live, reply in replies:
-                        on_reply(reply)
-                        live.tokens.add(live.call.agent, reply, journal.run)
-                        ready.append((live, reply))
-                for call, text in dispatcher.partial_replies() if on_text else ():
-                    if call.role != "next_speaker":
-                        on_text(call, text)
+            replies = wait_for_replies()
+            journal.keep(replies, errors=not protocol.silence_passes)
+            for live, reply in replies:
+                on_reply(reply)
+                live.tokens.add(live.call.agent, reply, journal.run)
+            for answered in replies:
+                advance(*answered)
     finally:
-        dispatcher.close()
+        for future in calls:
+            future.cancel()

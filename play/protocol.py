@@ -2,13 +2,10 @@
 
 Given-circumstance acting (CoSER paper, section 4.3): each agent has its own chat, in which it reads the
 others without their thoughts. A round is one turn of the current speaker, after which the next-speaker model
-names who follows. `play` is a coroutine that asks for replies and never calls a model itself; everything here
-is pure.
+names who follows. A performance asks for replies and never calls a model itself; everything here is pure.
 
 There are two presets. `paper` is the protocol as published. `release` differs in five places where the code
-released with the paper does something else that changes results. Its other faults (a fallback speaker that
-differs from run to run, results written only at the end, output paths that leave out settings, endless
-requests to a failing server) change no rule of play, and neither preset has them.
+released with the paper does something else that changes results.
 """
 
 import hashlib
@@ -26,12 +23,10 @@ from play.replies import clean_reply, parse_next_speaker
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a scene is played. The last five fields are True in the paper's protocol and False in the
-    release's.
+    """How a scene is played. The last five fields are True in the paper's protocol, False in the release's.
 
-    When the next-speaker model names nobody, both draw from the same candidates: major characters and
-    Environment, else the cast, without the current speaker. The release draws from a Python `set`, in another
-    order in each run; here it is seeded.
+    When the next-speaker model names nobody, both draw from the same candidates (`draw_speaker`). The release
+    draws from a Python `set`, in another order in each run; here the draw is seeded.
     """
 
     max_rounds: int = 20
@@ -82,19 +77,7 @@ class SceneFailed(Exception):
 
 
 class NobodySpoke(SceneFailed):
-    """The models had turns to speak in, and none of them said a word."""
-
-
-def play(scene, protocol):
-    """A coroutine that plays a scene and returns `(messages, stats)`.
-
-    It yields a Call, to be sent the Reply, and each spoken message as a dict, so that the caller can show it
-    at once. messages: `{role, content}` in order, next-speaker decisions included as role NSP, with the
-    model's `answer` where it named nobody who could be next and `probabilities` where it chose; with the
-    model's `reasoning`, where there is any, which no other chat ever holds. stats count turns: `empty`,
-    `fallbacks` (next speakers drawn at random), `original`.
-    """
-    return Performance(scene, protocol).rounds()
+    """Every turn was empty."""
 
 
 class Performance:
@@ -112,7 +95,15 @@ class Performance:
         self.decision = {"name": self.speaker}  # the answer the next-speaker model reads before the next turn
         self.error = None  # of the last reply that failed
 
-    def rounds(self):
+    def play(self):
+        """A coroutine that plays the scene and returns `(messages, stats)`.
+
+        It yields a Call, to be sent the Reply, and each spoken message as a dict. messages: `{role, content}`
+        in order, next-speaker decisions included as role NSP; a decision has the model's `answer` where it
+        named nobody who could be next, and `probabilities` where it chose; both kinds have the model's
+        `reasoning`, if any, which no chat holds. stats count turns: `empty`, `fallbacks` (next speakers drawn
+        at random), `original`.
+        """
         for index in range(self.protocol.max_rounds):
             if index < len(self.originals):
                 yield self.original_turn(self.originals[index])
@@ -204,9 +195,8 @@ class Performance:
         return (yield from self.ask("next_speaker", chat, params, f"{index}"))
 
     def draw_speaker(self, index):
-        """Who speaks when the next-speaker model named nobody: a seeded choice of the major characters and
-        the Environment, else of the cast, without the current and the last speaker; None if nobody is left.
-        """
+        """A seeded choice of the major characters and the Environment, else of the cast, without the current
+        and the last speaker; None if nobody is left."""
         self.stats["fallbacks"] += 1
         excluded = {self.speaker}
         if self.protocol.silence_passes and self.dialogue:

@@ -36,8 +36,7 @@ def whole(name):
 
 
 def meant_by(name, cast):
-    """The members of the cast that another form of a name fits best: `Darcy`, `Mr Darcy` or `Fitzwilliam` for
-    `Mr. Fitzwilliam Darcy`, `Grace Landry` for `Grace`."""
+    """The members of the cast that a form of a name fits best: `Mr Darcy` is `Mr. Fitzwilliam Darcy`."""
     words, fits = words_of(name), {}
     for member in cast:
         own = words_of(member)
@@ -58,9 +57,8 @@ LABEL = (
     r"|(?:\u4e0b\u4e00|\u6b21\u306e)[^\n\u3002]{0,12}?[\u662f\u306f\u4e3a\u70ba:\uff1a])"  # next ... is
 )
 OPINION = r"\b(?:think|choose|pick|say)\b(?: that)?(?: it(?:'s| is))?"
-STOPS = (
-    r"(?=\s*(?:$|\n|[^\w\s]|(?:because|since|as|is|should|will|would|next)\b))"  # what may follow an answer
-)
+# what may follow an answer
+STOPS = r"(?=\s*(?:$|\n|[^\w\s]|(?:because|since|as|is|should|will|would|next)\b))"
 
 
 def parse_next_speaker(text, cast):
@@ -206,36 +204,30 @@ def looks_like_a_name(words):
 
 
 def introduces_a_person(head, text):
-    """Whether words that look like a name introduce what somebody says: no ordinary word among them, and a
-    sentence, a bracket or a quotation follows in the line; the line before does not announce it as a
-    quotation."""
-    before = text[: head.start()].rstrip()
+    """Whether words that look like a name introduce what somebody says: none of them is an ordinary word, a
+    sentence, bracket or quotation follows, and the line before does not announce a quotation."""
     following = text[head.end() : head.end() + 1]
     words = {word.replace(".", "") for word in head["name"].casefold().split()}
     is_person = not (words & NO_NAMES - PARTICLES or words <= TITLES)
     speaks = following.isupper() or (following and following in '"([')
-    return is_person and speaks and not before.endswith(":")
+    return is_person and speaks and not text[: head.start()].rstrip().endswith(":")
 
 
-def settled(text, cast):
-    """The beginning of a growing reply that no further text can turn into somebody else's line."""
-    names = [straighten(name) for name in cast]
-    *lines, line = straighten(text).split("\n")
-    # the last line may be about to become a head
-    head = rf"[-*#>\s]*(?P<name>(?i:{any_of(names)})|{WORDS})?[*\s]*(\([^)]*\)?)?[*\s]*[:\uff1a]?[*\s]*"
-    begun, start = re.fullmatch(head, line), line.strip("-*#> \t").casefold()
-    word = begun and begun["name"]
-    may_be_name = not word or looks_like_a_name(word) or word.casefold() in map(str.casefold, names)
-    if (begun and may_be_name) or any(name.casefold().startswith(start) for name in names):
-        return text[: len(text) - len(line)]
-    # its last characters may be the beginning of a name
-    for length in range(min(len(line), max(map(len, names)) + 3), 0, -1):
-        if any(f"{name}: [".startswith(line[-length:]) for name in names):
-            return text[:-length]
-    return text
+def played_so_far(text, character, cast):
+    """What will surely be played of a reply that is still being generated, in whole words: without a last
+    line that may become another's, and without last words that may begin a name."""
+    names, line = any_of(cast), straighten(text).rpartition("\n")[2]
+    head = rf"[-*#>\s]*(?:(?i:{names})|{WORDS})?[*\s]*(?:\([^)]*\)?)?[*\s]*[:\uff1a]?[*\s]*"
+    if re.fullmatch(head, line):
+        text = text[: len(text) - len(line)]
+    longest = max(map(len, cast)) + 8  # with what may stand around it
+    return re.sub(r"\S+\Z", "", clean_reply(text, character, cast)[:-longest])
 
 
 # ---- repetition --------------------------------------------------------------------------------------------
+
+
+FIVE_TIMES = re.compile(r"(?<!\S)((?:\S++\s++){4,29}?\S++)(?:\s++\1(?!\S)){4,}")  # 5 to 30 words
 
 
 def cut_repetition(text):
@@ -245,27 +237,13 @@ def cut_repetition(text):
     first is kept. At the second occurrence of a passage of 15 words the text ends.
     """
     text = re.sub(r"[A-Za-z]{100,}", lambda run: run[0][:20], text)
-    while True:
-        spans = [match.span() for match in re.finditer(r"\S+", text)]
-        words = [text[first:last] for first, last in spans]
-        places = ((start, size) for start in range(len(words)) for size in range(5, 31))
-        found = next((place for place in places if stands_five_times(words, *place)), None)
-        if found is None:
-            break
-        start, size = found
-        end = start + 5 * size
-        while words[end : end + size] == words[start : start + size]:
-            end += size
-        text = text[: spans[start + size - 1][1]] + text[spans[end - 1][1] :]
-    seen = set()
+    before = None
+    while before != text:
+        before, text = text, FIVE_TIMES.sub(r"\1", text)
+    words, seen = list(re.finditer(r"\S+", text)), set()
     for start in range(len(words) - 14):
-        passage = tuple(words[start : start + 15])
+        passage = tuple(word[0] for word in words[start : start + 15])
         if passage in seen:
-            return text[: spans[start][0]].rstrip()
+            return text[: words[start].start()].rstrip()
         seen.add(passage)
     return text
-
-
-def stands_five_times(words, start, size):
-    phrase = words[start : start + size]
-    return start + 5 * size <= len(words) and words[start : start + 5 * size] == phrase * 5

@@ -9,15 +9,14 @@ from common import terminal
 from data.brackets import ACTION, SPEECH, THOUGHT, BracketParser
 from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT
-from play.replies import clean_reply, settled
+from play.replies import played_so_far
 
 STYLES = {SPEECH: "", ACTION: "italic", THOUGHT: "dim"}  # of a message's channels on a terminal
 COLOURS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 
 
 class Stage:
-    """Shows one scene: each character in its colour, actions in italics, thoughts dim, or not at all with
-    thoughts=False."""
+    """Shows one scene: each character in a colour, actions in italics, thoughts dim or (False) not at all."""
 
     def __init__(self, scene, thoughts=True):
         self.cast, self.thoughts = [*scene.speaking_characters, ENVIRONMENT], thoughts
@@ -31,9 +30,8 @@ class Stage:
             terminal.put(f"{scene.book}\n{scene.scenario}\n\n")
 
     def on_text(self, call, text):
-        """Shows what will surely be played of a turn that is still being generated, in whole words."""
-        played = clean_reply(settled(text, self.cast), call.agent, self.cast)
-        self.put(call.agent, re.sub(r"\S+$", "", played))
+        """Shows a turn that is still being generated."""
+        self.put(call.agent, played_so_far(text, call.agent, self.cast))
 
     def on_message(self, message):
         """Shows a turn as it is played."""

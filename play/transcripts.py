@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from common import files, terminal
-from common.files import UsageError, append_line, read_json, read_lines, write_lines, write_whole
+from common.files import UsageError, append_line, read_json, read_lines, write_json, write_lines, write_whole
 from data.brackets import SPEECH, BracketParser
 from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT, load_stage
@@ -22,8 +22,7 @@ TRANSCRIPT_KEYS = ("book", "i_p", "i_c", "scene", "settings", "messages", "stats
 
 
 def default_directory(scene_spec, options):
-    """A path under out/plays that does not exist yet, named after what is played and a hash of the
-    options."""
+    """A path under out/plays that does not exist yet, named after the scene and a hash of the options."""
     name = scene_spec if scene_spec in load_stage() else Path(scene_spec).name
     name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
@@ -39,9 +38,8 @@ def locked(directory):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UsageError(
-            f"{directory}: another run is writing there; wait for it or choose another --out"
-        ) from None
+        hint = "wait for it or choose another --out"
+        raise UsageError(f"{directory}: another run is writing there; {hint}") from None
     finally:
         os.close(descriptor)
 
@@ -49,8 +47,8 @@ def locked(directory):
 class Transcripts:
     """The transcripts of a run, written to its directory as scenes end.
 
-    `finished` and `failed` are lines, the finished ones of earlier runs included. UsageError if the directory
-    holds a run that this one may not go on with: without resume any, else one with other settings.
+    `finished` and `failed` are lines, the finished ones of the run that is resumed included. UsageError if
+    the directory holds a run and `resume` is False, or one with other settings.
     """
 
     def __init__(self, directory, settings, models, resume):
@@ -61,25 +59,21 @@ class Transcripts:
                 hint = "add --resume to go on with it, or choose another --out"
                 raise UsageError(f"{directory}: holds a run already; {hint}")
             self._check_settings(read_json(directory / SETTINGS))
-        with write_whole(directory / SETTINGS) as file:
-            json.dump(settings, file, indent=1)
+        write_json(directory / SETTINGS, settings)
         write_lines(directory / TRANSCRIPTS, self.finished)  # without the torn line a kill may have left
         (directory / FAILURES).unlink(missing_ok=True)
 
     def _check_settings(self, old):
-        identified = {
-            name for name in self.settings if f"{name}_identity" in self.settings
-        }  # wherever they lie
-        names = sorted({*self.settings, *old} - identified)
+        paths = {name for name in self.settings if f"{name}_identity" in self.settings}  # a model may move
+        names = sorted({*self.settings, *old} - paths)
         if changed := [name for name in names if self.settings.get(name) != old.get(name)]:
-            changed = ", ".join(changed)
-            raise UsageError(
-                f"{self.directory}: was played with other settings ({changed}); choose another --out"
-            )
+            words = f"was played with other settings ({', '.join(changed)}); choose another --out"
+            raise UsageError(f"{self.directory}: {words}")
 
     def missing(self, scenes):
-        finished = {(line["book"], line["i_p"], line["i_c"]) for line in self.finished}
-        return [scene for scene in scenes if (scene.book, scene.i_p, scene.i_c) not in finished]
+        """The scenes without a transcript."""
+        finished = {place_of(line) for line in self.finished}
+        return [scene for scene in scenes if place_of(vars(scene)) not in finished]
 
     def add_finished(self, scene, messages, stats, seconds):
         self.finished.append(self._line(scene, messages, {**stats, "seconds": round(seconds, 3)}))
@@ -90,24 +84,28 @@ class Transcripts:
         append_line(self.directory / FAILURES, self.failed[-1])
 
     def _line(self, scene, messages, stats):
-        """A scene's line; `adaptations`: what requests to an endpoint had to leave out or rename, by role, if
-        anything."""
+        """A scene's line. adaptations: how an endpoint's requests were changed, by role, if they were."""
         line = {"book": scene.book, "i_p": scene.i_p, "i_c": scene.i_c, "scene": scene.to_dict()}
-        adaptations = {role: getattr(model, "adaptations", []) for role, model in self.models.items()}
-        adaptations = {role: list(changes) for role, changes in adaptations.items() if changes}
-        line |= {"settings": self.settings} | ({"adaptations": adaptations} if adaptations else {})
+        line["settings"] = self.settings
+        adaptations = {role: list(model.adaptations) for role, model in self.models.items()}
+        if any(adaptations.values()):
+            line["adaptations"] = {role: changes for role, changes in adaptations.items() if changes}
         return line | {"messages": messages, "stats": stats}
 
     def complete(self, scenes, script=False):
-        """Puts the lines in the order of the scenes, and drops the journal; script: writes the Markdown
-        script too."""
-        order = {(scene.book, scene.i_p, scene.i_c): i for i, scene in enumerate(scenes)}
-        self.finished.sort(key=lambda line: order.get((line["book"], line["i_p"], line["i_c"]), len(order)))
+        """Puts the lines in the order of the scenes and drops the journal; with `script`, writes SCRIPT."""
+        order = {place_of(vars(scene)): i for i, scene in enumerate(scenes)}
+        self.finished.sort(key=lambda line: order.get(place_of(line), len(order)))
         write_lines(self.directory / TRANSCRIPTS, self.finished)
         (self.directory / REPLIES).unlink(missing_ok=True)
         if script:
             with write_whole(self.directory / SCRIPT) as file:
                 file.write("\n".join(map(markdown, self.finished)))
+
+
+def place_of(line):
+    """What identifies a scene."""
+    return line["book"], line["i_p"], line["i_c"]
 
 
 def markdown(line):

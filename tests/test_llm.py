@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -105,21 +106,20 @@ class Script:
     `openings` are what its replies were to begin with, `batches` how many were asked for at a time.
     """
 
-    name, local, identity, adaptations = "script", True, "script", ()
+    name, local, identity, adaptations, chat_format = "script", True, "script", (), None
 
     def __init__(self, say):
         self.say, self.asked, self.openings, self.batches, self.line = say, [], [], [], []
 
-    def ask(self, key, messages, params, opening=""):
-        self.line.append((key, messages, params, opening))
+    def submit(self, messages, params, opening=""):
+        self.line.append((Future(), messages, params, opening))
+        return self.line[-1][0]
 
     def step(self):
-        keys, *asked = zip(*self.line, strict=True) if self.line else [()] * 4
+        futures, *asked = zip(*self.line, strict=True) if self.line else [()] * 4
         self.line = []
-        return list(zip(keys, self.chat(*map(list, asked)), strict=True)) if keys else []
-
-    def drop(self):
-        self.line = []
+        for future, reply in zip(futures, self.chat(*map(list, asked)) if futures else (), strict=True):
+            future.set_result(reply)
 
     def chat(self, conversations, params, openings=None, on_reply=lambda: None):
         params = params if isinstance(params, list) else [params] * len(conversations)
@@ -830,6 +830,8 @@ RAW = {
     "think": f"<think>\n{SECRET}\n</think>\n\n{SPEECH}",
     "thinking": f"<Thinking>{SECRET}</THINKING>{SPEECH}",
     "reasoning": f"  <reasoning>{SECRET}</reasoning>\n{SPEECH}",
+    "seed": f"<seed:think>{SECRET}</seed:think>{SPEECH}",
+    "kimi": f"\u25c1think\u25b7{SECRET}\u25c1/think\u25b7{SPEECH}",
     "mistral": f"[THINK]{SECRET}[/THINK]{SPEECH}",
     "opened in the prompt": f"{SECRET}\n</think>\n\n{SPEECH}",
     "that mentions a tag": f"I open <think> first.\n{SECRET}</think>{SPEECH}",
@@ -886,6 +888,11 @@ def test_unfinished_reasoning_is_all_reasoning(form):
 def test_speech_is_left_as_it_is(text):
     """A tag in the middle of a line is only mentioned; nothing is stripped where there is no reasoning."""
     assert split_reasoning(text) == ("", text) and spoken_so_far(text) == text
+
+
+def test_reasoning_that_is_cut_off_after_speech_is_not_said():
+    """The tag ends its line."""
+    assert split_reasoning("Good evening. <think>\nsecret") == ("secret", "Good evening.")
 
 
 def test_reasoning_in_the_middle_is_not_said():
@@ -1300,12 +1307,11 @@ def reasoner(tmp_path):
 def test_a_local_models_reasoning_is_kept_apart(reasoner, opening):
     """In the reply, in what is shown while it is spoken, and in the prompts that follow."""
     model = llm.open_model(reasoner)
-    model.ask("key", HELLO, SamplingParams(0, max_tokens=60), opening)
-    shown, done = set(), []
-    while not done:
-        done = model.step()
-        shown |= set() if done else {model.spoken("key")}
-    [(_, reply)] = done
+    future, shown = model.submit(HELLO, SamplingParams(0, max_tokens=60), opening), set()
+    while not future.done():
+        shown.add(model.spoken(future))
+        model.step()
+    reply = future.result()
     assert (reply.text, reply.reasoning, reply.finish_reason) == ("Hi", "plan", "stop")
     assert shown <= {"", "H", "Hi"} and model.tokenizer.decode(reply.ids) == "<think>plan</think>Hi"
     said = {"role": "assistant", "content": f"{opening}Hi", "opening": opening, "sampled": reply.ids}

@@ -3,6 +3,7 @@ leave behind."""
 
 # ruff: noqa: F401, F811 (fixtures of another file)
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -12,7 +13,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -21,7 +25,7 @@ import torch
 from conftest import ROOT, usage_error
 from rich.console import Console
 from rich.progress import Progress
-from test_llm import Script, Server
+from test_llm import RAW, SECRET, SPEECH, UNFINISHED, Script, Server, reasoner
 from test_simulate import (
     in_turn,
     make_scene,
@@ -39,6 +43,7 @@ from common import files, terminal
 from data import prompts
 from data.chats import END_CHAT
 from data.scenes import load_scenes, straighten
+from engine.engine import Engine
 from engine.params import SamplingParams
 from evals import next_speaker
 from llm import Reply, local
@@ -502,23 +507,20 @@ def test_every_agents_tokens_are_read_once(tiny_actor, stage):
     """On a real engine: what it says it read is what the scenes count, and at most 2% above the least
     possible, which is what rendering each agent's last chat gives."""
     model = llm.open_model(tiny_actor)
-    asking, stepping, prompts_of, last = model.ask, model.step, {}, {}
+    submit, prompts_of, last = model.submit, {}, {}
 
-    def ask(key, messages, params, opening):
+    def noted(messages, params, opening):
         prompt, own = model.prompt(messages, opening)
-        prompts_of[key], last[messages[0]["content"]] = prompt, len(prompt) - own
-        asking(key, messages, params, opening)
+        future = submit(messages, params, opening)
+        prompts_of[future], last[messages[0]["content"]] = prompt, len(prompt) - own
+        return future
 
-    def step():
-        done = stepping()
-        assert all(reply.prompt_tokens == len(prompts_of[key]) for key, reply in done)
-        return done
-
-    model.ask, model.step = ask, step
+    model.submit = noted
     ends = []
     scenes = [stage["the-last-ferry/1"], stage["ward-c/1"], stage["three-keys/3"]]
     protocol = Protocol(max_rounds=10, max_tokens=24, next_speaker_tokens=4, temperature=0.8)
     perform(scenes, dict.fromkeys(ROLES, model), protocol, on_end=lambda *end: ends.append(end[2]))
+    assert all(future.result().prompt_tokens == len(prompt) for future, prompt in prompts_of.items())
     assert sum(stats["least"] for stats in ends) == sum(last.values())
     prefilled = sum(stats["prefilled"] for stats in ends)
     assert model.engine.stats["prefilled"] <= prefilled <= 1.02 * sum(last.values())
@@ -766,7 +768,6 @@ def test_reasoning_is_in_the_transcript_and_nowhere_else():
     assert all("reasoning" not in m for m in messages)
 
 
-@pytest.mark.skipif(not hasattr(llm.reply, "split_reasoning"), reason="endpoints do not read it")
 def test_reasoning_of_an_endpoint_reaches_nobody(script, three_scenes, tmp_path, monkeypatch):
     """A server that sends it beside the content: in transcripts.jsonl, and not on the screen, in the script
     or in a request."""
@@ -794,6 +795,93 @@ def test_reasoning_of_an_endpoint_reaches_nobody(script, three_scenes, tmp_path,
     assert server.requests and not any("secret plan" in str(request.body) for request in server.requests)
     messages = read_lines(out)[0]["messages"]
     assert len(messages) == 7 and all(m["reasoning"] == "my secret plan" for m in messages)
+
+
+def hidden_in_every_form():
+    """{form: text -> a choice of an answer that says it}: all ways in which reasoning comes, besides what is
+    cut off before anything is said."""
+
+    def choice(content, finish_reason="stop", **fields):
+        return {"message": {"content": content, **fields}, "finish_reason": finish_reason}
+
+    def parts(text):
+        thinking = {"type": "thinking", "thinking": [{"type": "text", "text": SECRET}]}
+        return [thinking, {"type": "text", "text": text}]
+
+    forms = {form: lambda text, raw=raw: choice(raw.replace(SPEECH, text)) for form, raw in RAW.items()}
+    forms |= {
+        f"unfinished {form}": lambda _, raw=raw: choice(raw, "length") for form, raw in UNFINISHED.items()
+    }
+    forms["content of parts"] = lambda text: choice(parts(text))
+    forms["no content"] = lambda _: choice(None, "length", reasoning_content=SECRET)
+    for name in ("reasoning", "reasoning_content"):
+        forms[f"beside, {name}"] = lambda text, name=name: choice(text, **{name: SECRET})
+    return forms
+
+
+def test_no_reasoning_and_no_thought_reaches_another(script, three_scenes, tmp_path, monkeypatch):
+    """From simulate.py to judge.py, of all roles, in every form: no request to anybody holds reasoning, and a
+    thought is in requests of its own agent alone; neither screen nor script shows reasoning."""
+    forms, lock, count, met = hidden_in_every_form(), threading.Lock(), Counter(), set()
+
+    def mark(body):
+        return hashlib.sha256(body["messages"][0]["content"].encode()).hexdigest()[:8]
+
+    def answer(body, _):
+        system, number = body["messages"][0]["content"], len(body["messages"])
+        if "response_format" in body:
+            role, said = "judge", json.dumps({"flaws": []})
+        elif system.startswith("You watch"):
+            role, said = "NSP", ("Environment", "random")[number // 2 % 2]
+        else:
+            role = "environment" if system.startswith("You are the world") else "actor"
+            said = f"[thought {mark(body)}] Word {number}."
+        with lock:
+            form = list(forms)[count[role] % len(forms)]
+            count[role] += 1
+            met.add((role, form))
+        return 200, {"choices": [forms[form](said)]}, {}
+
+    out, scenes = tmp_path / "a", ["--scene", f"{three_scenes}:all"]
+    with Server(answer) as server:
+        server.use(monkeypatch)
+        code, *screen = script("simulate", *scenes, "--actor", "openai:m", "--script", "--out", out)
+        assert code == 0, screen
+        played = len(server.requests)
+        code, *more = script("judge", out, "--judge", "openai:m", "--repeats", 4)
+        assert code == 0, more
+    assert met == {(role, form) for role in ("actor", "environment", "NSP", "judge") for form in forms}
+    assert not any("secretly plan" in json.dumps(request.body) for request in server.requests)
+    for request in server.requests[:played]:
+        assert set(re.findall(r"thought (\w{8})", json.dumps(request.body))) <= {mark(request.body)}
+    assert "secretly" not in "".join([*screen, *more]) + (out / "script.md").read_text()
+    messages = [message for line in read_lines(out) for message in line["messages"]]
+    assert not any("secretly" in message["content"] for message in messages)
+    assert {
+        m["role"] in ("Environment", "NSP") for m in messages if "secretly" in m.get("reasoning", "")
+    } == {
+        True,
+        False,
+    }
+    assert "secretly" in (out / "verdicts.jsonl").read_text()
+
+
+def test_reasoning_of_a_checkpoint_is_not_streamed(script, reasoner, tmp_path, monkeypatch):
+    """simulate.py with a model that thinks aloud before each turn: not on the screen at any time, in no later
+    prompt, and in the transcript apart."""
+    prompts, add = [], Engine.add
+    monkeypatch.setattr(
+        Engine, "add", lambda e, ids, p: prompts.append(e.tokenizer.decode(ids)) or add(e, ids, p)
+    )
+    (tmp_path / "scene.json").write_text(json.dumps([make_scene().to_dict()]))
+    args = ["--scene", tmp_path / "scene.json", "--actor", reasoner, "--max-rounds", 4]
+    code, screen, err = script("simulate", *args, "--out", tmp_path / "a")
+    assert code == 0, err
+    messages = read_lines(tmp_path / "a")[0]["messages"]
+    turns = [message for message in messages if message["role"] != "NSP"]
+    assert [(m["content"], m["reasoning"]) for m in turns] == [("Hi", "plan")] * 4
+    assert screen.endswith("\n\n" + "".join(f"{m['role']}: Hi\n\n" for m in turns))
+    assert len(prompts) == 7 and not any(re.search("plan|think>", prompt) for prompt in prompts)
 
 
 def test_a_journal_without_reasoning_is_read(tmp_path):
@@ -825,7 +913,7 @@ def test_what_requests_had_to_change_is_recorded(script, three_scenes, tmp_path,
     settings."""
 
     class Model(Script):
-        chat_format_reason = "stage: tokenizer_config.json says so"
+        chat_format = "stage"
 
     def opened(spec, **options):
         model = Model(lambda *_: "Yes.")
@@ -843,7 +931,7 @@ def test_what_requests_had_to_change_is_recorded(script, three_scenes, tmp_path,
         "next_speaker": ["y: no seed"],
     }
     settings = json.loads((tmp_path / "a" / "settings.json").read_text())
-    assert settings["actor_chat_format"] == Model.chat_format_reason and settings == line["settings"]
+    assert settings["actor_chat_format"] == Model.chat_format and settings == line["settings"]
 
 
 def test_chat_format_and_dtype_are_passed_on(script, three_scenes, tiny_actor, tmp_path, monkeypatch):
@@ -855,7 +943,8 @@ def test_chat_format_and_dtype_are_passed_on(script, three_scenes, tiny_actor, t
     args = ["--scene", f"{three_scenes}:0", "--max-rounds", 1, "--out", tmp_path / "a"]
     more = ["--dtype", "bfloat16", "--chat-format", "stage"]
     assert script("simulate", *args, "--actor", tiny_actor, *more)[0] == 0
-    assert read_lines(tmp_path / "a")[0]["settings"]["actor_identity"].endswith("bfloat16")
+    settings = read_lines(tmp_path / "a")[0]["settings"]
+    assert settings["actor_identity"].endswith("bfloat16") and settings["actor_chat_format"] == "stage"
     wrong = [*args[:-1], tmp_path / "b", "--actor", tiny_actor, "--chat-format", "chatml"]
     assert "chatml" in usage_error(script("simulate", *wrong))  # its tokenizer has no such markers
     with Server(stage_answer) as server:
@@ -935,18 +1024,18 @@ def test_a_scene_streams_what_is_played(script, tiny_actor, stage, tmp_path, mon
         letters = 0
 
         def step(self):
-            [(key, messages, *_)] = self.line
+            [(future, messages, *_)] = self.line
             if messages[0]["content"].startswith("You watch"):
                 self.line, text = [], "Wick Tarn"
             elif self.letters < len(text := said[len(shown) % 2]):
                 self.letters += 1
-                return []
+                return
             else:
                 shown.append(text)
                 self.line, self.letters = [], 0
-            return [(key, Reply(text, "stop"))]
+            future.set_result(Reply(text, "stop"))
 
-        def spoken(self, key):
+        def spoken(self, future):
             return said[len(shown) % 2][: self.letters]
 
     monkeypatch.setattr(simulate, "open_model", lambda *_, **__: Model(None))
@@ -1036,13 +1125,17 @@ def test_a_slow_endpoint_holds_up_its_own_scene_alone():
     class Remote(Script):
         local = False
 
-        def chat(self, conversations, params, openings=None, on_reply=lambda: None):
-            if "Slow." in conversations[0][0]["content"] and not ended:
+        def submit(self, messages, params, opening=""):
+            return pool.submit(self.answer, messages, params)
+
+        def answer(self, messages, params):
+            if "Slow." in messages[0]["content"] and not ended:
                 deadline = time.monotonic() + 20
                 while not ended and time.monotonic() < deadline:
                     time.sleep(0.005)
-            return super().chat(conversations, params, openings)
+            return self.chat([messages], params)[0]
 
+    pool = ThreadPoolExecutor()
     models = dict.fromkeys(
         ROLES, Remote(lambda m, _: "random" if m[0]["content"].startswith("You watch") else "Yes.")
     )
@@ -1059,9 +1152,8 @@ def test_a_long_turn_holds_up_its_own_scene_alone():
         def step(self):
             slow = [asked for asked in self.line if "Slow." in asked[1][0]["content"] and not ended]
             self.line = [asked for asked in self.line if asked not in slow]
-            done = super().step()
+            super().step()
             self.line = slow
-            return done
 
     models = dict.fromkeys(
         ROLES, Model(lambda m, _: "random" if m[0]["content"].startswith("You watch") else "Yes.")
