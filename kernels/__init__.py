@@ -39,7 +39,7 @@ def attention(q, k, v, positions=None, window=None, rows=None):
         )
     if window is not None and window < 1:
         raise ValueError(f"attention takes a window of at least 1 key, the query's own; got {window}")
-    if _runs_triton(q):
+    if runs_triton(q.device):
         from kernels.attention_triton import attention_triton
 
         return attention_triton(q, k, v, positions, window, rows)
@@ -68,7 +68,7 @@ def decode_attention(q, key_pages, value_pages, block_table, lengths, window=Non
         raise ValueError(f"decode_attention takes {taken}, K dividing H; got {_shapes(**given)}")
     if window is not None and window < 1:
         raise ValueError(f"decode_attention takes a window of at least 1 key, the query's own; got {window}")
-    if _runs_triton(q):
+    if runs_triton(q.device):
         from kernels.decode_triton import decode_attention_triton
 
         return decode_attention_triton(q, key_pages, value_pages, block_table, lengths, window)
@@ -81,15 +81,16 @@ def rms_norm(x, weight, eps=1e-5, residual=None):
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         taken = "x [..., C], weight [C] and a residual like x or none"
         raise ValueError(f"rms_norm takes {taken}; got {_shapes(x=x, weight=weight, residual=residual)}")
-    if _runs_triton(x):
+    if runs_triton(x.device):
         from kernels.rms_norm_triton import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps, residual)
     return rms_norm_torch(x, weight, eps, residual)
 
 
-def _runs_triton(x):
-    return _chosen == "triton" or (_chosen is None and x.is_cuda)
+def runs_triton(device):
+    """Whether tensors on a torch.device go to the Triton kernels."""
+    return _chosen == "triton" or (_chosen is None and device.type == "cuda")
 
 
 def _shapes(**tensors):

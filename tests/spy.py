@@ -11,13 +11,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from common import files, terminal
 from data.stream import HELD_OUT, Stream
+from training.parallel import RANK
 
 file, make = Path(sys.argv.pop(1)), Stream.make
 
 
 def noted(stream, row):
     if not (row[:, 0] == HELD_OUT).any():
-        files.append_line(f"{file}.{train.RANK}", row.tolist())
+        files.append_line(f"{file}.{RANK}", row.tolist())
     return make(stream, row)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import pty
 import random
 import resource
 import shutil
@@ -23,15 +24,19 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kernels
-import train
 from checkpoint import RandomWeights, fill, find_model, load_model, save_model
 from common.files import UsageError
 from data.brackets import CHANNELS
 from data.packing import make_row
 from data.scenes import STAGE
 from data.stream import Stream
+from kernels.attention import attention_torch
+from training import parallel
+from training import step as training_step
 from training.log import Log
-from training.resume import find_checkpoints
+from training.parallel import shard_model
+from training.resume import find_checkpoints, restarted
+from training.step import learning_rate, loss_sum, sample, stack, tally
 
 
 def launch(*args, ranks=1, restarts=0, script="train.py", **options):
@@ -39,8 +44,8 @@ def launch(*args, ranks=1, restarts=0, script="train.py", **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [*command, "--max-restarts", str(restarts), script] if ranks > 1 else [sys.executable, script]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=env, **pipes, **options)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "1000"}
+    return subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=env, **pipes | options)
 
 
 def finish(process, code=0):
@@ -49,6 +54,19 @@ def finish(process, code=0):
         print(out, err)  # pytest shows it whole
     assert process.returncode == code
     return err
+
+
+def fail_on_a_terminal(*args):
+    """What a run that ends with code 2 prints on stderr where that is a terminal."""
+    leader, follower = pty.openpty()
+    process, printed = launch(*args, stderr=follower), b""
+    os.close(follower)
+    with contextlib.suppress(OSError):  # EIO: the process has ended
+        while part := os.read(leader, 4096):
+            printed += part
+    os.close(leader)
+    assert process.wait(100) == 2, printed
+    return printed.decode()
 
 
 def read_log(out):
@@ -345,7 +363,7 @@ def test_resume_on_two_ranks_and_on_other_numbers(small, tmp_path):
             for made in ("step-8", "step-12", "step-14", "final"):  # as a run that died after step 4
                 shutil.rmtree(tmp_path / name / made)
             err = spied(name, "--resume", ranks=again)
-            assert "going on from" in err and "step-4" in err
+            assert "resuming from" in err and "step-4" in err
             same_run(tmp_path / whole, tmp_path / name, rel=0.0 if again == ranks else 1e-5)
             assert seen(tmp_path / f"{name}.rows", again, 10) == rows[4:]
             if again == ranks:
@@ -366,7 +384,7 @@ def test_a_killed_rank_comes_back(small, tmp_path):
     process = launch(*arguments, "--out", hurt, ranks=2, restarts=1)
     wait_for(hurt, 5, process)
     os.kill(workers(process)[1], signal.SIGKILL)
-    assert "going on from" in finish(process)
+    assert "resuming from" in finish(process)
     same_run(whole, hurt)
     same_state(whole, hurt)
 
@@ -380,7 +398,7 @@ def test_torchrun_stopped_saves(small, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=100)
     assert (
-        "the same command with --resume goes on" in err
+        "the same command with --resume continues" in err
         and "File " + chr(34) + str(ROOT / "train.py") not in err
     )
     assert find_checkpoints(out)[-1].name == f"step-{read_log(out)[-1]['step']}"
@@ -429,7 +447,7 @@ def test_a_full_disk_leaves_the_state_before(small, tmp_path):
     err = finish(launch(*arguments, "--out", full, "--resume", preexec_fn=limited), code=2)
     assert (
         "step-6: the checkpoint could not be saved" in err
-        and "step-4 is as before" in err
+        and "unchanged: step-4" in err
         and "Traceback" not in err
     )
     assert sorted(path.name for path in full.iterdir()) == ["log.jsonl", "loss.png", "run.json", "step-4"]
@@ -465,24 +483,89 @@ def test_damaged_checkpoints(small, tmp_path):
     metadata.write_bytes(metadata.read_bytes()[:-1] + b"x")
     err = finish(launch(*arguments, "--out", hurt, "--resume"))
     assert "__0_0.distcp: altered or truncated" in err and ".metadata: altered or truncated" in err
-    assert "going on from" in err and "step-2" in err
+    assert "resuming from" in err and "step-2" in err
     same_run(whole, hurt)
     same_state(whole, hurt)
     for state in find_checkpoints(hurt):
         (state / "manifest.json").write_text("{")
     err = finish(launch(*arguments, "--out", hurt, "--resume"), code=2)
-    assert "each of its 3 checkpoints is damaged" in err and "Traceback" not in err
+    assert "all 3 checkpoints are damaged" in err and "Traceback" not in err
 
 
 SAVES = """
-import sys, torch, train
+import sys, torch
 from training import resume
-train.start_ranks()
+from training.parallel import start_ranks
+start_ranks()
 model = torch.nn.Linear(2, 2)
 optimizer = torch.optim.AdamW(model.parameters())
 for step, keep in ((2, 9), (4, 9), (6, 9), (3, 1)):
     resume.save_state(f"{sys.argv[1]}/step-{step}", model, optimizer, {}, keep)
 """
+
+
+FAILS = """
+import json, sys, torch, types
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import checkpoint
+from checkpoint import export
+from common.files import UsageError
+from training import lora, parallel, resume
+
+device, out = parallel.start_ranks(), Path(sys.argv[2])
+base = dict(dtype="float32", recompute="none", compile=False, shard_ranks=None, lora_alpha=4, model="base")
+base |= dict(tokenizer=None, chat_format=None)
+config = checkpoint.load_config(out / "start")
+whole = export.save_model
+
+def full(tensors, file):
+    raise OSError(28, "No space left on device", str(file))
+
+def small(*args, **options):
+    return whole(*args, **options, max_shard_bytes=1000)  # the first of many shards fails
+
+for number, rank in enumerate((None, 4)):
+    args = types.SimpleNamespace(**base, lora=rank)
+    model = parallel.shard_model(config, device, args)
+    for module in (export, lora):
+        module.save_tensors = full
+    checkpoint.save_model = small
+    try:
+        resume.save_final(model, out, args, None)
+    except UsageError as error:
+        (out / f"error-{number}-{parallel.RANK}").write_text(str(error))
+"""
+
+
+def test_a_full_disk_at_the_end_is_an_error_on_every_rank(tmp_path):
+    """The final save fails on rank 0 before the others have gathered all: each rank gets its error, none waits."""
+    config = random_config(3, num_hidden_layers=2)
+    save_model(random_model(config), tmp_path / "start")
+    (tmp_path / "fails.py").write_text(FAILS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "fails.py"), str(ROOT), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for number in (0, 1):
+        for rank in (0, 1):
+            assert "No space left on device" in (tmp_path / f"error-{number}-{rank}").read_text()
+    assert not (tmp_path / "final").exists()
+
+
+def test_final_files_that_do_not_fit_are_one_line(tmp_path):
+    """safetensors reports a full disk with an error of its own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises((UsageError, OSError)):
+            save_model(random_model(random_config(3)), tmp_path / "final")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_run_went_back_behind_is_not_kept(tmp_path):
@@ -493,12 +576,12 @@ def test_what_a_run_went_back_behind_is_not_kept(tmp_path):
 
 def test_a_restart_goes_on_only_in_its_own_run(tmp_path, monkeypatch):
     """torchrun --max-restarts starts a run again; one that was there before it and was refused is not gone on with."""
-    assert not train.started_again(tmp_path)
-    monkeypatch.setattr(train, "RESTARTS", 1)
-    assert not train.started_again(tmp_path)
+    assert not restarted(tmp_path)
+    monkeypatch.setattr(parallel, "RESTARTS", 1)
+    assert not restarted(tmp_path)
     for launcher, again in ((os.getppid(), True), (1, False), (None, False)):
         (tmp_path / "run.json").write_text(json.dumps({"launcher": launcher}))
-        assert train.started_again(tmp_path) == again
+        assert restarted(tmp_path) == again
 
 
 def test_changed_settings_and_too_few_documents(small, tmp_path):
@@ -557,7 +640,8 @@ def test_what_is_not_finite(small, tmp_path, stage_tokenizer):
         model.model["embed_tokens"].weight[poison] = float("nan")
     save_model(model, start, stage_tokenizer)
     out = tmp_path / "run"
-    err = finish(launch(*arguments, "--out", out), code=2)
+    err = fail_on_a_terminal(*arguments, "--out", out)
+    assert err.rindex("\x1b[?25h") > err.rindex("\x1b[?25l")  # the progress bar gives the cursor back
     assert (
         f"step {step + 1}, stopped before the optimiser: loss nan" in err
         and f"rows of the batch: {row} " in err
@@ -576,16 +660,17 @@ def test_what_is_not_finite(small, tmp_path, stage_tokenizer):
 LOAD = """
 import json, sys, types
 sys.path.insert(0, sys.argv[1])
-import checkpoint, train
+import checkpoint
 import torch.distributed as dist
+from training.parallel import shard_model, start_ranks
 
 def resident(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 
-device = train.start_ranks()
+device = start_ranks()
 args = types.SimpleNamespace(dtype="bfloat16", recompute="none", compile=False, shard_ranks=None, lora=None)
 before = resident("VmRSS:")
-model = train.shard_model(checkpoint.load_config(sys.argv[2]), device, args)
+model = shard_model(checkpoint.load_config(sys.argv[2]), device, args)
 weights = checkpoint.Weights(sys.argv[2])
 weights.check(model)
 checkpoint.fill(model, weights)
@@ -628,7 +713,7 @@ def steps_of(model, batches):
     """Losses and summed gradients of a few batches."""
     losses = []
     for batch in batches:
-        loss, _ = train.loss_sum(model, batch)
+        loss, _ = loss_sum(model, batch)
         loss.backward()
         losses.append(loss.detach())
     return [*losses, *(p.grad.clone() for p in model.parameters())]
@@ -655,17 +740,17 @@ def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
     config = random_config(5, num_hidden_layers=3, head_dim=16)
     lengths = ([37, 27], [20, 30], [64], [9, 8, 7], [50, 11])
     batches = [
-        train.stack(pack_rows(documents_of(config, each, seed), 64), "cpu")
-        for seed, each in enumerate(lengths)
+        stack(pack_rows(documents_of(config, each, seed), 64), "cpu") for seed, each in enumerate(lengths)
     ]
     found = []
     for compiled in (False, True):
         args = types.SimpleNamespace(
             dtype="float32", recompute=recompute, compile=compiled, shard_ranks=None, lora=None
         )
-        model = train.shard_model(config, torch.device("cpu"), args)
+        model = shard_model(config, torch.device("cpu"), args)
         fill(model, RandomWeights(model, 0))
         found.append(steps_of(model, batches[:3]))
+    assert kernels.attention_torch is attention_torch  # nothing global has changed
     frames = captured.frame_count
     assert (
         0 < frames <= 3 * (1 if version == "triton" else 5)
@@ -676,10 +761,56 @@ def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
         torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_padding_is_not_computed():
+    """Rows trimmed to their longest used length give the loss, the gradients and the counts of whole rows."""
+    config = random_config(5, num_hidden_layers=2)
+    rows = [make_row(documents_of(config, lengths, 1), 512) for lengths in ([70, 30], [20], [])]
+    whole, trimmed = stack(rows, "cpu"), stack(rows, "cpu", trim=True)
+    assert whole["tokens"].shape == (3, 512) and trimmed["tokens"].shape == (3, 128)
+    assert stack(rows[2:], "cpu", trim=True)["tokens"].shape == (1, 64)
+    assert torch.equal(tally([whole], None), tally([trimmed], None))
+    found = []
+    for batch in (whole, trimmed):
+        model = random_model(config).train()
+        found.append(steps_of(model, [batch]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_is_that_of_a_model_without_a_cache(stage_tokenizer, monkeypatch):
+    """With keys and values kept, a sample is what whole passes over all tokens draw."""
+    config = random_config(2, vocab_size=stage_tokenizer.vocab_size, num_hidden_layers=2)
+    model, opening, noise = random_model(config), list(range(300, 320)), torch.Generator().manual_seed(7)
+    monkeypatch.setattr(training_step.dist, "broadcast", lambda *_: None)
+    text, ids = sample(model, opening, stage_tokenizer, 7, "cpu", length=12), opening[:]
+    for _ in range(12):
+        chances = (model(torch.tensor([ids]))[0, -1].detach() / 0.7).softmax(-1)
+        token = (chances / torch.empty_like(chances).exponential_(generator=noise)).argmax().item()
+        if token in stage_tokenizer.stop_ids:
+            break
+        ids.append(token)
+    assert len(ids) > 25 and text == " ".join(stage_tokenizer.decode(ids[20:]).split())
+
+
+def test_defaults_are_shown_and_fit_together(script, story, tmp_path):
+    """--help names the defaults of both recipes, the plan the settings; --micro-batch alone raises the batch."""
+    code, out, _ = script("train", "--help")
+    text = " ".join(out.split())
+    assert code == 0
+    for default in ("7 for the stage actor, 8 for other models, 2 with --lora", "0.002 for the stage actor, 1e-05",
+                    "2,048 for the stage actor, 16,384 for", "1 for the stage actor, 48 for"):  # fmt: skip
+        assert default in text
+    plan = ("train", "--data", story, "--dry-run", "--out", tmp_path / "none")
+    code, _, err = script(*plan, "--micro-batch", 2)
+    assert code == 0 and "--batch-size 2 --epochs 7.0 --lr 0.002 --weight-decay 0.1 --micro-batch 2" in err
+    code, _, err = script(*plan[:4], 3, *plan[4:], "--micro-batch", 2)
+    assert code == 0 and "--batch-size 6" in err
+
+
 def test_learning_rate_warms_up_and_decays():
     """Linear up to the peak, a cosine down to a tenth of it."""
     args = type("Args", (), {"lr": 1.0, "warmup": 0.1})
-    rates = [train.learning_rate(step, 100, args) for step in range(100)]
+    rates = [learning_rate(step, 100, args) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == max(rates) == pytest.approx(1.0)
     assert rates[54] == pytest.approx(0.1 + 0.9 * 0.5, abs=0.02)
@@ -753,9 +884,8 @@ def test_events_for_tensorboard(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="pip install tensorboard"):
         Log(tmp_path, 5, 2, tensorboard=True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    log = Log(tmp_path, 5, 2, tensorboard=True)
-    log.write(line)
-    log.close()
+    with Log(tmp_path, 5, 2, tensorboard=True) as log:
+        log.write(line)
     assert made == [(tmp_path / "tensorboard", 3)]
     assert {("loss", 2.0, 3), ("sample", "Hm.", 3), ("seconds_left", 2.0, 3)} <= set(written)
     assert not any(name == "step" for name, *_ in written)
