@@ -40,7 +40,15 @@ from training.parallel import (
     stop_requests,
     sum_over_ranks,
 )
-from training.resume import fill_first, find_checkpoints, restarted, restore, save_final, save_state
+from training.resume import (
+    fill_first,
+    find_checkpoints,
+    restarted,
+    restore,
+    save_final,
+    save_state,
+    settings_of,
+)
 from training.step import choose_held_out, evaluate, learning_rate, make_optimizer, sample, train_step
 
 # Defaults: for the stage actor, for other models as published for CoSER (paper, section 5), and with --lora.
@@ -50,9 +58,6 @@ PAPER_RECIPE = dict(seq_len=16_384, batch_size=48, epochs=8.0, lr=1e-5, weight_d
 LORA_RECIPE = PAPER_RECIPE | dict(lr=1e-4, epochs=2.0)
 SHOWN = (*PAPER_RECIPE, "micro_batch", "warmup", "clip", "dtype", "recompute", "seed")  # with the plan
 MAY_BE_0 = ("warmup", "weight_decay", "held_out_books")
-# flags that may change when a run is resumed, since they change nothing that is learnt
-FREE = {"resume", "out", "dry_run", "save_every", "keep", "eval_every", "eval_rows", "tensorboard", "cache"}
-FREE |= {"peak_tflops", "skip_nonfinite", "micro_batch", "shard_ranks", "recompute", "compile", "strict"}
 
 
 def default(name):
@@ -67,16 +72,14 @@ def parse_args():
     add = parser.add_argument
     text = f"checkpoint directory, Hub id, or a preset: {', '.join(PRESETS)} (default: stage)"
     add("--model", default="stage", help=text)
-    text = "train adapters of this rank and keep the model frozen; final/ is a directory of PEFT"
-    add("--lora", type=int, metavar="RANK", help=text)
+    add("--lora", type=int, metavar="RANK", help="train adapters of this rank; final/ is as PEFT's")
     add("--lora-alpha", type=int, help="adapters are scaled by this divided by RANK (default: 2 RANK)")
     add("--tokenizer", help="directory or file (default: the checkpoint's, else the stage actor's)")
     add("--chat-format", choices=CHAT_FORMATS, help="default: the tokenizer's own")
     add("--data", nargs="+", default=[STAGE], help="books in the CoSER format (default: the bundled stories)")
     add("--out", default=files.OUT / "stage", help="directory of the run (default: out/stage)")
     add("--resume", action="store_true", help="continue from the last good checkpoint in --out, if any")
-    text = "only print the plan, for that many ranks"
-    add("--dry-run", nargs="?", type=int, const=WORLD_SIZE, metavar="RANKS", help=text)
+    add("--dry-run", nargs="?", type=int, const=WORLD_SIZE, metavar="RANKS", help="only print the plan")
     add("--epochs", type=float, help=f"passes over the data {default('epochs')}")
     add("--max-steps", type=int, help="stop after this many steps, whatever --epochs says")
     add("--seq-len", type=int, help=f"tokens in a packed row {default('seq_len')}")
@@ -90,22 +93,18 @@ def parse_args():
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: 1.0)")
     text = "of the forward and backward pass (default: bfloat16 where the hardware multiplies it faster)"
     add("--dtype", choices=["bfloat16", "float32"], help=text)
-    text = "ranks that one copy of the model is sharded over (default: all, so there is one copy)"
-    add("--shard-ranks", type=int, help=text)
+    add("--shard-ranks", type=int, help="ranks that share one copy of the model (default: all)")
     text = "what the backward pass computes again: nothing, all but matrix products, or whole blocks"
     text += " (default: full; none for the stage actor, and with --lora up to 8 GiB of activations)"
     add("--recompute", choices=["none", "selective", "full"], help=text)
     add("--compile", action="store_true", help="torch.compile each block; of use on a GPU")
-    text = "skip and count a step whose loss or gradient is not finite, instead of stopping"
-    add("--skip-nonfinite", action="store_true", help=text)
+    add("--skip-nonfinite", action="store_true", help="skip and count steps that are not finite")
     add("--save-every", type=int, default=200, help="steps between checkpoints (default: 200)")
     add("--keep", type=int, default=2, help="number of checkpoints to keep, the newest (default: 2)")
-    text = "steps between evaluations on held-out scenes (default: 100)"
-    add("--eval-every", type=int, default=100, help=text)
+    add("--eval-every", type=int, default=100, help="steps between held-out evaluations (default: 100)")
     add("--eval-rows", type=int, default=64, help="held-out rows in an evaluation, at most (default: 64)")
     add("--tensorboard", action="store_true", help="write event files to --out as well")
-    text = "peak of one device, for its utilisation (default: known for A100, H100 and H200)"
-    add("--peak-tflops", type=float, help=text)
+    add("--peak-tflops", type=float, help="of one device, for MFU (default: that of A100, H100, H200)")
     add_data_flags(parser)
     return resolve(parser.parse_args())
 
@@ -128,8 +127,7 @@ def resolve(args):
             least = "at least" if name in MAY_BE_0 else "above"
             raise UsageError(f"--{name.replace('_', '-')} must be {least} 0 and finite, not {value}")
     if args.seq_len < 2 or args.warmup > 1 or abs(args.seed) >= 2**63:
-        text = "--seq-len must be above 1, --warmup a share from 0 to 1, --seed a number of 63 bits"
-        raise UsageError(text)
+        raise UsageError("--seq-len must be above 1, --warmup a share from 0 to 1, --seed below 2^63")
     if given is None:
         rows = (args.dry_run or WORLD_SIZE) * args.micro_batch
         args.batch_size = -(-args.batch_size // rows) * rows
@@ -171,7 +169,7 @@ def train(args, config, tokenizer, directory, stream, steps, device):
         make_dir(out)
     model = shard_model(config, device, args)
     optimizer = make_optimizer(model, args)
-    settings = settings_of(args, config, stream, directory)
+    settings = settings_of(args, config, stream, args.lora and fingerprint(directory))
     if args.lora:  # its checkpoints hold the adapters alone
         fill_first(model, config, args, directory)
     progress = restore(out, model, optimizer, stream, settings)
@@ -258,15 +256,12 @@ def open_model(args):
 def check_rows(args, world, rows):
     """UsageError unless the rows of a step and the ranks of a copy of the model divide among `world` ranks.
 
-    Fewer rows of data than ranks are an error too, but only a warning in a dry run, which may plan for other
-    data.
+    Fewer rows of data than ranks are an error too; in a dry run, which may plan for other data, a warning.
     """
     if not rows:
-        what = f"no chat with a supervised token fits rows of {args.seq_len} tokens"
-        raise UsageError(f"{args.data[0]}: {what}")
+        raise UsageError(f"{args.data[0]}: no chat with a supervised token fits {args.seq_len} tokens")
     if rows < world:
-        few = f"{rows} rows of documents for {world} ranks"
-        few += "; use fewer ranks, more --data or a shorter --seq-len"
+        few = f"{rows} rows of documents for {world} ranks; use fewer ranks, more --data, shorter --seq-len"
         if not args.dry_run:
             raise UsageError(few)
         terminal.note(f"warning: {few}")
@@ -287,12 +282,9 @@ def describe(config, args, stream, steps, world):
     fits = f"fits a card of {card} GB" if card else "more than any one card has"
     adapters = f", {costs.adapter_parameters(config, args.lora):,} of adapters" if args.lora else ""
     share = sum(stream.supervised.values()) / stream.tokens
-    cut = (
-        f"; {stream.cut} chats longer than a row are split, and {stream.without} parts without loss left out"
-    )
+    cut = f"; {stream.cut} chats longer than a row are split, {stream.without} parts without loss left out"
     if args.seq_len > config.max_position_embeddings:
-        limit = f"the model takes {config.max_position_embeddings}"
-        yield f"warning: rows of {args.seq_len} tokens, but {limit}"
+        yield f"warning: rows of {args.seq_len} tokens; the model takes {config.max_position_embeddings}"
     yield "settings: " + " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in SHOWN)
     yield f"{config.num_parameters():,} parameters{adapters}, sharded over {shards} of {world} rank(s)"
     yield f"memory of a rank: {sum(memory.values()) / 2**30:.2f} GiB ({parts}); {fits}"
@@ -302,16 +294,6 @@ def describe(config, args, stream, steps, world):
     )
     count = args.batch_size // (world * args.micro_batch)
     yield f"{steps:,} steps of {places:,} tokens: {count} micro-batch(es) of {args.micro_batch} rows a rank"
-
-
-def settings_of(args, config, stream, directory):
-    """{name: value as text} of what determines the run, which a resume must not change."""
-    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
-    settings["model_shape"] = str(config)
-    settings["data"] = f"{len(stream.files)} files, hash {stream.identity[:12]}"
-    if args.lora:
-        settings["base"] = fingerprint(directory)
-    return settings
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Run by test_train.py under torchrun: one training step split in several ways; each rank 0 leaves its loss and gradients.
+"""Run by test_train.py under torchrun: one training step split in several ways; each rank 0 leaves its loss
+and gradients.
 
-    torchrun --nproc_per_node N tests/one_step.py OUT SPLITS      SPLITS: JSON [{name, micro_batch, train.py's options}, ...]
+    torchrun --nproc_per_node N tests/one_step.py OUT SPLITS
 
+SPLITS: JSON [{name, micro_batch, train.py's options}, ...]
 OUT holds `start/`, a checkpoint, and `rows.safetensors`; OUT/N-NAME.safetensors is made.
 """
 

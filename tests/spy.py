@@ -1,6 +1,8 @@
-"""Run by test_train.py in place of train.py, with a file before its arguments: notes which rows of documents each rank makes.
+"""Run by test_train.py in place of train.py, with a file before its arguments: notes which rows of documents
+each rank makes.
 
-A line of the file is a JSON list of [source, document, context start, context end, start, end], one for each piece in the row.
+A line of the file is a JSON list of [source, document, context start, context end, start, end], one for each
+piece in the row.
 """
 
 import sys

@@ -1,4 +1,5 @@
-"""The chunked loss against the plain one; operations and bytes, as counted from shapes, against those that PyTorch counts."""
+"""The chunked loss against the plain one; operations and bytes, as counted from shapes, against those that
+PyTorch counts."""
 
 import types
 import weakref
@@ -25,7 +26,8 @@ from training.step import loss_sum, stack, tally
 @pytest.mark.parametrize("chunk", [1, 300, 10**6])
 @pytest.mark.parametrize("n", [0, 1, 5, 64])
 def test_loss_in_chunks_is_the_plain_loss(n, chunk, monkeypatch):
-    """Sum, single losses and gradients equal those of whole logits, whatever the chunk; without a gradient, none is made."""
+    """Sum, single losses and gradients equal those of whole logits, whatever the chunk; without a gradient,
+    none is made."""
     monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(n)
     x, weight = torch.randn(n, 24, generator=generator), torch.randn(101, 24, generator=generator)
@@ -114,7 +116,8 @@ def packed(config, seq_len):
     ("family", "rank"), [("llama", None), ("mixtral", None), ("llama", 3), ("mixtral", 3)]
 )
 def test_model_flops_are_those_of_the_products(family, rank):
-    """PyTorch's counter finds as many in the matrix products of forward and backward; attention is counted by hand."""
+    """PyTorch's counter finds as many in the matrix products of forward and backward; attention is counted by
+    hand."""
     config = random_config(4, family, num_hidden_layers=3, sliding_window=None)
     model, batch = random_model(config).train(), packed(config, 64)
     if rank:

@@ -106,7 +106,8 @@ def small(story, tmp_path_factory, stage_tokenizer):
 
 
 def documents_of(config, lengths, seed):
-    """Random documents (ids, channels): a share of their tokens is under loss, each in one of the channels."""
+    """Random documents (ids, channels): a share of their tokens is under loss, each in one of the
+    channels."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda high, length: torch.randint(high, (length,), generator=generator).tolist()  # noqa: E731
     made = []
@@ -122,7 +123,8 @@ def documents_of(config, lengths, seed):
 
 
 def plain_step(directory, documents):
-    """The same by transformers, document by document: mean loss, {channel: mean loss}, {parameter: gradient}."""
+    """The same by transformers, document by document: mean loss, {channel: mean loss}, {parameter:
+    gradient}."""
     peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     losses, channels = [], []
     for ids, own in documents:
@@ -146,8 +148,8 @@ SPLITS = {  # of 24 rows: ranks -> rows in a micro-batch, for 1, 2 and 4 accumul
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
-    """Loss, loss per channel and gradients equal transformers', for 1, 2, 3 ranks by 1, 2, 4 accumulation steps, with hybrid
-    sharding, with activations recomputed, with blocks compiled."""
+    """Loss, loss per channel and gradients equal transformers', for 1, 2, 3 ranks by 1, 2, 4 accumulation
+    steps, with hybrid sharding, with activations recomputed, with blocks compiled."""
     config = random_config(5, num_hidden_layers=2, tie_word_embeddings=tied)
     save_model(random_model(config), tmp_path / "start")
     documents = documents_of(config, [37, 1, 20, 50, 9, 64, 33, 2] * 5, 0)
@@ -267,7 +269,8 @@ def same_run(whole, other, rel=0.0):
 
 
 def same_state(whole, other):
-    """Asserts that the last states of two runs, parameters and optimiser, and their final weights are the same bytes."""
+    """Asserts that the last states of two runs, parameters and optimiser, and their final weights are the
+    same bytes."""
     ours, theirs = (find_checkpoints(out)[-1] for out in (whole, other))
     assert ours.name == theirs.name
     shards = [{file.name: file.read_bytes() for file in out.glob("*.distcp")} for out in (ours, theirs)]
@@ -289,7 +292,8 @@ def wait_for(out, steps, process):
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path):
-    """Ctrl-C or SIGTERM saves and says how to go on, and --resume gives the bytes of an uninterrupted run; it cuts the log."""
+    """Ctrl-C or SIGTERM saves and says how to go on, and --resume gives the bytes of an uninterrupted run; it
+    cuts the log."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 20]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     finish(launch(*arguments, "--out", whole))
@@ -307,7 +311,8 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path)
 
 
 def seen(file, ranks, steps):
-    """Rows (lists of pieces) that the ranks of a spied run made in each of so many steps, in any order within a step."""
+    """Rows (lists of pieces) that the ranks of a spied run made in each of so many steps, in any order within
+    a step."""
     made = [
         [json.loads(line) for line in Path(f"{file}.{rank}").read_text().splitlines()]
         for rank in range(ranks)
@@ -321,8 +326,9 @@ def seen(file, ranks, steps):
 
 @pytest.mark.slow
 def test_resume_on_two_ranks_and_on_other_numbers(small, tmp_path):
-    """Two ranks go on bit for bit. From two to one and from one to two, ten steps' losses are the same up to rounding, and so
-    are the very documents of each step: in an epoch none is read twice or missed, wherever the run was cut."""
+    """Two ranks go on bit for bit. From two to one and from one to two, ten steps' losses are the same up to
+    rounding, and so are the very documents of each step: in an epoch none is read twice or missed, wherever
+    the run was cut."""
     arguments = [
         *small,
         "--batch-size",
@@ -377,7 +383,8 @@ def workers(process):
 
 @pytest.mark.slow
 def test_a_killed_rank_comes_back(small, tmp_path):
-    """torchrun --max-restarts starts all ranks again, and they go on from the last checkpoint, with no --resume given."""
+    """torchrun --max-restarts starts all ranks again, and they go on from the last checkpoint, with no
+    --resume given."""
     arguments = [*small, "--batch-size", 2, "--max-steps", 12, "--save-every", 3]
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
     finish(launch(*arguments, "--out", whole, ranks=2))
@@ -407,8 +414,8 @@ def test_torchrun_stopped_saves(small, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_moment(ranks, small, tmp_path):
-    """Killed at 20 random moments, saving included, torchrun or one of its ranks: it always goes on, loses at most one
-    interval, and ends the same."""
+    """Killed at 20 random moments, saving included, torchrun or one of its ranks: it always goes on, loses at
+    most one interval, and ends the same."""
     arguments = [*small, "--batch-size", 2, "--micro-batch", 2 // ranks, "--max-steps", 60, "--save-every", 2]
     whole, hurt, rng = tmp_path / "whole", tmp_path / "hurt", random.Random(0)
     finish(launch(*arguments, "--out", whole, ranks=ranks))
@@ -435,7 +442,8 @@ def test_killed_at_any_moment(ranks, small, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_state_before(small, tmp_path):
-    """A checkpoint that cannot be written is one clear line, nothing of it is left, and the one before is good."""
+    """A checkpoint that cannot be written is one clear line, nothing of it is left, and the one before is
+    good."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 6, "--save-every", 2]
     whole, full = tmp_path / "whole", tmp_path / "full"
     finish(launch(*arguments, "--out", whole))
@@ -472,7 +480,8 @@ def test_an_output_that_is_read_only(small, tmp_path):
 
 @pytest.mark.slow
 def test_damaged_checkpoints(small, tmp_path):
-    """One that is altered or cut is found out and named, and the run goes on from the one before, to the same end."""
+    """One that is altered or cut is found out and named, and the run goes on from the one before, to the same
+    end."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 6, "--save-every", 2, "--keep", 3]
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
     finish(launch(*arguments, "--out", whole))
@@ -539,7 +548,8 @@ for number, rank in enumerate((None, 4)):
 
 
 def test_a_full_disk_at_the_end_is_an_error_on_every_rank(tmp_path):
-    """The final save fails on rank 0 before the others have gathered all: each rank gets its error, none waits."""
+    """The final save fails on rank 0 before the others have gathered all: each rank gets its error, none
+    waits."""
     config = random_config(3, num_hidden_layers=2)
     save_model(random_model(config), tmp_path / "start")
     (tmp_path / "fails.py").write_text(FAILS)
@@ -569,13 +579,15 @@ def test_final_files_that_do_not_fit_are_one_line(tmp_path):
 
 
 def test_what_a_run_went_back_behind_is_not_kept(tmp_path):
-    """A run that goes on from an old checkpoint, since the newer ones are damaged, never removes its own in favour of those."""
+    """A run that goes on from an old checkpoint, since the newer ones are damaged, never removes its own in
+    favour of those."""
     subprocess.run([sys.executable, "-c", SAVES, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-3"]
 
 
 def test_a_restart_goes_on_only_in_its_own_run(tmp_path, monkeypatch):
-    """torchrun --max-restarts starts a run again; one that was there before it and was refused is not gone on with."""
+    """torchrun --max-restarts starts a run again; one that was there before it and was refused is not gone on
+    with."""
     assert not restarted(tmp_path)
     monkeypatch.setattr(parallel, "RESTARTS", 1)
     assert not restarted(tmp_path)
@@ -585,7 +597,8 @@ def test_a_restart_goes_on_only_in_its_own_run(tmp_path, monkeypatch):
 
 
 def test_changed_settings_and_too_few_documents(small, tmp_path):
-    """A resume with other settings says what was and is; more ranks than rows are refused; what does not matter may change."""
+    """A resume with other settings says what was and is; more ranks than rows are refused; what does not
+    matter may change."""
     general = tmp_path / "general.jsonl"
     turns = [
         {"role": "user", "content": "Who is there?"},
@@ -623,7 +636,8 @@ def test_changed_settings_and_too_few_documents(small, tmp_path):
 
 
 def test_what_is_not_finite(small, tmp_path, stage_tokenizer):
-    """Stops before the optimiser and names step and row; --skip-nonfinite leaves the step out, counts it and goes on."""
+    """Stops before the optimiser and names step and row; --skip-nonfinite leaves the step out, counts it and
+    goes on."""
     arguments = [*small, "--batch-size", 2, "--max-steps", 3, "--save-every", 1]
     start, data = Path(small[1]), small[3]
     stream = Stream([data], stage_tokenizer, 1024)
@@ -683,7 +697,8 @@ if dist.get_rank() == 0:
 
 @pytest.mark.slow
 def test_no_rank_holds_a_whole_checkpoint(tmp_path):
-    """Loading 1.3 GB of weights onto two ranks takes each a half of it, and one file of 100 MB, at its peak."""
+    """Loading 1.3 GB of weights onto two ranks takes each a half of it, and one file of 100 MB, at its
+    peak."""
     shape = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=8)
     config = random_config(
         0, vocab_size=32_000, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, **shape
@@ -725,10 +740,11 @@ def steps_of(model, batches):
     [("triton", "none"), ("triton", "selective"), ("triton", "full"), ("torch", "none")],
 )
 def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
-    """Blocks captured by torch.compile, recomputation inside, give the losses and gradients of plain ones (no code generated).
+    """Blocks captured by torch.compile, recomputation inside, give the losses and gradients of plain ones (no
+    code generated).
 
-    With the Triton kernels, as on a GPU, a block is one graph; batches with other documents and other numbers of supervised
-    rows soon make no more of them. The twins of a CPU loop over documents, outside the graphs.
+    With the Triton kernels, as on a GPU, a block is one graph; batches with other documents and other numbers
+    of supervised rows soon make no more of them. The twins of a CPU loop over documents, outside the graphs.
     """
 
     captured = CompileCounterWithBackend("aot_eager")
@@ -793,12 +809,16 @@ def test_a_sample_is_that_of_a_model_without_a_cache(stage_tokenizer, monkeypatc
 
 
 def test_defaults_are_shown_and_fit_together(script, story, tmp_path):
-    """--help names the defaults of both recipes, the plan the settings; --micro-batch alone raises the batch."""
+    """--help names the defaults of both recipes, the plan the settings; --micro-batch alone raises the
+    batch."""
     code, out, _ = script("train", "--help")
     text = " ".join(out.split())
     assert code == 0
-    for default in ("7 for the stage actor, 8 for other models, 2 with --lora", "0.002 for the stage actor, 1e-05",
-                    "2,048 for the stage actor, 16,384 for", "1 for the stage actor, 48 for"):  # fmt: skip
+    defaults = [
+        "7 for the stage actor, 8 for other models, 2 with --lora",
+        "0.002 for the stage actor, 1e-05",
+    ]
+    for default in [*defaults, "2,048 for the stage actor, 16,384 for", "1 for the stage actor, 48 for"]:
         assert default in text
     plan = ("train", "--data", story, "--dry-run", "--out", tmp_path / "none")
     code, _, err = script(*plan, "--micro-batch", 2)
@@ -831,7 +851,8 @@ def test_dry_run_allocates_nothing(script, story):
 
 
 def test_dry_run_downloads_no_weights(script, small, tmp_path, monkeypatch):
-    """With a Hub id it asks for the config and the tokenizer; the same without --dry-run asks for the weights too."""
+    """With a Hub id it asks for the config and the tokenizer; the same without --dry-run asks for the weights
+    too."""
     asked = []
 
     def snapshot_download(spec, allow_patterns):
@@ -854,7 +875,8 @@ def test_dry_run_downloads_no_weights(script, small, tmp_path, monkeypatch):
 
 
 def test_events_for_tensorboard(tmp_path, monkeypatch):
-    """Where TensorBoard is installed, numbers and samples go there as well, and a resume purges what it cuts; else one line."""
+    """Where TensorBoard is installed, numbers and samples go there as well, and a resume purges what it cuts;
+    else one line."""
     written, made = [], []
 
     class Writer:

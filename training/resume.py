@@ -22,6 +22,18 @@ from common.files import MANIFEST, UsageError, checksum, read_json, sync_directo
 from training import lora, parallel
 from training.parallel import RANK, WORLD_SIZE, agreed, gather
 
+# flags that may change when a run is resumed, since they change nothing that is learnt
+FREE = {"resume", "out", "dry_run", "save_every", "keep", "eval_every", "eval_rows", "tensorboard", "cache"}
+FREE |= {"peak_tflops", "skip_nonfinite", "micro_batch", "shard_ranks", "recompute", "compile", "strict"}
+
+
+def settings_of(args, config, stream, base):
+    """{name: value as text} of what determines a run; base: the fingerprint of LoRA's frozen model."""
+    settings = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    settings["model_shape"] = str(config)
+    settings["data"] = f"{len(stream.files)} files, hash {stream.identity[:12]}"
+    return settings | ({"base": base} if base else {})
+
 
 def find_checkpoints(out):
     """The checkpoints of a run, oldest first."""
