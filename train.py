@@ -243,11 +243,11 @@ def open_model(args):
         raise UsageError(f"--lora {args.lora}: {args.model} is itself an adapter; adapters cannot be stacked")
     if directory is None and args.model != "stage" and not args.tokenizer:
         raise UsageError(f"--model {args.model} needs --tokenizer: a directory with LLaMA 3's")
+    config = directory and checkpoint.load_config(directory)
     path = args.tokenizer or (directory and tokenizer_directory(directory)) or STAGE_TOKENIZER
     tokenizer = load_tokenizer(path, args.chat_format)
-    if directory is None:
-        return ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[args.model]), tokenizer, None
-    config = checkpoint.load_config(directory)
+    if config is None:
+        config = ModelConfig(vocab_size=tokenizer.vocab_size, **PRESETS[args.model])
     if tokenizer.vocab_size > config.vocab_size:
         raise UsageError(f"{path}: {tokenizer.vocab_size} tokens, but {args.model} has {config.vocab_size}")
     return config, tokenizer, directory
