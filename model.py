@@ -167,6 +167,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.v_proj = nn.Linear(C, K * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.attention = kernels.attention  # training may keep torch.compile out of it
 
     def forward(self, x, cos, sin, positions, cache, rows=None):
         """x [B, T, C] -> [B, T, C]; with rows only their queries are computed, out [N, C]."""
@@ -176,7 +177,7 @@ class Attention(nn.Module):
         x, cos, sin = (select(part, rows) for part in (x, cos, sin))
         q = _Rotate.apply(self.q_proj(x).unflatten(-1, heads), cos, sin)  # [B, T, H, D] or [N, H, D]
         if cache is None:
-            out = kernels.attention(q, k, v, positions, self.window, rows)
+            out = self.attention(q, k, v, positions, self.window, rows)
         else:
             out = cache.attend(self.layer, q, k, v, self.window)
         return self.o_proj(out.flatten(-2))  # [..., H, D] -> [..., C]

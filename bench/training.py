@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import train
 from bench.figures import seconds
 from bench.models import SHAPES, config_of, in_transformers, randomise
 from common.files import UsageError
@@ -22,6 +21,8 @@ from data.scenes import STAGE
 from data.stream import Stream
 from tokenizer import STAGE_TOKENIZER, load_tokenizer
 from training import costs
+from training.parallel import shard_model, start_ranks
+from training.step import make_optimizer, train_step
 
 
 def measure(args):
@@ -60,7 +61,7 @@ def open_side(args, side):
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the parent ends this one
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1 if args.toy else torch.get_num_threads())
-    cuda, device = args.device == "cuda", train.start_ranks()
+    cuda, device = args.device == "cuda", start_ranks()
     tokenizer = load_tokenizer(Path(args.tokenizer or STAGE_TOKENIZER))
     own = 0 if args.toy or args.model == "stage" else SHAPES[args.model]["vocab_size"]
     config = config_of(args, vocab_size=max(own, tokenizer.vocab_size))
@@ -70,10 +71,10 @@ def open_side(args, side):
     options.recompute = "full" if cuda else "none"
     options.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     rows = Stream([args.data or STAGE], tokenizer, args.seq_len).take(args.rows)[:]
-    model = randomise(train.shard_model(config, device, options))
+    model = randomise(shard_model(config, device, options))
     if side == "ours":
-        optimizer = train.make_optimizer(model, options)
-        run = functools.partial(train.train_step, model, optimizer, rows, options, device)
+        optimizer = make_optimizer(model, options)
+        run = functools.partial(train_step, model, optimizer, rows, options, device)
     else:
         batches = [packed(row) for row in rows]
         if side.endswith("padded"):

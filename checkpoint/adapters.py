@@ -1,7 +1,7 @@
-"""LoRA adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, read and merged into their base.
+"""Reads LoRA adapters in PEFT's layout (`adapter_config.json`, `adapter_model.safetensors`) and merges them.
 
-A directory that holds these is a model like any other: `checkpoint.load_model` finds its base and adds s B A to the weights,
-where s = alpha / rank. training/lora.py trains and writes adapters.
+Such a directory is a model like any other: `checkpoint.load_model` finds its base and adds s B A to the
+weights, where s = alpha / rank. training/lora.py trains and writes adapters.
 """
 
 import math
@@ -18,31 +18,25 @@ from tokenizer import FILE, HF_FILE
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before the module's own name
 
-
-# what a configuration may hold; any other key with a value (use_dora, modules_to_save, ...) changes what is computed
-READ = {
-    "peft_type",
-    "base_model_name_or_path",
-    "r",
-    "lora_alpha",
-    "rank_pattern",
-    "alpha_pattern",
+# Keys of a configuration that are read or change nothing. A value under any other key is refused, since it
+# changes what is computed (use_dora, modules_to_save, ...).
+ALLOWED = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "rank_pattern", "alpha_pattern"}
+ALLOWED |= {
     "use_rslora",
     "bias",
+    "init_lora_weights",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
 }
-READ |= {"init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-NO_EFFECT = {
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "revision",
-    "inference_mode",
-    "lora_dropout",
-    "megatron_core",
+ALLOWED |= {"layers_pattern", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode"}
+ALLOWED |= {"lora_dropout", "megatron_core", "qalora_group_size"}
+ONLY = {  # the values that some of them may have
+    "peft_type": ["LORA"],
+    "bias": ["none"],
+    "layers_pattern": [None, [], "layers", ["layers"]],
+    "init_lora_weights": [True, False, "gaussian", "orthogonal"],  # the others change the base
 }
-NO_EFFECT |= {"qalora_group_size"}
-ONLY = {"peft_type": ["LORA"], "bias": ["none"], "layers_pattern": [None, [], "layers", ["layers"]]}
-ONLY["init_lora_weights"] = [True, False, "gaussian", "orthogonal"]  # the others change the base
 
 
 def is_adapter(directory):
@@ -50,112 +44,101 @@ def is_adapter(directory):
 
 
 def base_directory(directory, weights=True):
-    """The directory of the base model of an adapter's directory; of any other, the directory itself.
+    """The directory of an adapter's base model; a directory without an adapter is returned as it is.
 
-    weights: whether a base from the Hub is wanted whole, or only what describes it.
+    weights: whether a base from the Hub is downloaded with its weights, or only its config and tokenizer.
     """
     if not is_adapter(directory):
         return directory
     path = Path(directory) / CONFIG
     spec = read_json(path).get("base_model_name_or_path")
     if not isinstance(spec, str) or not spec:
-        raise UsageError(
-            f"{path}: base_model_name_or_path {spec!r} names no base model; put its directory or Hub id there"
-        )
+        what = f"base_model_name_or_path {spec!r} names no base model"
+        raise UsageError(f"{path}: {what}; put its directory or Hub id there")
     beside = Path(directory) / spec
     base = beside if beside.exists() else find_model(spec, weights)
     if not Path(base).exists():
-        raise UsageError(
-            f"{path}: its base model {spec} is neither a path from there or from here nor on the Hub"
-        )
+        where = "neither a path relative to the adapter or to the working directory, nor on the Hub"
+        raise UsageError(f"{path}: its base model {spec} is {where}")
     if is_adapter(base):
-        raise UsageError(f"{path}: its base {spec} is an adapter itself; adapters cannot be stacked")
+        raise UsageError(f"{path}: its base {spec} is itself an adapter; adapters cannot be stacked")
     return base
 
 
 def tokenizer_directory(directory):
-    """Where the tokenizer of a model is: of an adapter without one of its own, with its base."""
+    """The directory of a model's tokenizer: an adapter without one has its base's."""
     own = any((Path(directory) / name).is_file() for name in (FILE, HF_FILE))
     return directory if own else base_directory(directory, weights=False)
 
 
 def open_adapter(directory, shapes):
-    """{name of a base weight: (A, B, scale)} of an adapter's directory; shapes: {name: shape} of the base's weights.
+    """{name of a base weight: (A, B, scale)} of an adapter's directory.
 
-    UsageError names what is damaged, does not belong to this base, or is of a kind that is not supported.
+    shapes: {name: shape} of the base's weights. UsageError if something is damaged, does not fit this base,
+    or is not supported.
     """
     directory = Path(directory)
     verify(directory)
     path, config = directory / CONFIG, read_json(directory / CONFIG)
     for key, value in config.items():
         if key in ONLY and value not in ONLY[key]:
-            raise UsageError(
-                f"{path}: {key} {value!r} is not supported (only {', '.join(map(repr, ONLY[key]))})"
-            )
-        if value and key not in READ | NO_EFFECT:
+            values = ", ".join(map(repr, ONLY[key]))
+            raise UsageError(f"{path}: {key} {value!r} is not supported (only {values})")
+        if value and key not in ALLOWED:
             raise UsageError(f"{path}: {key} is not supported; merge the adapter into its base with PEFT")
     if "peft_type" not in config:
         raise UsageError(f"{path}: peft_type is missing")
-    if not (directory / TENSORS).is_file():
+    file = directory / TENSORS
+    if not file.is_file():
         pickled = (directory / "adapter_model.bin").is_file()
         why = "; adapter_model.bin is a pickle, which can run code and is not read" if pickled else ""
-        raise UsageError(f"{directory / TENSORS}: missing{why}")
+        raise UsageError(f"{file}: missing{why}")
     try:
-        tensors = load_file(directory / TENSORS)
+        tensors = load_file(file)
     except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"{directory / TENSORS}: damaged or truncated ({error}); copy or download it again"
-        ) from None
+        raise UsageError(f"{file}: damaged or truncated ({error}); copy or download it again") from None
     try:
-        return _pair(tensors, config, shapes, directory / TENSORS)
+        return _pair(tensors, config, shapes, file)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
-        raise UsageError(
-            f"{path}: a value is missing or of another type than it should have ({error!r})"
-        ) from None
+        raise UsageError(f"{path}: a value is missing or of the wrong type ({error!r})") from None
 
 
 def _pair(tensors, config, shapes, path):
-    """Matches the tensors with the base's weights and the configuration; every one of both must find its place."""
+    """Matches tensors, configuration and base weights; UsageError if a part of any has no counterpart."""
     pairs, wrong = {}, []
     linear = [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2]
-    wanted = {module for module in linear if _targeted(module, config)}
-    for module in sorted(wanted):
+    for module in sorted(module for module in linear if _targeted(module, config)):
         A, B = (tensors.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB")
-        rank, alpha = (
-            next(
-                (value for key, value in (config.get(pattern) or {}).items() if _ends(key, module)),
-                config.get(default, 8),
-            )
-            for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
-        )
+        rank = _pattern_value(config, "rank_pattern", module, config.get("r", 8))
+        alpha = _pattern_value(config, "alpha_pattern", module, config.get("lora_alpha", 8))
         out, in_ = shapes[f"{module}.weight"]
         if A is None or B is None:
             wrong.append(f"no lora_{'A' if A is None else 'B'} for {module}")
         elif (A.shape, B.shape) != ((rank, in_), (out, rank)):
-            wrong.append(
-                f"{module} has A {list(A.shape)} and B {list(B.shape)}, not {[rank, in_]} and {[out, rank]}"
-            )
+            found = f"A {list(A.shape)} and B {list(B.shape)}"
+            wrong.append(f"{module} has {found}, not {[rank, in_]} and {[out, rank]}")
         elif not (A.is_floating_point() and B.is_floating_point()):
             wrong.append(f"{module} has {A.dtype}, not floats")
         else:
             scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
             pairs[f"{module}.weight"] = A, B, scale
-    wrong += [f"{name} belongs to nothing that is adapted" for name in sorted(tensors)]
+    wrong += [f"{name} belongs to no adapted layer" for name in sorted(tensors)]
     if wrong or not pairs:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UsageError(
-            f"{path}: does not match {CONFIG} and the base model: {'; '.join(wrong[:3]) or 'empty'}{more}"
-        )
+        what = "; ".join(wrong[:3]) or "empty"
+        what += f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UsageError(f"{path}: does not match {CONFIG} and the base model: {what}")
     return pairs
 
 
-def _ends(pattern, module):
-    """Whether PEFT's rank_pattern or alpha_pattern means a module: a regular expression for the end of its name."""
-    return re.match(rf"(.*\.)?({pattern})$", module)
+def _pattern_value(config, key, module, default):
+    """A layer's value in PEFT's rank_pattern or alpha_pattern, {expression for the end of a name: value}."""
+    patterns = (config.get(key) or {}).items()
+    matching = (value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module))
+    return next(matching, default)
 
 
 def _targeted(module, config):
-    """Whether the configuration puts an adapter on a linear module of the base."""
+    """Whether the configuration gives a linear layer of the base an adapter."""
 
     def named(modules):
         if isinstance(modules, str):
@@ -175,7 +158,7 @@ def _targeted(module, config):
 
 
 class MergedWeights:
-    """For `checkpoint.fill`: a base's weights with an adapter added, W + s B A, in fp32, one tensor at a time."""
+    """For `checkpoint.fill`: the base's weights with an adapter merged into them: W + s B A, in fp32."""
 
     def __init__(self, weights, directory, model):
         self.weights, self.order = weights, weights.order

@@ -33,7 +33,7 @@ def attention(q, k, v, positions=None, window=None, rows=None):
     )
     taken = "q [B, T, H, D] (with rows [N]: [N, H, D]), k and v [B, T, K, D], positions [B, T], K dividing H"
     _check("attention", fits, taken, window, q=q, k=k, v=v, positions=positions, rows=rows)
-    if _runs_triton(q):
+    if runs_triton(q.device):
         from kernels.attention_triton import attention_triton
 
         return attention_triton(q, k, v, positions, window, rows)
@@ -53,7 +53,7 @@ def decode_attention(q, key_pages, value_pages, block_table, lengths, window=Non
     taken = "q [S, Q, H, D], pages [P, page_size, K, D] (K dividing H), block_table [S, n], lengths [S]"
     given = dict(q=q, key_pages=key_pages, value_pages=value_pages, block_table=block_table, lengths=lengths)
     _check("decode_attention", fits, taken, window, **given)
-    if _runs_triton(q):
+    if runs_triton(q.device):
         from kernels.decode_triton import decode_attention_triton
 
         return decode_attention_triton(q, key_pages, value_pages, block_table, lengths, window)
@@ -65,15 +65,16 @@ def rms_norm(x, weight, eps=1e-5, residual=None):
     fits = weight.shape == x.shape[-1:] and (residual is None or residual.shape == x.shape)
     taken = "x [..., C], weight [C] and a residual like x or none"
     _check("rms_norm", fits, taken, x=x, weight=weight, residual=residual)
-    if _runs_triton(x):
+    if runs_triton(x.device):
         from kernels.rms_norm_triton import rms_norm_triton
 
         return rms_norm_triton(x, weight, eps, residual)
     return rms_norm_torch(x, weight, eps, residual)
 
 
-def _runs_triton(x):
-    return _chosen == "triton" or (_chosen is None and x.is_cuda)
+def runs_triton(device):
+    """Whether tensors on a torch.device go to the Triton kernels."""
+    return _chosen == "triton" or (_chosen is None and device.type == "cuda")
 
 
 def _check(kernel, fits, taken, window=None, **tensors):

@@ -1,4 +1,5 @@
-"""The chunked loss against the plain one; operations and bytes, as counted from shapes, against those that PyTorch counts."""
+"""The chunked loss against the plain one; operations and bytes, as counted from shapes, against those that
+PyTorch counts."""
 
 import types
 import weakref
@@ -11,19 +12,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import train
 from checkpoint import RandomWeights, fill
+from data.packing import IGNORE
 from kernels import cross_entropy
 from kernels.cross_entropy import linear_cross_entropy
 from model import PRESETS, ModelConfig
 from training import costs
 from training.lora import FreshAdapters, add_adapters
+from training.parallel import shard_model
+from training.step import loss_sum, stack, tally
 
 
 @pytest.mark.parametrize("chunk", [1, 300, 10**6])
 @pytest.mark.parametrize("n", [0, 1, 5, 64])
 def test_loss_in_chunks_is_the_plain_loss(n, chunk, monkeypatch):
-    """Sum, single losses and gradients equal those of whole logits, whatever the chunk; without a gradient, none is made."""
+    """Sum, single losses and gradients equal those of whole logits, whatever the chunk; without a gradient,
+    none is made."""
     monkeypatch.setattr(cross_entropy, "CHUNK", chunk)
     generator = torch.Generator().manual_seed(n)
     x, weight = torch.randn(n, 24, generator=generator), torch.randn(101, 24, generator=generator)
@@ -61,6 +65,20 @@ def test_loss_in_bf16_is_no_worse_than_the_plain_one():
         assert (got - want).norm() <= 2 * (peer - want).norm()
 
 
+def test_loss_in_bf16_does_not_depend_on_the_chunks(monkeypatch):
+    """The head's gradient is added up in fp32 and rounded once: 64 chunks give what one chunk gives."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(256, 32, generator=generator), torch.randn(500, 32, generator=generator)
+    targets, found = torch.randint(500, (256,), generator=generator), []
+    for rows in (256, 4):
+        monkeypatch.setattr(cross_entropy, "CHUNK", 500 * rows)
+        head = weight.bfloat16().requires_grad_()
+        (linear_cross_entropy(x.bfloat16(), head, targets)[0] * 0.37).backward()
+        assert head.grad.dtype == torch.bfloat16
+        found.append(head.grad.float())
+    assert (found[1] - found[0]).norm() < 3e-4 * found[0].norm()  # a rounding to bf16 is about 2e-3
+
+
 def test_loss_never_holds_all_logits(monkeypatch):
     """No tensor of forward or backward is larger than a chunk of logits, or than the weight."""
     monkeypatch.setattr(cross_entropy, "CHUNK", 4000)
@@ -91,14 +109,15 @@ def packed(config, seq_len):
         )
         for n in (seq_len // 2, seq_len // 4, seq_len // 4)
     ]
-    return train.stack(pack_rows(documents, seq_len), "cpu")
+    return stack(pack_rows(documents, seq_len), "cpu")
 
 
 @pytest.mark.parametrize(
     ("family", "rank"), [("llama", None), ("mixtral", None), ("llama", 3), ("mixtral", 3)]
 )
 def test_model_flops_are_those_of_the_products(family, rank):
-    """PyTorch's counter finds as many in the matrix products of forward and backward; attention is counted by hand."""
+    """PyTorch's counter finds as many in the matrix products of forward and backward; attention is counted by
+    hand."""
     config = random_config(4, family, num_hidden_layers=3, sliding_window=None)
     model, batch = random_model(config).train(), packed(config, 64)
     if rank:
@@ -110,10 +129,10 @@ def test_model_flops_are_those_of_the_products(family, rank):
         torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]
     }  # the one it does not know
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        train.loss_sum(model, batch)[0].backward()
+        loss_sum(model, batch)[0].backward()
     counts = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     products = sum(count for operation, count in counts.items() if "attention" not in operation)
-    learnt = (batch["targets"] != train.IGNORE).sum().item()
+    learnt = (batch["targets"] != IGNORE).sum().item()
     if rank:  # the first block's input needs no gradient; what that spares is in the plan
         C, D = config.hidden_size, config.head_dim
         sizes = (
@@ -131,7 +150,7 @@ def test_model_flops_are_those_of_the_products(family, rank):
     assert with_attention - products == each * (
         2 * pairs + 10
     )  # the last layer needs those of supervised queries alone
-    assert train.tally([batch], None).tolist()[:2] == [64, pairs]
+    assert tally([batch], None).tolist()[:2] == [64, pairs]
 
 
 @pytest.mark.parametrize("rank", [None, 16])
@@ -142,7 +161,7 @@ def test_activations_take_what_the_plan_says(how, rank):
     args = types.SimpleNamespace(
         recompute=how, compile=False, dtype="float32", shard_ranks=None, lora=rank, lora_alpha=rank
     )
-    model = train.shard_model(config, torch.device("cpu"), args)
+    model = shard_model(config, torch.device("cpu"), args)
     weights = RandomWeights(model, 0)
     fill(model, FreshAdapters(weights, model, 0) if rank else weights)
     batch, made = packed(config, 512), []
@@ -156,7 +175,7 @@ def test_activations_take_what_the_plan_says(how, rank):
             return out
 
     with Made():
-        loss = train.loss_sum(model, batch)  # noqa: F841 (holds what the backward pass needs)
+        loss = loss_sum(model, batch)  # noqa: F841 (holds what the backward pass needs)
     alive = {storage.data_ptr(): storage.nbytes() for ref in made if (storage := ref()) is not None}
     for parameter in model.parameters():
         alive.pop(parameter.data_ptr(), None)

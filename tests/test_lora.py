@@ -1,4 +1,5 @@
-"""lora.py: the layer and its files against PEFT, runs of train.py --lora on one and two ranks, and what is refused."""
+"""lora.py: the layer and its files against PEFT, runs of train.py --lora on one and two ranks, and what is
+refused."""
 
 import json
 import re
@@ -66,7 +67,8 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "mixtral"])
 def test_peft_opens_ours(family, tmp_path):
-    """What save_adapter writes gives in PEFT the logits that load_model gives, and those of the model trained.
+    """What save_adapter writes gives in PEFT the logits that load_model gives, and those of the model
+    trained.
 
     Sizes are multiples of 16 bytes, which transformers' products of experts need.
     """
@@ -179,7 +181,7 @@ def test_merging_is_in_fp32(base, tmp_path):
     )
 
 
-# ---- runs ---------------------------------------------------------------------------------------------------------------
+# ---- runs -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -193,8 +195,8 @@ def last_state(out):
 
 
 def test_a_run_learns_resumes_and_leaves_a_peft_directory(run, tmp_path):
-    """The loss falls; the base's files stay; a resumed run ends in the same bytes; states hold the adapter alone; PEFT opens
-    final/, whose logits are load_model's; another base is refused."""
+    """The loss falls; the base's files stay; a resumed run ends in the same bytes; states hold the adapter
+    alone; PEFT opens final/, whose logits are load_model's; another base is refused."""
     peft = pytest.importorskip("peft")
     whole, cut, model = tmp_path / "whole", tmp_path / "cut", Path(run[1])
     before = fingerprint(model)
@@ -251,7 +253,8 @@ def test_two_ranks_are_as_one(dtype, run, tmp_path):
 
 @pytest.mark.parametrize(("model", "ranks", "seq_len", "card"), [("8b", 1, 8192, 24), ("70b", 8, 16_384, 80)])
 def test_the_plan_says_which_card(model, ranks, seq_len, card, script, story):  # noqa: F811
-    """8B fits one card of 24 GB and 70B a node of eight cards of 80 GB; trained whole, neither fits what LoRA fits."""
+    """8B fits one card of 24 GB and 70B a node of eight cards of 80 GB; trained whole, neither fits what LoRA
+    fits."""
     preset = f"llama-3.1-{model}"
     options = [
         "--tokenizer",
@@ -273,11 +276,12 @@ def test_the_plan_says_which_card(model, ranks, seq_len, card, script, story):  
         assert (fits is not None and fits <= card) == bool(rank), (fits, needed / 2**30)
 
 
-# ---- an adapter is a model ----------------------------------------------------------------------------------------------
+# ---- an adapter is a model --------------------------------------------------------------------
 
 
 def test_an_adapter_is_an_actor(tiny_actor, tmp_path, script):
-    """It speaks through the engine with its base's tokenizer, its base is found beside it, and its fingerprint covers both."""
+    """It speaks through the engine with its base's tokenizer, its base is found beside it, and its
+    fingerprint covers both."""
     shutil.copytree(tiny_actor, tmp_path / "base")
     save_adapter(adapted(tmp_path / "base"), tmp_path / "adapter", "../base", 3, 5)
     spoken = {}
@@ -338,14 +342,15 @@ def test_what_is_not_supported_is_refused_by_name(key, base, tmp_path, monkeypat
         load_model(tmp_path / "adapter")
     named = {
         "r": "does not match",
-        "target_modules": "another type",
+        "target_modules": "wrong type",
         "base_model_name_or_path": "no/such_model_here",
     }
     assert named.get(key, key) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_damaged_and_strange_files_are_one_line(base, tmp_path):
-    """Tensors too many, too few, of another shape; a pickle; a torn or an altered file; an adapter over an adapter."""
+    """Tensors too many, too few, of another shape; a pickle; a torn or an altered file; an adapter over an
+    adapter."""
     save_adapter(adapted(base), tmp_path / "good", base, 3, 5)
     good = load_file(tmp_path / "good" / adapters.TENSORS)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

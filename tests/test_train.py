@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import pty
 import random
 import resource
 import shutil
@@ -23,15 +24,19 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kernels
-import train
 from checkpoint import RandomWeights, fill, find_model, load_model, save_model
 from common.files import UsageError
 from data.brackets import CHANNELS
 from data.packing import make_row
 from data.scenes import STAGE
 from data.stream import Stream
+from kernels.attention import attention_torch
+from training import parallel
+from training import step as training_step
 from training.log import Log
-from training.resume import find_checkpoints
+from training.parallel import shard_model
+from training.resume import find_checkpoints, restarted
+from training.step import learning_rate, loss_sum, sample, stack, tally
 
 
 def launch(*args, ranks=1, restarts=0, script="train.py", **options):
@@ -39,8 +44,8 @@ def launch(*args, ranks=1, restarts=0, script="train.py", **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [*command, "--max-restarts", str(restarts), script] if ranks > 1 else [sys.executable, script]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=env, **pipes, **options)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "1000"}
+    return subprocess.Popen([*command, *map(str, args)], cwd=ROOT, env=env, **pipes | options)
 
 
 def finish(process, code=0):
@@ -49,6 +54,19 @@ def finish(process, code=0):
         print(out, err)  # pytest shows it whole
     assert process.returncode == code
     return err
+
+
+def fail_on_a_terminal(*args):
+    """What a run that ends with code 2 prints on stderr where that is a terminal."""
+    leader, follower = pty.openpty()
+    process, printed = launch(*args, stderr=follower), b""
+    os.close(follower)
+    with contextlib.suppress(OSError):  # EIO: the process has ended
+        while part := os.read(leader, 4096):
+            printed += part
+    os.close(leader)
+    assert process.wait(100) == 2, printed
+    return printed.decode()
 
 
 def read_log(out):
@@ -88,7 +106,8 @@ def small(story, tmp_path_factory, stage_tokenizer):
 
 
 def documents_of(config, lengths, seed):
-    """Random documents (ids, channels): a share of their tokens is under loss, each in one of the channels."""
+    """Random documents (ids, channels): a share of their tokens is under loss, each in one of the
+    channels."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda high, length: torch.randint(high, (length,), generator=generator).tolist()  # noqa: E731
     made = []
@@ -104,7 +123,8 @@ def documents_of(config, lengths, seed):
 
 
 def plain_step(directory, documents):
-    """The same by transformers, document by document: mean loss, {channel: mean loss}, {parameter: gradient}."""
+    """The same by transformers, document by document: mean loss, {channel: mean loss}, {parameter:
+    gradient}."""
     peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     losses, channels = [], []
     for ids, own in documents:
@@ -128,8 +148,8 @@ SPLITS = {  # of 24 rows: ranks -> rows in a micro-batch, for 1, 2 and 4 accumul
 
 @pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_step_is_the_plain_computation_however_it_is_split(tied, tmp_path):
-    """Loss, loss per channel and gradients equal transformers', for 1, 2, 3 ranks by 1, 2, 4 accumulation steps, with hybrid
-    sharding, with activations recomputed, with blocks compiled."""
+    """Loss, loss per channel and gradients equal transformers', for 1, 2, 3 ranks by 1, 2, 4 accumulation
+    steps, with hybrid sharding, with activations recomputed, with blocks compiled."""
     config = random_config(5, num_hidden_layers=2, tie_word_embeddings=tied)
     save_model(random_model(config), tmp_path / "start")
     documents = documents_of(config, [37, 1, 20, 50, 9, 64, 33, 2] * 5, 0)
@@ -249,7 +269,8 @@ def same_run(whole, other, rel=0.0):
 
 
 def same_state(whole, other):
-    """Asserts that the last states of two runs, parameters and optimiser, and their final weights are the same bytes."""
+    """Asserts that the last states of two runs, parameters and optimiser, and their final weights are the
+    same bytes."""
     ours, theirs = (find_checkpoints(out)[-1] for out in (whole, other))
     assert ours.name == theirs.name
     shards = [{file.name: file.read_bytes() for file in out.glob("*.distcp")} for out in (ours, theirs)]
@@ -271,7 +292,8 @@ def wait_for(out, steps, process):
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path):
-    """Ctrl-C or SIGTERM saves and says how to go on, and --resume gives the bytes of an uninterrupted run; it cuts the log."""
+    """Ctrl-C or SIGTERM saves and says how to go on, and --resume gives the bytes of an uninterrupted run; it
+    cuts the log."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 20]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     finish(launch(*arguments, "--out", whole))
@@ -289,7 +311,8 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(signal_, small, tmp_path)
 
 
 def seen(file, ranks, steps):
-    """Rows (lists of pieces) that the ranks of a spied run made in each of so many steps, in any order within a step."""
+    """Rows (lists of pieces) that the ranks of a spied run made in each of so many steps, in any order within
+    a step."""
     made = [
         [json.loads(line) for line in Path(f"{file}.{rank}").read_text().splitlines()]
         for rank in range(ranks)
@@ -303,8 +326,9 @@ def seen(file, ranks, steps):
 
 @pytest.mark.slow
 def test_resume_on_two_ranks_and_on_other_numbers(small, tmp_path):
-    """Two ranks go on bit for bit. From two to one and from one to two, ten steps' losses are the same up to rounding, and so
-    are the very documents of each step: in an epoch none is read twice or missed, wherever the run was cut."""
+    """Two ranks go on bit for bit. From two to one and from one to two, ten steps' losses are the same up to
+    rounding, and so are the very documents of each step: in an epoch none is read twice or missed, wherever
+    the run was cut."""
     arguments = [
         *small,
         "--batch-size",
@@ -345,7 +369,7 @@ def test_resume_on_two_ranks_and_on_other_numbers(small, tmp_path):
             for made in ("step-8", "step-12", "step-14", "final"):  # as a run that died after step 4
                 shutil.rmtree(tmp_path / name / made)
             err = spied(name, "--resume", ranks=again)
-            assert "going on from" in err and "step-4" in err
+            assert "resuming from" in err and "step-4" in err
             same_run(tmp_path / whole, tmp_path / name, rel=0.0 if again == ranks else 1e-5)
             assert seen(tmp_path / f"{name}.rows", again, 10) == rows[4:]
             if again == ranks:
@@ -359,14 +383,15 @@ def workers(process):
 
 @pytest.mark.slow
 def test_a_killed_rank_comes_back(small, tmp_path):
-    """torchrun --max-restarts starts all ranks again, and they go on from the last checkpoint, with no --resume given."""
+    """torchrun --max-restarts starts all ranks again, and they go on from the last checkpoint, with no
+    --resume given."""
     arguments = [*small, "--batch-size", 2, "--max-steps", 12, "--save-every", 3]
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
     finish(launch(*arguments, "--out", whole, ranks=2))
     process = launch(*arguments, "--out", hurt, ranks=2, restarts=1)
     wait_for(hurt, 5, process)
     os.kill(workers(process)[1], signal.SIGKILL)
-    assert "going on from" in finish(process)
+    assert "resuming from" in finish(process)
     same_run(whole, hurt)
     same_state(whole, hurt)
 
@@ -380,7 +405,7 @@ def test_torchrun_stopped_saves(small, tmp_path):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=100)
     assert (
-        "the same command with --resume goes on" in err
+        "the same command with --resume continues" in err
         and "File " + chr(34) + str(ROOT / "train.py") not in err
     )
     assert find_checkpoints(out)[-1].name == f"step-{read_log(out)[-1]['step']}"
@@ -389,8 +414,8 @@ def test_torchrun_stopped_saves(small, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_any_moment(ranks, small, tmp_path):
-    """Killed at 20 random moments, saving included, torchrun or one of its ranks: it always goes on, loses at most one
-    interval, and ends the same."""
+    """Killed at 20 random moments, saving included, torchrun or one of its ranks: it always goes on, loses at
+    most one interval, and ends the same."""
     arguments = [*small, "--batch-size", 2, "--micro-batch", 2 // ranks, "--max-steps", 60, "--save-every", 2]
     whole, hurt, rng = tmp_path / "whole", tmp_path / "hurt", random.Random(0)
     finish(launch(*arguments, "--out", whole, ranks=ranks))
@@ -417,7 +442,8 @@ def test_killed_at_any_moment(ranks, small, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_state_before(small, tmp_path):
-    """A checkpoint that cannot be written is one clear line, nothing of it is left, and the one before is good."""
+    """A checkpoint that cannot be written is one clear line, nothing of it is left, and the one before is
+    good."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 6, "--save-every", 2]
     whole, full = tmp_path / "whole", tmp_path / "full"
     finish(launch(*arguments, "--out", whole))
@@ -429,7 +455,7 @@ def test_a_full_disk_leaves_the_state_before(small, tmp_path):
     err = finish(launch(*arguments, "--out", full, "--resume", preexec_fn=limited), code=2)
     assert (
         "step-6: the checkpoint could not be saved" in err
-        and "step-4 is as before" in err
+        and "unchanged: step-4" in err
         and "Traceback" not in err
     )
     assert sorted(path.name for path in full.iterdir()) == ["log.jsonl", "loss.png", "run.json", "step-4"]
@@ -454,7 +480,8 @@ def test_an_output_that_is_read_only(small, tmp_path):
 
 @pytest.mark.slow
 def test_damaged_checkpoints(small, tmp_path):
-    """One that is altered or cut is found out and named, and the run goes on from the one before, to the same end."""
+    """One that is altered or cut is found out and named, and the run goes on from the one before, to the same
+    end."""
     arguments = [*small, "--batch-size", 1, "--max-steps", 6, "--save-every", 2, "--keep", 3]
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
     finish(launch(*arguments, "--out", whole))
@@ -465,19 +492,20 @@ def test_damaged_checkpoints(small, tmp_path):
     metadata.write_bytes(metadata.read_bytes()[:-1] + b"x")
     err = finish(launch(*arguments, "--out", hurt, "--resume"))
     assert "__0_0.distcp: altered or truncated" in err and ".metadata: altered or truncated" in err
-    assert "going on from" in err and "step-2" in err
+    assert "resuming from" in err and "step-2" in err
     same_run(whole, hurt)
     same_state(whole, hurt)
     for state in find_checkpoints(hurt):
         (state / "manifest.json").write_text("{")
     err = finish(launch(*arguments, "--out", hurt, "--resume"), code=2)
-    assert "each of its 3 checkpoints is damaged" in err and "Traceback" not in err
+    assert "all 3 checkpoints are damaged" in err and "Traceback" not in err
 
 
 SAVES = """
-import sys, torch, train
+import sys, torch
 from training import resume
-train.start_ranks()
+from training.parallel import start_ranks
+start_ranks()
 model = torch.nn.Linear(2, 2)
 optimizer = torch.optim.AdamW(model.parameters())
 for step, keep in ((2, 9), (4, 9), (6, 9), (3, 1)):
@@ -485,24 +513,92 @@ for step, keep in ((2, 9), (4, 9), (6, 9), (3, 1)):
 """
 
 
+FAILS = """
+import json, sys, torch, types
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import checkpoint
+from checkpoint import export
+from common.files import UsageError
+from training import lora, parallel, resume
+
+device, out = parallel.start_ranks(), Path(sys.argv[2])
+base = dict(dtype="float32", recompute="none", compile=False, shard_ranks=None, lora_alpha=4, model="base")
+base |= dict(tokenizer=None, chat_format=None)
+config = checkpoint.load_config(out / "start")
+whole = export.save_model
+
+def full(tensors, file):
+    raise OSError(28, "No space left on device", str(file))
+
+def small(*args, **options):
+    return whole(*args, **options, max_shard_bytes=1000)  # the first of many shards fails
+
+for number, rank in enumerate((None, 4)):
+    args = types.SimpleNamespace(**base, lora=rank)
+    model = parallel.shard_model(config, device, args)
+    for module in (export, lora):
+        module.save_tensors = full
+    checkpoint.save_model = small
+    try:
+        resume.save_final(model, out, args, None)
+    except UsageError as error:
+        (out / f"error-{number}-{parallel.RANK}").write_text(str(error))
+"""
+
+
+def test_a_full_disk_at_the_end_is_an_error_on_every_rank(tmp_path):
+    """The final save fails on rank 0 before the others have gathered all: each rank gets its error, none
+    waits."""
+    config = random_config(3, num_hidden_layers=2)
+    save_model(random_model(config), tmp_path / "start")
+    (tmp_path / "fails.py").write_text(FAILS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "fails.py"), str(ROOT), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for number in (0, 1):
+        for rank in (0, 1):
+            assert "No space left on device" in (tmp_path / f"error-{number}-{rank}").read_text()
+    assert not (tmp_path / "final").exists()
+
+
+def test_final_files_that_do_not_fit_are_one_line(tmp_path):
+    """safetensors reports a full disk with an error of its own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises((UsageError, OSError)):
+            save_model(random_model(random_config(3)), tmp_path / "final")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_run_went_back_behind_is_not_kept(tmp_path):
-    """A run that goes on from an old checkpoint, since the newer ones are damaged, never removes its own in favour of those."""
+    """A run that goes on from an old checkpoint, since the newer ones are damaged, never removes its own in
+    favour of those."""
     subprocess.run([sys.executable, "-c", SAVES, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
     assert [path.name for path in find_checkpoints(tmp_path)] == ["step-3"]
 
 
 def test_a_restart_goes_on_only_in_its_own_run(tmp_path, monkeypatch):
-    """torchrun --max-restarts starts a run again; one that was there before it and was refused is not gone on with."""
-    assert not train.started_again(tmp_path)
-    monkeypatch.setattr(train, "RESTARTS", 1)
-    assert not train.started_again(tmp_path)
+    """torchrun --max-restarts starts a run again; one that was there before it and was refused is not gone on
+    with."""
+    assert not restarted(tmp_path)
+    monkeypatch.setattr(parallel, "RESTARTS", 1)
+    assert not restarted(tmp_path)
     for launcher, again in ((os.getppid(), True), (1, False), (None, False)):
         (tmp_path / "run.json").write_text(json.dumps({"launcher": launcher}))
-        assert train.started_again(tmp_path) == again
+        assert restarted(tmp_path) == again
 
 
 def test_changed_settings_and_too_few_documents(small, tmp_path):
-    """A resume with other settings says what was and is; more ranks than rows are refused; what does not matter may change."""
+    """A resume with other settings says what was and is; more ranks than rows are refused; what does not
+    matter may change."""
     general = tmp_path / "general.jsonl"
     turns = [
         {"role": "user", "content": "Who is there?"},
@@ -540,7 +636,8 @@ def test_changed_settings_and_too_few_documents(small, tmp_path):
 
 
 def test_what_is_not_finite(small, tmp_path, stage_tokenizer):
-    """Stops before the optimiser and names step and row; --skip-nonfinite leaves the step out, counts it and goes on."""
+    """Stops before the optimiser and names step and row; --skip-nonfinite leaves the step out, counts it and
+    goes on."""
     arguments = [*small, "--batch-size", 2, "--max-steps", 3, "--save-every", 1]
     start, data = Path(small[1]), small[3]
     stream = Stream([data], stage_tokenizer, 1024)
@@ -557,7 +654,8 @@ def test_what_is_not_finite(small, tmp_path, stage_tokenizer):
         model.model["embed_tokens"].weight[poison] = float("nan")
     save_model(model, start, stage_tokenizer)
     out = tmp_path / "run"
-    err = finish(launch(*arguments, "--out", out), code=2)
+    err = fail_on_a_terminal(*arguments, "--out", out)
+    assert err.rindex("\x1b[?25h") > err.rindex("\x1b[?25l")  # the progress bar gives the cursor back
     assert (
         f"step {step + 1}, stopped before the optimiser: loss nan" in err
         and f"rows of the batch: {row} " in err
@@ -576,16 +674,17 @@ def test_what_is_not_finite(small, tmp_path, stage_tokenizer):
 LOAD = """
 import json, sys, types
 sys.path.insert(0, sys.argv[1])
-import checkpoint, train
+import checkpoint
 import torch.distributed as dist
+from training.parallel import shard_model, start_ranks
 
 def resident(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 
-device = train.start_ranks()
+device = start_ranks()
 args = types.SimpleNamespace(dtype="bfloat16", recompute="none", compile=False, shard_ranks=None, lora=None)
 before = resident("VmRSS:")
-model = train.shard_model(checkpoint.load_config(sys.argv[2]), device, args)
+model = shard_model(checkpoint.load_config(sys.argv[2]), device, args)
 weights = checkpoint.Weights(sys.argv[2])
 weights.check(model)
 checkpoint.fill(model, weights)
@@ -598,7 +697,8 @@ if dist.get_rank() == 0:
 
 @pytest.mark.slow
 def test_no_rank_holds_a_whole_checkpoint(tmp_path):
-    """Loading 1.3 GB of weights onto two ranks takes each a half of it, and one file of 100 MB, at its peak."""
+    """Loading 1.3 GB of weights onto two ranks takes each a half of it, and one file of 100 MB, at its
+    peak."""
     shape = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=16, num_attention_heads=8)
     config = random_config(
         0, vocab_size=32_000, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, **shape
@@ -628,7 +728,7 @@ def steps_of(model, batches):
     """Losses and summed gradients of a few batches."""
     losses = []
     for batch in batches:
-        loss, _ = train.loss_sum(model, batch)
+        loss, _ = loss_sum(model, batch)
         loss.backward()
         losses.append(loss.detach())
     return [*losses, *(p.grad.clone() for p in model.parameters())]
@@ -640,10 +740,11 @@ def steps_of(model, batches):
     [("triton", "none"), ("triton", "selective"), ("triton", "full"), ("torch", "none")],
 )
 def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
-    """Blocks captured by torch.compile, recomputation inside, give the losses and gradients of plain ones (no code generated).
+    """Blocks captured by torch.compile, recomputation inside, give the losses and gradients of plain ones (no
+    code generated).
 
-    With the Triton kernels, as on a GPU, a block is one graph; batches with other documents and other numbers of supervised
-    rows soon make no more of them. The twins of a CPU loop over documents, outside the graphs.
+    With the Triton kernels, as on a GPU, a block is one graph; batches with other documents and other numbers
+    of supervised rows soon make no more of them. The twins of a CPU loop over documents, outside the graphs.
     """
 
     captured = CompileCounterWithBackend("aot_eager")
@@ -655,17 +756,17 @@ def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
     config = random_config(5, num_hidden_layers=3, head_dim=16)
     lengths = ([37, 27], [20, 30], [64], [9, 8, 7], [50, 11])
     batches = [
-        train.stack(pack_rows(documents_of(config, each, seed), 64), "cpu")
-        for seed, each in enumerate(lengths)
+        stack(pack_rows(documents_of(config, each, seed), 64), "cpu") for seed, each in enumerate(lengths)
     ]
     found = []
     for compiled in (False, True):
         args = types.SimpleNamespace(
             dtype="float32", recompute=recompute, compile=compiled, shard_ranks=None, lora=None
         )
-        model = train.shard_model(config, torch.device("cpu"), args)
+        model = shard_model(config, torch.device("cpu"), args)
         fill(model, RandomWeights(model, 0))
         found.append(steps_of(model, batches[:3]))
+    assert kernels.attention_torch is attention_torch  # nothing global has changed
     frames = captured.frame_count
     assert (
         0 < frames <= 3 * (1 if version == "triton" else 5)
@@ -676,10 +777,60 @@ def test_compiled_blocks_learn_the_same(version, recompute, monkeypatch):
         torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_padding_is_not_computed():
+    """Rows trimmed to their longest used length give the loss, the gradients and the counts of whole rows."""
+    config = random_config(5, num_hidden_layers=2)
+    rows = [make_row(documents_of(config, lengths, 1), 512) for lengths in ([70, 30], [20], [])]
+    whole, trimmed = stack(rows, "cpu"), stack(rows, "cpu", trim=True)
+    assert whole["tokens"].shape == (3, 512) and trimmed["tokens"].shape == (3, 128)
+    assert stack(rows[2:], "cpu", trim=True)["tokens"].shape == (1, 64)
+    assert torch.equal(tally([whole], None), tally([trimmed], None))
+    found = []
+    for batch in (whole, trimmed):
+        model = random_model(config).train()
+        found.append(steps_of(model, [batch]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sample_is_that_of_a_model_without_a_cache(stage_tokenizer, monkeypatch):
+    """With keys and values kept, a sample is what whole passes over all tokens draw."""
+    config = random_config(2, vocab_size=stage_tokenizer.vocab_size, num_hidden_layers=2)
+    model, opening, noise = random_model(config), list(range(300, 320)), torch.Generator().manual_seed(7)
+    monkeypatch.setattr(training_step.dist, "broadcast", lambda *_: None)
+    text, ids = sample(model, opening, stage_tokenizer, 7, "cpu", length=12), opening[:]
+    for _ in range(12):
+        chances = (model(torch.tensor([ids]))[0, -1].detach() / 0.7).softmax(-1)
+        token = (chances / torch.empty_like(chances).exponential_(generator=noise)).argmax().item()
+        if token in stage_tokenizer.stop_ids:
+            break
+        ids.append(token)
+    assert len(ids) > 25 and text == " ".join(stage_tokenizer.decode(ids[20:]).split())
+
+
+def test_defaults_are_shown_and_fit_together(script, story, tmp_path):
+    """--help names the defaults of both recipes, the plan the settings; --micro-batch alone raises the
+    batch."""
+    code, out, _ = script("train", "--help")
+    text = " ".join(out.split())
+    assert code == 0
+    defaults = [
+        "7 for the stage actor, 8 for other models, 2 with --lora",
+        "0.002 for the stage actor, 1e-05",
+    ]
+    for default in [*defaults, "2,048 for the stage actor, 16,384 for", "1 for the stage actor, 48 for"]:
+        assert default in text
+    plan = ("train", "--data", story, "--dry-run", "--out", tmp_path / "none")
+    code, _, err = script(*plan, "--micro-batch", 2)
+    assert code == 0 and "--batch-size 2 --epochs 7.0 --lr 0.002 --weight-decay 0.1 --micro-batch 2" in err
+    code, _, err = script(*plan[:4], 3, *plan[4:], "--micro-batch", 2)
+    assert code == 0 and "--batch-size 6" in err
+
+
 def test_learning_rate_warms_up_and_decays():
     """Linear up to the peak, a cosine down to a tenth of it."""
     args = type("Args", (), {"lr": 1.0, "warmup": 0.1})
-    rates = [train.learning_rate(step, 100, args) for step in range(100)]
+    rates = [learning_rate(step, 100, args) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == max(rates) == pytest.approx(1.0)
     assert rates[54] == pytest.approx(0.1 + 0.9 * 0.5, abs=0.02)
@@ -700,7 +851,8 @@ def test_dry_run_allocates_nothing(script, story):
 
 
 def test_dry_run_downloads_no_weights(script, small, tmp_path, monkeypatch):
-    """With a Hub id it asks for the config and the tokenizer; the same without --dry-run asks for the weights too."""
+    """With a Hub id it asks for the config and the tokenizer; the same without --dry-run asks for the weights
+    too."""
     asked = []
 
     def snapshot_download(spec, allow_patterns):
@@ -723,7 +875,8 @@ def test_dry_run_downloads_no_weights(script, small, tmp_path, monkeypatch):
 
 
 def test_events_for_tensorboard(tmp_path, monkeypatch):
-    """Where TensorBoard is installed, numbers and samples go there as well, and a resume purges what it cuts; else one line."""
+    """Where TensorBoard is installed, numbers and samples go there as well, and a resume purges what it cuts;
+    else one line."""
     written, made = [], []
 
     class Writer:
@@ -753,9 +906,8 @@ def test_events_for_tensorboard(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="pip install tensorboard"):
         Log(tmp_path, 5, 2, tensorboard=True)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
-    log = Log(tmp_path, 5, 2, tensorboard=True)
-    log.write(line)
-    log.close()
+    with Log(tmp_path, 5, 2, tensorboard=True) as log:
+        log.write(line)
     assert made == [(tmp_path / "tensorboard", 3)]
     assert {("loss", 2.0, 3), ("sample", "Hm.", 3), ("seconds_left", 2.0, 3)} <= set(written)
     assert not any(name == "step" for name, *_ in written)

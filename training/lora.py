@@ -1,28 +1,26 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen model learns through small added matrices, y = x W' + s (x A') B'.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): the model is frozen, and small matrices beside it are trained.
 
-A is [rank, in], B is [out, rank] and zero at first, s = alpha / rank. `train.py --lora RANK` trains adapters and writes them as
-PEFT lays them out; checkpoint/adapters.py reads them.
+    y = x W' + s (x A') B'      A [rank, in], B [out, rank] (zero at first), s = alpha / rank
+
+`train.py --lora RANK` trains adapters and writes them as PEFT does; checkpoint/adapters.py reads them.
 """
-
-import json
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from checkpoint.adapters import CONFIG, PREFIX, TENSORS
-from checkpoint.export import save_tensors
+from checkpoint.export import gathered, save_tensors
 from checkpoint.weights import generator_of
-from common.files import whole_directory
+from common.files import whole_directory, write_json
 from tokenizer import save_tokenizer
 
 
 class LoraLinear(nn.Module):
     """A frozen linear layer and its adapter: x [..., in] -> [..., out].
 
-    The adapter is kept in fp32 and computed in the dtype of x. No gradient of the frozen weight is computed, and autograd
-    keeps of the adapter's own products only x A', [..., rank].
+    The adapter is fp32 and computes in the dtype of x. The frozen weight gets no gradient, and of the
+    adapter's products autograd keeps only x A', [..., rank].
     """
 
     def __init__(self, base, rank, alpha):
@@ -38,7 +36,7 @@ class LoraLinear(nn.Module):
 
 
 def add_adapters(model, rank, alpha):
-    """Freezes a Transformer and puts an adapter on every linear layer of its blocks but the router of experts."""
+    """Freezes a Transformer and adds an adapter to each linear layer of its blocks but the experts' gate."""
     model.requires_grad_(False)
     for parent in list(model.model["layers"].modules()):
         for name, child in list(parent.named_children()):
@@ -48,16 +46,14 @@ def add_adapters(model, rank, alpha):
 
 
 class FreshAdapters:
-    """For `checkpoint.fill`: a base's weights, and first values of the adapters, which change nothing yet.
+    """For `checkpoint.fill`: the base's weights and initial adapters, which change nothing yet.
 
-    A is uniform within 1 / sqrt(in), as PEFT draws it; it depends on the seed and its name alone. B is zero.
+    A is uniform within 1 / sqrt(in), as in PEFT, drawn from the seed and its own name; B is zero.
     """
 
     def __init__(self, weights, model, seed):
         self.weights, self.seed = weights, seed
-        self.shapes = {
-            name: parameter.shape for name, parameter in model.named_parameters() if ".lora_" in name
-        }
+        self.shapes = {name: p.shape for name, p in model.named_parameters() if ".lora_" in name}
 
     def __getitem__(self, name):
         if name not in self.shapes:
@@ -72,32 +68,22 @@ class FreshAdapters:
 
 
 def save_adapter(model, directory, base, rank, alpha, tokenizer=None):
-    """Writes a model's adapters in bf16 as PEFT does; `base` is the base's directory or Hub id as the user gave it.
+    """Writes a model's adapters in bf16 as PEFT does. A collective if the model is sharded: rank 0 writes.
 
-    A collective when the model is sharded: rank 0 writes. The tokenizer is the base's unless one is given.
+    base: directory or Hub id, as the user gave it. tokenizer: only if it is not the base's own.
     """
-    tensors, modules = {}, set()
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            tensor = parameter.detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            tensors[PREFIX + name] = tensor.to("cpu", torch.bfloat16).contiguous()
-            modules.add(name.split(".")[-3])
+    adapters = [pair for pair in model.named_parameters() if ".lora_" in pair[0]]
+    tensors = {PREFIX + name: tensor.to("cpu", torch.bfloat16).contiguous()
+               for name, tensor in gathered(adapters)}  # fmt: skip
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
-    config = dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank, lora_alpha=alpha
-    )
-    config |= dict(target_modules=sorted(modules), lora_dropout=0.0, bias="none", inference_mode=True)
-    config |= dict(
-        use_rslora=False, use_dora=False, fan_in_fan_out=False, init_lora_weights=True, modules_to_save=None
-    )
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base))
+    config |= dict(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", use_rslora=False, use_dora=False)
+    config |= dict(fan_in_fan_out=False, init_lora_weights=True, inference_mode=True, modules_to_save=None)
     config |= dict(rank_pattern={}, alpha_pattern={})
+    config["target_modules"] = sorted({name.split(".")[-3] for name, _ in adapters})
     with whole_directory(directory) as temporary:
         save_tensors(tensors, temporary / TENSORS)
-        (temporary / CONFIG).write_text(json.dumps(config, indent=1))
+        write_json(temporary / CONFIG, config)
         if tokenizer:
             save_tokenizer(tokenizer, temporary)
-
-
-# ---- reading ------------------------------------------------------------------------------------------------------------
