@@ -23,7 +23,7 @@ from engine.params import Completion, SamplingParams
 from llm.local import as_sampled, default_actor, load_engine, turn_markers
 from llm.reply import open_tag, split_reasoning, spoken_so_far
 from play.stage import STYLES
-from tokenizer import CHAT_FORMATS
+from text.chat import CHAT_FORMATS
 
 HELP = """/help          this text
 /system TEXT   a new system text from here on; without TEXT none

@@ -35,7 +35,7 @@ from play.perform import SIDE_BY_SIDE, Journal, perform
 from play.protocol import PROTOCOLS, Protocol
 from play.stage import Stage
 from play.transcripts import ANSWERS, REPLIES, SCRIPT, TRANSCRIPTS, Transcripts, default_directory, locked
-from tokenizer import CHAT_FORMATS
+from text.chat import CHAT_FORMATS
 
 ROLES = ("actor", "environment", "next_speaker")
 

@@ -40,7 +40,8 @@ from data.stream import add_data_flags, open_stream
 from engine.cpu import fast_bf16
 from llm.local import fingerprint
 from model import PRESETS, ModelConfig, Transformer
-from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
+from text.chat import CHAT_FORMATS
+from tokenizer import STAGE_TOKENIZER, load_tokenizer
 from training import costs, lora
 from training.log import Log
 from training.resume import agreed, find_checkpoints, last_good, load_state, save_state

@@ -9,8 +9,8 @@ its own rows. Directories are written under a temporary name with a manifest of 
 
 from checkpoint.config import DTYPES, load_config
 from checkpoint.export import save_model
-from checkpoint.weights import RandomWeights, Weights, build_model, fill, find_model, load_model
+from checkpoint.weights import RandomWeights, Weights, build_model, fill, find_model, load_model, open_weights
 
 __all__ = [
-    "DTYPES", "RandomWeights", "Weights", "build_model", "fill", "find_model", "load_config", "load_model", "save_model",
+    "DTYPES", "RandomWeights", "Weights", "build_model", "fill", "find_model", "load_config", "load_model", "open_weights", "save_model",
 ]  # fmt: skip

@@ -15,7 +15,8 @@ from checkpoint.export import save_model
 from checkpoint.weights import find_model, load_model
 from common import terminal
 from common.files import UsageError
-from tokenizer import CHAT_FORMATS, load_tokenizer
+from text.chat import CHAT_FORMATS
+from tokenizer import load_tokenizer
 
 
 def main():

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from checkpoint.config import _config_to
 from checkpoint.weights import INDEX
 from common.files import whole_directory, write_json
-from tokenizer import save_tokenizer
+from text.export import save_tokenizer
 
 
 def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 * 10**9):

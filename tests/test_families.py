@@ -18,7 +18,10 @@ from checkpoint import weights
 from common import files
 from generate import Engine, SamplingParams
 from model import ModelConfig
-from tokenizer import CHAT_FORMATS, QWEN2_PATTERN, STAGE_TOKENIZER, load_tokenizer, save_tokenizer
+from text.chat import CHAT_FORMATS
+from text.export import save_tokenizer
+from text.hf import QWEN2_PATTERN
+from tokenizer import STAGE_TOKENIZER, load_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "mixtral"]
 CHAT = [

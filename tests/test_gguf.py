@@ -22,15 +22,9 @@ from engine.engine import Engine
 from engine.params import SamplingParams
 from llm.local import fingerprint
 from model import RopeScaling, rope_frequencies
-from tokenizer import (
-    QWEN2_PATTERN,
-    REPLACEMENT,
-    STAGE_TOKENIZER,
-    BytePairTokenizer,
-    load_tokenizer,
-    missing_bytes,
-    save_tokenizer,
-)
+from text.export import save_tokenizer
+from text.hf import QWEN2_PATTERN, REPLACEMENT, missing_bytes
+from tokenizer import STAGE_TOKENIZER, BytePairTokenizer, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 np = pytest.importorskip("numpy")
@@ -686,7 +680,7 @@ def test_a_vocabulary_without_some_bytes():
         bytes([byte]): n for n, byte in enumerate(byte for byte in range(256) if byte not in (0, 0xC3, 0xFF))
     }
     specials = {name: 300 + n for n, name in enumerate(("<|im_start|>", "<|im_end|>"))}
-    tokenizer = BytePairTokenizer(ranks, [QWEN2_PATTERN], specials, "chatml", "none")
+    tokenizer = BytePairTokenizer(ranks, [QWEN2_PATTERN], specials, "none").use("chatml", "")
     assert (
         tokenizer.decode(tokenizer.encode("a\0b é è — 你"))
         == f"a{REPLACEMENT}b {REPLACEMENT} {REPLACEMENT} — 你"
@@ -700,8 +694,8 @@ def test_a_vocabulary_without_some_bytes():
     with pytest.raises(UsageError, match="no tokens to write"):
         constrain.Grammar({"type": "array", "items": {"enum": ["a", "é"]}}, constrain.Vocabulary(tokenizer))
     fewer = BytePairTokenizer(
-        {t: i for t, i in ranks.items() if t != b"}"}, [QWEN2_PATTERN], specials, "chatml", "none"
-    )
+        {t: i for t, i in ranks.items() if t != b"}"}, [QWEN2_PATTERN], specials, "none"
+    ).use("chatml", "")
     with pytest.raises(UsageError, match="no token for '}'"):
         constrain.Vocabulary(fewer)
 

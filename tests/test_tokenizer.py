@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from common.files import UsageError
 from data.chats import scene_to_chats
 from data.scenes import STAGE, load_book, load_scenes
-from tokenizer import LONGEST_RUN, STAGE_TOKENIZER, load_tokenizer, train_stage_tokenizer
+from text.training import train_stage_tokenizer
+from tokenizer import LONGEST_RUN, STAGE_TOKENIZER, load_tokenizer
 
 NAMED = (
     "begin_of_text",

@@ -15,7 +15,7 @@ from checkpoint.adapters import CONFIG, PREFIX, TENSORS
 from checkpoint.export import save_tensors
 from checkpoint.weights import generator_of
 from common.files import whole_directory
-from tokenizer import save_tokenizer
+from text.export import save_tokenizer
 
 
 class LoraLinear(nn.Module):
