@@ -193,6 +193,8 @@ def main():
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or fast_bf16() else "float32")
     stats = f" in {dtype}" if args.stats else ""
     engine = load_engine(args.model or default_actor(), dtype, args.chat_format)
+    if args.stats:
+        terminal.note(f"chat format {engine.tokenizer.chat_format_reason}")
     if met:
         meet(engine, params, stats, *met)
     elif args.chat:

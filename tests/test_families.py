@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
+import engine.engine
 from checkpoint import weights
 from common import files
 from generate import Engine, SamplingParams
@@ -427,7 +428,7 @@ def test_a_stray_system_text_is_no_assistants(shared):
             mistral.render(chat)
 
 
-def test_a_completion_goes_on_from_its_prompt(shared):
+def test_a_completion_goes_on_from_its_prompt(shared, monkeypatch):
     """SentencePiece drops a text's first space: between a prompt and what follows it is kept, at a chat's start it is not."""
     sp = load_tokenizer(shared / "tokenizers" / "llama2")
     prompt, rest = [sp.bos_id, *sp.encode("The ferry")], sp.encode("went over")
@@ -444,6 +445,7 @@ def test_a_completion_goes_on_from_its_prompt(shared):
             logits[0, [*rest, *sp.stop_ids][int(positions.flatten()[rows[0]]) + 1 - len(prompt)]] = 1
             return logits
 
+    monkeypatch.setattr(engine.engine, "PackedTransformer", lambda model, consume: model)
     greedy = SamplingParams(temperature=0)
     assert "".join(Engine(Parrot(), sp).stream(prompt, greedy, goes_on=True)) == " went over"
     assert "".join(Engine(Parrot(), sp).stream(prompt, greedy)) == "went over"

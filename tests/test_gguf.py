@@ -661,16 +661,26 @@ def test_a_mistral_template_and_markers_in_text(tmp_path):
             for i in keep
         ]
         writer.add_token_types([*kinds, 4])
-        writer.add_chat_template(template)
+        writer.add_bos_token_id(keep.index(pieces.bos_id()))
+        writer.add_eos_token_id(keep.index(pieces.eos_id()))
+        if template:
+            writer.add_chat_template(template)
 
-    for template, expected in (
-        ("[INST] {{ m }} [/INST]", "mistral"),
-        ("<<SYS>> [INST]", "vicuna"),
-        ("USER:", "vicuna"),
-    ):
+    mistral = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% elif m['role'] == 'assistant' %}{{ m['content'] + eos_token }}{% else %}{{ raise_exception('no') }}{% endif %}"
+        "{% endfor %}"
+    )
+    vicuna = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + ' ' }}"
+        "{% elif m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
+        "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    for template, expected in ((mistral, "mistral"), (vicuna, "vicuna"), (None, "vicuna")):
         path = write_gguf(tmp_path / "model.gguf", model, tokenizer=lambda writer, t=template: add(writer, t))
         made = load_tokenizer(path)
-        assert made.chat_format == expected
+        assert made.chat_format == expected and made.stop_ids == [made.specials["</s>"]]
         assert made.specials["<|im_start|>"] not in made.encode("a<|im_start|>b <|im_start|>")
 
 
@@ -696,7 +706,7 @@ def test_a_vocabulary_without_some_bytes():
     fewer = BytePairTokenizer(
         {t: i for t, i in ranks.items() if t != b"}"}, [QWEN2_PATTERN], specials, "none"
     ).use("chatml", "")
-    with pytest.raises(UsageError, match="no token for '}'"):
+    with pytest.raises(UsageError, match="lacks '}'"):
         constrain.Vocabulary(fewer)
 
 
