@@ -14,43 +14,20 @@ from text.export import save_tokenizer
 
 
 def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 * 10**9):
-    """Writes `config.json`, `generation_config.json`, safetensors shards, the tokenizer, a manifest: whole or not at all.
+    """Writes `config.json`, `generation_config.json`, safetensors shards, the tokenizer and a manifest, or nothing at all.
 
-    Works on one process or on every rank of a sharded model (a collective then; rank 0 writes, a tensor at a time is gathered).
+    Of a sharded model it is a collective: every rank calls it, tensors are gathered one at a time, and rank 0 writes.
     """
     writer = not dist.is_initialized() or dist.get_rank() == 0
     dtype = dtype or next(model.parameters()).dtype
     with whole_directory(directory) if writer else contextlib.nullcontext() as temporary:
-        shard, size, shards = {}, 0, []
-
-        def flush():
+        shards = []  # the tensor names of each file
+        for shard in _shards(model, dtype, max_shard_bytes, writer):
+            save_tensors(shard, temporary / f"{len(shards)}.safetensors")
             shards.append(list(shard))
-            save_tensors(shard, temporary / f"{len(shards) - 1}.safetensors")
-
-        total = 0
-        for name, parameter in model.named_parameters():
-            tensor = parameter.detach()
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if not writer:
-                continue
-            bytes_ = tensor.numel() * dtype.itemsize
-            if shard and size + bytes_ > max_shard_bytes:
-                flush()
-                shard, size = {}, 0
-            shard[name] = tensor.to("cpu", dtype).contiguous()
-            size, total = size + bytes_, total + bytes_
         if not writer:
             return
-        flush()
-        if len(shards) == 1:
-            os.rename(temporary / "0.safetensors", temporary / "model.safetensors")
-        else:
-            weight_map = {}
-            for i, part in enumerate(shards):
-                file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-                os.rename(temporary / f"{i}.safetensors", temporary / file)
-                weight_map |= dict.fromkeys(part, file)
-            write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _name_shards(temporary, shards, sum(p.numel() for p in model.parameters()) * dtype.itemsize)
         write_json(temporary / "config.json", _config_to(model.config, dtype, tokenizer))
         if tokenizer:
             stops = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_ids}
@@ -58,9 +35,41 @@ def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 *
             save_tokenizer(tokenizer, temporary)
 
 
+def _shards(model, dtype, max_bytes, writer):
+    """Yields {name: tensor} of at most max_bytes, or of one tensor; on ranks that do not write it only takes part."""
+    shard, size = {}, 0
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not writer:
+            continue
+        number = tensor.numel() * dtype.itemsize
+        if shard and size + number > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.to("cpu", dtype).contiguous()
+        size += number
+    if writer:
+        yield shard
+
+
+def _name_shards(directory, shards, total):
+    """Gives 0.safetensors, 1.safetensors, ... their final names, and writes the index if there are several."""
+    if len(shards) == 1:
+        os.rename(directory / "0.safetensors", directory / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(directory / f"{i}.safetensors", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
 def save_tensors(tensors, file):
-    """Writes {name: tensor} as a safetensors file."""
+    """Writes {name: tensor} as a safetensors file with the permissions of every new file, where safetensors would make it
+    readable by its owner alone."""
     file.touch()
-    mode = file.stat().st_mode  # that of every new file; safetensors would let nobody else read it
+    mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(mode)

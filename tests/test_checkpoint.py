@@ -393,6 +393,43 @@ def test_an_index_whose_shard_is_not_there(actor, refusal):
     assert "model-00002-of-00002.safetensors: missing" in refusal()
 
 
+@pytest.fixture
+def shards(actor):
+    """A checkpoint in two shards without an index: the directory."""
+    tensors = load_file(actor / WEIGHTS)
+    (actor / WEIGHTS).unlink()
+    for n in (0, 1):
+        part = {name: tensors[name] for name in sorted(tensors)[n::2]}
+        save_file(part, actor / f"model-0000{n + 1}-of-00002.safetensors")
+    return actor
+
+
+def test_shards_without_an_index_are_read(shards, tiny_actor):
+    """A complete set is the model; one that lacks a shard, and two sets, are refused."""
+    loaded, expected = (checkpoint.load_model(directory) for directory in (shards, tiny_actor))
+    assert all(torch.equal(p, expected.get_parameter(name)) for name, p in loaded.named_parameters())
+    shutil.copy(shards / "model-00001-of-00002.safetensors", shards / "model-00001-of-00001.safetensors")
+    with pytest.raises(UsageError, match="2 sets of shards"):
+        checkpoint.load_model(shards)
+    (shards / "model-00001-of-00001.safetensors").unlink()
+    (shards / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UsageError, match="1 shards are here, which are no complete set"):
+        checkpoint.load_model(shards)
+
+
+def test_an_index_of_other_shards_than_those_there(shards):
+    """As in CoSER's own upload: what to do is said, and doing it helps."""
+    names = [name for file in shards.glob("model-*") for name in load_file(file)]
+    weight_map = dict.fromkeys(names, "model-00001-of-00004.safetensors")
+    (shards / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        UsageError, match=r"00004\.safetensors: missing.*complete: delete model\.safetensors\.index\.json"
+    ):
+        checkpoint.load_model(shards)
+    (shards / weights.INDEX).unlink()
+    checkpoint.load_model(shards)
+
+
 def test_a_tokenizer_larger_than_the_model(actor, refusal):
     """A model that lacks some of its tokenizer's tokens is refused with both sizes."""
     edit_json(actor / "config.json", vocab_size=100)

@@ -793,7 +793,7 @@ def test_conversion(small, script, tmp_path):
     exported, ours = AutoTokenizer.from_pretrained(tmp_path / "b"), load_tokenizer(small)
     assert exported("Who are you, 42?").input_ids == ours.encode("Who are you, 42?")
     script("checkpoint.__main__", "--help")  # empties what transformers wrote to stderr
-    assert "something in this place" in usage_error(script("checkpoint.__main__", small, tmp_path / "a"))
+    assert "not an empty directory" in usage_error(script("checkpoint.__main__", small, tmp_path / "a"))
 
 
 def test_a_gguf_speaks_for_itself(small, script):

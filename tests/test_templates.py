@@ -130,8 +130,24 @@ PHI3 = (
     "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
-LLAMA_NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
-NAMES = [*LLAMA_NAMES, "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>"]
+LLAMA_NAMES = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+)
+NAMES = [
+    *LLAMA_NAMES,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<s>",
+    "</s>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+]
 PHI_NAMES = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT = [
     {"role": "system", "content": "You are Kent."},
@@ -204,7 +220,9 @@ def test_a_known_format_is_recognised(folder, template, eos, expected):
     3.1's date preamble."""
     directory = folder(template, eos=eos)
     tok = load_tokenizer(directory)
-    assert tok.chat_format == expected and tok.chat_format_reason.startswith(f"{expected}: the chat template in ")
+    assert tok.chat_format == expected and tok.chat_format_reason.startswith(
+        f"{expected}: the chat template in "
+    )
     assert tok.stop_ids[0] == tok.specials[eos]
     assert runs_under_loss(tok, CHAT) == [CHAT[2]["content"] + eos, CHAT[4]["content"] + eos]
     if template != LLAMA31:
@@ -258,7 +276,9 @@ def test_a_template_as_a_format(folder, template, names, eos, end):
     same_as_transformers(tok, directory, CHAT)
     assert runs_under_loss(tok, CHAT) == [CHAT[2]["content"] + end, CHAT[4]["content"] + end]
     count = sum(i in tok.names for i in tok.render(CHAT)[0])
-    odd = [{**m, "content": f" {''.join(names)}\n{{{{ 7 * 7 }}}} \uf8ff0\uf8ff{m['content']}\n "} for m in CHAT]
+    odd = [
+        {**m, "content": f" {''.join(names)}\n{{{{ 7 * 7 }}}} \uf8ff0\uf8ff{m['content']}\n "} for m in CHAT
+    ]
     ids, mask = tok.render(odd)
     assert sum(i in tok.names for i in ids) == count
     assert runs_under_loss(tok, odd) == [odd[2]["content"] + end, odd[4]["content"] + end]
