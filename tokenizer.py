@@ -1,13 +1,14 @@
 """Text <-> token ids, and conversations -> ids with a loss mask.
 
     tokenizer = load_tokenizer("DIR")            # or a tokenizer.model, tokenizer.json or GGUF file
-    ids, mask = tokenizer.render([{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}])
+    ids, mask = tokenizer.render([{"role": "user", "content": "..."}, ...])
 
-Three kinds of file: tiktoken ranks (LLaMA 3's `tokenizer.model`), byte-level BPE (a Hugging Face `tokenizer.json`: LLaMA 3,
-Qwen 2) and SentencePiece (`tokenizer.model`: Llama 2, Vicuna, Mistral, the stage). A chat format is a generator of segments
-(text/chat.py), which a checkpoint's own chat template chooses (text/template.py).
+Three kinds of file: tiktoken ranks (LLaMA 3's `tokenizer.model`), byte-level BPE (a Hugging Face
+`tokenizer.json`: LLaMA 3, Qwen 2) and SentencePiece (`tokenizer.model`: Llama 2, Vicuna, Mistral, the stage).
+A chat format is a generator of segments (text/chat.py), which a checkpoint's own chat template chooses
+(text/template.py).
 
-    python tokenizer.py train [--data PATH ...] [--out FILE] [--vocab-size N]     makes the stage's tokenizer from its scenes
+    python tokenizer.py train [--data PATH ...] [--out FILE] [--vocab-size N]    makes the stage's tokenizer
 """
 
 import base64
@@ -48,10 +49,11 @@ SPACE = "\u2581"  # how SentencePiece writes a space
 class Tokenizer:
     """What all tokenizers share.
 
-    vocab_size: ids are 0 .. vocab_size - 1. specials: name -> id. names: id -> name. file: what it was read from. content: a
-    function that returns the bytes of the file that a checkpoint keeps. After `use`: chat_format (a key of CHAT_FORMATS, or
-    "template"), chat_format_reason (why, in one line), format (a ChatFormat), stop_ids (end a turn or a text, first the one
-    that is written), bos_id (begins a text, or None).
+    vocab_size: ids are 0 .. vocab_size - 1. specials: name -> id. names: id -> name. file: what it was read
+    from. content: a function that returns the bytes of the file that a checkpoint keeps. After `use`:
+    chat_format (a key of CHAT_FORMATS, or "template"), chat_format_reason (why, in one line), format (a
+    ChatFormat), stop_ids (end a turn or a text, first the one that is written), bos_id (begins a text, or
+    None).
     """
 
     def __init__(self, vocab_size, specials, file, content=None):
@@ -61,7 +63,8 @@ class Tokenizer:
         self.names = {i: name for name, i in specials.items()}
 
     def use(self, chat_format, reason, form=None, stop_ids=()):
-        """Sets the chat format; stop_ids: what ends a text besides. UsageError if its markers are not in the vocabulary."""
+        """Sets the chat format; stop_ids: what ends a text besides. UsageError if its markers are not in the
+        vocabulary."""
         self.chat_format, self.chat_format_reason = chat_format, reason
         self.format = form or CHAT_FORMATS[chat_format]
         if missing := sorted(markers(self.format) - self.specials.keys()) if form is None else []:
@@ -74,10 +77,12 @@ class Tokenizer:
         return self
 
     def render(self, messages, add_generation_prompt=False):
-        """(ids, mask) of a conversation; mask[i] is True where ids[i] is under loss: assistants' text and end of turn.
+        """(ids, mask) of a conversation; mask[i] is True where ids[i] is under loss: assistants' text and end
+        of turn.
 
-        A message may carry `ids`, its content as a model sampled it: they are used as they are, so that the next prompt begins
-        with the very tokens that are cached. ValueError for a conversation that the format cannot express.
+        A message may carry `ids`, its content as a model sampled it: they are used as they are, so that the
+        next prompt begins with the very tokens that are cached. ValueError for a conversation that the format
+        cannot express.
         """
         for message in messages:
             if message["role"] not in ("system", "user", "assistant"):
@@ -95,7 +100,8 @@ class Tokenizer:
         return ids, mask
 
     def encode(self, text):
-        """Ids of the text, never special ones whatever it contains. UsageError if it holds half a surrogate pair."""
+        """Ids of the text, never special ones whatever it contains. UsageError if it holds half a surrogate
+        pair."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -107,8 +113,8 @@ class Tokenizer:
         return self.encode(text)
 
     def token_bytes(self, i):
-        """The bytes that a token adds to a text; none for special tokens and ids of no token. (A SentencePiece text may begin
-        with a space that was put in front.)"""
+        """The bytes that a token adds to a text; none for special tokens and ids of no token. (A
+        SentencePiece text may begin with a space that was put in front.)"""
         return self.tokens.get(i, b"")
 
     def decode(self, ids):
@@ -124,8 +130,9 @@ class Tokenizer:
 
 
 def split_runs(text):
-    """Parts of a text, cut only inside runs of more than LONGEST_RUN spaces or other characters, as LLaMA 3's own code cuts
-    them: tiktoken's pattern overflows its stack on longer ones, and merging takes the square of their length."""
+    """Parts of a text, cut only inside runs of more than LONGEST_RUN spaces or other characters, as LLaMA 3's
+    own code cuts them: tiktoken's pattern overflows its stack on longer ones, and merging takes the square of
+    their length."""
     if len(text) <= LONGEST_RUN:
         return [text]
     parts, start = [], 0
@@ -137,9 +144,9 @@ def split_runs(text):
 
 
 class BytePairTokenizer(Tokenizer):
-    """Byte-level BPE through tiktoken. ranks: token bytes -> id; a lower id merges first. patterns: regular expressions
-    that split text, each the parts that the one before it made. normalization: a Unicode form. A character that needs a byte
-    without a token is encoded as U+FFFD; a note says so once."""
+    """Byte-level BPE through tiktoken. ranks: token bytes -> id; a lower id merges first. patterns: regular
+    expressions that split text, each the parts that the one before it made. normalization: a Unicode form. A
+    character that needs a byte without a token is encoded as U+FFFD; a note says so once."""
 
     def __init__(self, ranks, patterns, specials, file, normalization=None, content=None):
         self.ranks, self.normalization = ranks, normalization
@@ -168,8 +175,8 @@ class BytePairTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """SentencePiece; control pieces are never matched in text. added: name -> id of special tokens that are no pieces.
-    prefixed: whether a space is put in front of each text."""
+    """SentencePiece; control pieces are never matched in text. added: name -> id of special tokens that are
+    no pieces. prefixed: whether a space is put in front of each text."""
 
     def __init__(self, path, added=(), content=None):
         self.pieces = sentencepiece.SentencePieceProcessor()
@@ -191,7 +198,8 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(len(pieces), specials, path, content)
 
     def encode_text(self, text):
-        """A literal U+2581, which SentencePiece would take for a space, is spelt in bytes where no prefix is put in front."""
+        """A literal U+2581, which SentencePiece would take for a space, is spelt in bytes where no prefix is
+        put in front."""
         first, *rest = [text] if self.prefixed else text.split(SPACE)
         sign = [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         return [*self.pieces.encode(first), *(i for part in rest for i in [*sign, *self.pieces.encode(part)])]
@@ -205,14 +213,16 @@ class SentencePieceTokenizer(Tokenizer):
         return self.pieces.decode(ids)
 
 
-# ---- loading --------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path, chat_format=None):
-    """The tokenizer of a checkpoint directory, or of a `tokenizer.model`, `tokenizer.json` or GGUF; else UsageError.
+    """The tokenizer of a checkpoint directory, or of a `tokenizer.model`, `tokenizer.json` or GGUF; else
+    UsageError.
 
-    chat_format: a key of CHAT_FORMATS, or "template" for the checkpoint's own chat template as it is. By default what our own
-    tokenizer_config.json says, then the format that the chat template is, then what the markers and config.json suggest.
+    chat_format: a key of CHAT_FORMATS, or "template" for the checkpoint's own chat template as it is. By
+    default what our own tokenizer_config.json says, then the format that the chat template is, then what the
+    markers and config.json suggest.
     """
     path = Path(path)
     if chat_format not in (None, "template", *CHAT_FORMATS):

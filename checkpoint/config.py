@@ -11,8 +11,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_config(directory):
-    """The ModelConfig of a checkpoint: a directory that transformers 4 or 5 wrote, a GGUF, or an adapter's directory, which
-    has the config of its base. UsageError for what is not supported.
+    """The ModelConfig of a checkpoint: a directory that transformers 4 or 5 wrote, a GGUF, or an adapter's
+    directory, which has the config of its base. UsageError for what is not supported.
     """
     from checkpoint.adapters import base_directory
     from checkpoint.gguf import config_dict

@@ -14,9 +14,11 @@ from text.export import save_tokenizer
 
 
 def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 * 10**9):
-    """Writes `config.json`, `generation_config.json`, safetensors shards, the tokenizer and a manifest, or nothing at all.
+    """Writes `config.json`, `generation_config.json`, safetensors shards, the tokenizer and a manifest, or
+    nothing at all.
 
-    Of a sharded model it is a collective: every rank calls it, tensors are gathered one at a time, and rank 0 writes.
+    Of a sharded model it is a collective: every rank calls it, tensors are gathered one at a time, and rank 0
+    writes.
     """
     writer = not dist.is_initialized() or dist.get_rank() == 0
     dtype = dtype or next(model.parameters()).dtype
@@ -36,7 +38,8 @@ def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 *
 
 
 def _shards(model, dtype, max_bytes, writer):
-    """Yields {name: tensor} of at most max_bytes, or of one tensor; on ranks that do not write it only takes part."""
+    """Yields {name: tensor} of at most max_bytes, or of one tensor; on ranks that do not write it only takes
+    part."""
     shard, size = {}, 0
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
@@ -54,7 +57,8 @@ def _shards(model, dtype, max_bytes, writer):
 
 
 def _name_shards(directory, shards, total):
-    """Gives 0.safetensors, 1.safetensors, ... their final names, and writes the index if there are several."""
+    """Gives 0.safetensors, 1.safetensors, ... their final names, and writes the index if there are
+    several."""
     if len(shards) == 1:
         os.rename(directory / "0.safetensors", directory / "model.safetensors")
         return
@@ -67,8 +71,8 @@ def _name_shards(directory, shards, total):
 
 
 def save_tensors(tensors, file):
-    """Writes {name: tensor} as a safetensors file with the permissions of every new file, where safetensors would make it
-    readable by its owner alone."""
+    """Writes {name: tensor} as a safetensors file with the permissions of every new file, where safetensors
+    would make it readable by its owner alone."""
     file.touch()
     mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})

@@ -1,4 +1,5 @@
-"""Reads a GGUF file as if it were a Hugging Face directory: its config.json, and its tensors by those names and row orders."""
+"""Reads a GGUF file as if it were a Hugging Face directory: its config.json, and its tensors by those names
+and row orders."""
 
 import math
 import re
@@ -49,7 +50,8 @@ class GGUFWeights(Weights):
 
 
 def _renamed(name, tensor, file):
-    """The (name, Tensor) pairs that a tensor is in a Hugging Face directory. An unknown one keeps its name."""
+    """The (name, Tensor) pairs that a tensor is in a Hugging Face directory. An unknown one keeps its
+    name."""
     stem, _, suffix = name.rpartition(".")
     if name == "rope_freqs.weight":
         return

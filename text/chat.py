@@ -1,6 +1,7 @@
 """Chat formats: generators of segments, which the tokenizer encodes one by one.
 
-Text is always encoded apart from the markers around it, so nothing that a user or a model writes becomes a special token.
+Text is always encoded apart from the markers around it, so nothing that a user or a model writes becomes a
+special token.
 """
 
 from collections.abc import Callable
@@ -26,11 +27,11 @@ class Text:
 
 @dataclass
 class ChatFormat:
-    """segments(messages, add_generation_prompt) yields Special and Text, or raises ValueError for messages that it cannot
-    express. template: the same in Jinja. stops: names of the tokens that end a turn, first the one that is written. bos: the
-    token that begins a text. system_role: False if the system text opens the first user turn. continues: whether a Text
-    directly after another continues it (else SentencePiece puts a space between them). tokens: values of the template's
-    variables, such as eos_token."""
+    """segments(messages, add_generation_prompt) yields Special and Text, or raises ValueError for messages
+    that it cannot express. template: the same in Jinja. stops: names of the tokens that end a turn, first the
+    one that is written. bos: the token that begins a text. system_role: False if the system text opens the
+    first user turn. continues: whether a Text directly after another continues it (else SentencePiece puts a
+    space between them). tokens: values of the template's variables, such as eos_token."""
 
     segments: Callable
     template: str
@@ -87,8 +88,9 @@ def mistral(messages, generate, marker=Text):
 
 
 def mistral_v3(messages, generate):
-    """v0.3: the markers are special tokens. Mistral's template moves the system text to the last user turn; here it stays in
-    the first, so that a chat only grows at its end, which prefix caching and training need."""
+    """v0.3: the markers are special tokens. Mistral's template moves the system text to the last user turn;
+    here it stays in the first, so that a chat only grows at its end, which prefix caching and training
+    need."""
     return mistral(messages, generate, Special)
 
 
@@ -107,7 +109,8 @@ def vicuna(messages, generate):
 
 
 def system_into_user(messages):
-    """For formats without a system role: its text, a blank line, then the first user turn. ValueError if none follows."""
+    """For formats without a system role: its text, a blank line, then the first user turn. ValueError if none
+    follows."""
     roles = [message["role"] for message in messages]
     if "system" not in roles:
         return messages
@@ -136,8 +139,9 @@ def _prompt(text):
 _MISTRAL = (
     "{%- set ns = namespace(system='') %}{%- set turns = messages %}{%- if messages[0]['role'] == 'system' %}"
     "{%- set ns.system = messages[0]['content'] + '\\n\\n' %}{%- set turns = messages[1:] %}{%- endif %}"
-    "<s>{%- for m in turns %}{%- if m['role'] == 'user' %}{{ '[INST] ' + ns.system + m['content'] + ' [/INST]' }}"
-    "{%- set ns.system = '' %}{%- else %}{{ ' ' + m['content'] + '</s>' }}{%- endif %}{%- endfor %}"
+    "<s>{%- for m in turns %}{%- if m['role'] == 'user' %}"
+    "{{ '[INST] ' + ns.system + m['content'] + ' [/INST]' }}{%- set ns.system = '' %}"
+    "{%- else %}{{ ' ' + m['content'] + '</s>' }}{%- endif %}{%- endfor %}"
 )
 
 CHAT_FORMATS = {
@@ -171,8 +175,9 @@ CHAT_FORMATS = {
     "mistral": ChatFormat(mistral, _MISTRAL, ("</s>",), "<s>", system_role=False),
     "vicuna": ChatFormat(
         vicuna,
-        "<s>" + _EACH + "{%- if m['role'] == 'system' %}{{ m['content'] + ' ' }}{%- elif m['role'] == 'user' %}"
-        "{{ 'USER: ' + m['content'] + ' ' }}{%- else %}{{ 'ASSISTANT: ' + m['content'] + '</s>' }}{%- endif %}"
+        "<s>" + _EACH + "{%- if m['role'] == 'system' %}{{ m['content'] + ' ' }}"
+        "{%- elif m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
+        "{%- else %}{{ 'ASSISTANT: ' + m['content'] + '</s>' }}{%- endif %}"
         + _prompt("ASSISTANT:"),
         ("</s>",),
         "<s>",

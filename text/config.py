@@ -10,8 +10,9 @@ TEMPLATE_FILE, GENERATION = "chat_template.jinja", "generation_config.json"
 
 @dataclass
 class TokenizerConfig:
-    """chat_format: what our own exports say. template: Jinja, read from `where`. tokens: the template's variables, such as
-    eos_token. stop_ids: of the generation config. added: name -> id. model_type: that of config.json."""
+    """chat_format: what our own exports say. template: Jinja, read from `where`. tokens: the template's
+    variables, such as eos_token. stop_ids: of the generation config. added: name -> id. model_type: that of
+    config.json."""
 
     chat_format: str | None = None
     template: str | None = None
@@ -23,7 +24,8 @@ class TokenizerConfig:
 
 
 def read_config(file):
-    """The TokenizerConfig of the directory that a tokenizer's file stands in; UsageError where it is damaged."""
+    """The TokenizerConfig of the directory that a tokenizer's file stands in; UsageError where it is
+    damaged."""
     found = {
         name: read_json(file.with_name(name)) if file.with_name(name).is_file() else {}
         for name in (HF_CONFIG, GENERATION, "added_tokens.json", "config.json")

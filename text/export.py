@@ -1,4 +1,5 @@
-"""Writes a tokenizer for transformers: `tokenizer.json` and `tokenizer_config.json` beside the tokenizer's own file."""
+"""Writes a tokenizer for transformers: `tokenizer.json` and `tokenizer_config.json` beside the tokenizer's
+own file."""
 
 import json
 from pathlib import Path
@@ -30,7 +31,8 @@ def save_tokenizer(tokenizer, directory):
 
 
 def _hf_tokenizer(tokenizer):
-    """A `tokenizer.json` that gives the same ids. Merges are all pairs of tokens that make a token, the best token first."""
+    """A `tokenizer.json` that gives the same ids. Merges are all pairs of tokens that make a token, the best
+    token first."""
     names = sorted(tokenizer.names.items())
     added = [{"id": i, "content": name, "special": True, **ADDED} for i, name in names]
     make = _byte_level if isinstance(tokenizer, BytePairTokenizer) else _sentencepiece
@@ -53,7 +55,8 @@ def _hf_tokenizer(tokenizer):
 
 
 def _byte_level(tokenizer):
-    """(vocabulary, options of the model, the other stages, priority of a merge, added tokens that are not special)."""
+    """(vocabulary, options of the model, the other stages, priority of a merge, added tokens that are not
+    special)."""
     to_char = {byte: char for char, byte in unicode_to_byte().items()}
     vocab = {"".join(to_char[byte] for byte in token): i for token, i in tokenizer.ranks.items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}

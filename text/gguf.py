@@ -1,4 +1,5 @@
-"""The tokenizer of a GGUF file as a Hugging Face `tokenizer.json` or as a SentencePiece model, and what the file says of chats."""
+"""The tokenizer of a GGUF file as a Hugging Face `tokenizer.json` or as a SentencePiece model, and what the
+file says of chats."""
 
 import re
 import struct

@@ -8,7 +8,10 @@ import numpy as np
 from common.files import UsageError
 
 # How text splits into words before byte-pair merging. Qwen 2 takes digits one by one, LLaMA 3 up to three.
-_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_PATTERN, QWEN2_PATTERN = _PATTERN % "{1,3}", _PATTERN % ""
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WHOLE_PATTERNS = LLAMA3_PATTERN, QWEN2_PATTERN, GPT2_PATTERN  # these split any text and leave nothing out
@@ -19,8 +22,8 @@ ADDED = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": F
 def read_bpe(hf, path, added, stored=True):
     """The arguments of a BytePairTokenizer from hf, the JSON of a tokenizer.json.
 
-    path: for messages. added: name -> id of special tokens that stand elsewhere. stored: whether the file at path holds this
-    very JSON.
+    path: for messages. added: name -> id of special tokens that stand elsewhere. stored: whether the file at
+    path holds this very JSON.
     """
     try:
         known = {token["content"] for token in hf["added_tokens"]}
@@ -57,7 +60,8 @@ def read_bpe(hf, path, added, stored=True):
 
 
 def missing_bytes(ranks):
-    """The set of bytes that are no token. ValueError if U+FFFD, which replaces what needs them, needs one itself."""
+    """The set of bytes that are no token. ValueError if U+FFFD, which replaces what needs them, needs one
+    itself."""
     missing = {byte for byte in range(256) if bytes([byte]) not in ranks}
     if not missing.isdisjoint(REPLACEMENT.encode()):
         raise ValueError(f"no tokens for {len(missing)} bytes")
@@ -65,8 +69,8 @@ def missing_bytes(ranks):
 
 
 def _content(hf, missing):
-    """The bytes of a tokenizer.json. A normalizer replaces characters that need missing bytes, as `encode_text` does;
-    transformers would leave them out."""
+    """The bytes of a tokenizer.json. A normalizer replaces characters that need missing bytes, as
+    `encode_text` does; transformers would leave them out."""
     if missing:
         steps = [*_steps(hf["normalizer"], "normalizers"), _replacement(missing)]
         hf = {**hf, "normalizer": {"type": "Sequence", "normalizers": steps}}
@@ -86,7 +90,8 @@ def _steps(step, key):
 
 
 def _patterns(pre_tokenizer):
-    """Patterns that split text one after the other, each the parts that the one before made; the last is a whole pattern."""
+    """Patterns that split text one after the other, each the parts that the one before made; the last is a
+    whole pattern."""
     *splits, byte_level = _steps(pre_tokenizer, "pretokenizers")
     _supported({"last pre-tokenizer": (byte_level["type"], "ByteLevel")})
     _supported({"prefix space": (byte_level.get("add_prefix_space", True), False)})
@@ -126,7 +131,8 @@ def _replacement(missing):
 
 
 def unicode_to_byte():
-    """The characters that byte-level BPE writes for bytes: printable Latin-1 for itself, the others 256, 257, ..."""
+    """The characters that byte-level BPE writes for bytes: printable Latin-1 for itself, the others 256, 257,
+    ..."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

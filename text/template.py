@@ -1,7 +1,9 @@
-"""Chat templates of other people's checkpoints: recognised as one of our formats, or made into a format themselves.
+"""Chat templates of other people's checkpoints: recognised as one of our formats, or made into a format
+themselves.
 
-A template is a program. It is rendered in Jinja's sandbox with bounds on its length, its loops and the size of every value,
-and never sees what is said: contents are placeholders, and the text between them is the format.
+A template is a program. It is rendered in Jinja's sandbox with bounds on its length, its loops and the size
+of every value, and never sees what is said: contents are placeholders, and the text between them is the
+format.
 """
 
 import datetime
@@ -25,18 +27,17 @@ PLACEHOLDER = "\uf8ff%d\uf8ff"  # private-use characters: neither trimmed nor ch
 PREAMBLE = re.compile(r"Cutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n\n")
 ODD = "  a\n", " <think>b</think> c [INST] {{ d }} ", "\n\tE </s><|im_end|>\n\n", "(f)  ", "\nG"
 TRIMMED = [text.strip() for text in ODD]
-FILTERS = {
-    "abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int", "items", "last", "length", "list",
-    "lower", "map", "reject", "rejectattr", "reverse", "safe", "select", "selectattr", "sort", "string", "title", "trim",
-    "unique", "upper",
-}  # fmt: skip
-METHODS = {
-    "capitalize", "count", "endswith", "find", "get", "index", "items", "keys", "lower", "lstrip", "rsplit", "rstrip",
-    "split", "splitlines", "startswith", "strip", "title", "upper", "values",
-}  # fmt: skip
+FILTERS = (
+    "abs capitalize count d default dictsort first float int items last length list lower map reject rejectattr "
+    "reverse safe select selectattr sort string title trim unique upper"
+)
+METHODS = (
+    "capitalize count endswith find get index items keys lower lstrip rsplit rstrip split splitlines startswith "
+    "strip title upper values"
+)
 
 
-# ---- the sandbox ----------------------------------------------------------------------------------------------
+# ---- the sandbox -------------------------------------------------------------------------------------------
 
 
 class GenerationTag(Extension):
@@ -50,7 +51,8 @@ class GenerationTag(Extension):
 
 
 class Bound(NodeTransformer):
-    """Rewrites a template so that each loop is counted and every concatenation passes through `call_binop`."""
+    """Rewrites a template so that each loop is counted and every concatenation passes through
+    `call_binop`."""
 
     def visit_For(self, node):
         self.generic_visit(node)
@@ -77,7 +79,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self):
         extensions = ["jinja2.ext.loopcontrols", GenerationTag]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.output)
-        self.filters = {name: self.filters[name] for name in FILTERS}
+        self.filters = {name: self.filters[name] for name in FILTERS.split()}
         self.filters |= {"counted": self.counted, "tojson": self.tojson, "join": self.join}
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace")}
         self.globals |= {"raise_exception": self.fail, "strftime_now": self.strftime_now}
@@ -132,10 +134,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError(f"{operator} is not supported but between numbers")
         return self.limited(super().call_binop(context, operator, left, right))
 
-    def call(__self, __context, __obj, *args, **kwargs):  # noqa: N805 (as in Jinja: a template may pass self=...)
+    def call(__self, __context, __obj, *args, **kwargs):
         __self.spend(100)
         owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str | list | tuple | dict) and __obj.__name__ not in METHODS:
+        if isinstance(owner, str | list | tuple | dict) and __obj.__name__ not in METHODS.split():
             raise SecurityError(f".{__obj.__name__}() is not supported")
         return __self.limited(super().call(__context, __obj, *args, **kwargs))
 
@@ -179,7 +181,7 @@ class Template:
         return parts[::2]
 
 
-# ---- recognising a template ------------------------------------------------------------------------------------
+# ---- recognising a template --------------------------------------------------------------------------------
 
 
 def chat(roles, contents=None):
@@ -205,8 +207,9 @@ def takes_system(template):
 def agrees(template, name):
     """Whether a template and one of our formats have the same markers in the same order around the contents.
 
-    Left out of the comparison: Llama 3.1's date preamble; spaces, in formats of SentencePiece, which puts them in itself;
-    space around contents, which a template may trim; the system text of later turns, where there is no system role.
+    Left out of the comparison: Llama 3.1's date preamble; spaces, in formats of SentencePiece, which puts
+    them in itself; space around contents, which a template may trim; the system text of later turns, where
+    there is no system role.
     """
     form, chats = CHAT_FORMATS[name], ["suaua", "suau"]
     if not form.system_role:
@@ -224,22 +227,18 @@ def agrees(template, name):
 
 def recognise(template, specials):
     """(name, reason) of the format of ours that a template is; None if it is none of them."""
+    odd = chat("suaua", ODD), False
     for name, form in CHAT_FORMATS.items():
-        if markers(form) <= specials.keys():
-            try:
-                if agrees(template, name):
-                    odd = chat("suaua", ODD), False
-                    if takes_system(template) and template.render(*odd) == _own(name).render(*odd):
-                        return name, "gives the same text"
-                    return (
-                        name,
-                        "has the same markers in the same order (its preamble and spaces differ, or its system text)",
-                    )
-            except ValueError:
-                continue
+        try:
+            if markers(form) <= specials.keys() and agrees(template, name):
+                if takes_system(template) and template.render(*odd) == _own(name).render(*odd):
+                    return name, "gives the same text"
+                return name, "has its markers in its order (a preamble, spaces or the system text may differ)"
+        except ValueError:  # one of them cannot express the conversation
+            continue
 
 
-# ---- a template as a format ------------------------------------------------------------------------------------
+# ---- a template as a format --------------------------------------------------------------------------------
 
 
 def template_format(template, specials):
@@ -294,8 +293,5 @@ def choose(source, where, tokens, specials, chat_format=None):
         raise UsageError(
             f"{where}: this chat template cannot be used ({error}); give --chat-format, one of {known}"
         ) from None
-    return (
-        "template",
-        form,
-        f"template: the chat template in {where} is used as it is, since it is none of {', '.join(CHAT_FORMATS)}",
-    )
+    why = f"the chat template in {where} is used as it is; it is none of {', '.join(CHAT_FORMATS)}"
+    return "template", form, f"template: {why}"

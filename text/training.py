@@ -15,7 +15,8 @@ STAGE_SPECIALS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 
 
 def train_stage_tokenizer(scenes, vocab_size):
-    """The bytes of a SentencePiece BPE model with byte fallback, made from the chats of scenes; it changes no text."""
+    """The bytes of a SentencePiece BPE model with byte fallback, made from the chats of scenes; it changes no
+    text."""
     from data.chats import scene_to_chats
 
     texts = dict.fromkeys(
