@@ -293,6 +293,19 @@ def test_a_template_as_a_format(folder, template, names, eos, end):
     same_as_transformers(saved, directory / "export", CHAT)
 
 
+def test_a_long_chat_is_within_the_bounds(folder):
+    """The bounds grow with the number of messages."""
+    comment = "{# " + "x" * 9000 + " #}" + "{% if false %}" + "y" * 9000 + "{% endif %}"
+    tok = load_tokenizer(
+        folder(
+            "{{ bos_token }}"
+            + CHATML.replace("%}{{ '<|im_start|>' +", "%}" + comment + "{{ '<|im_start|>' +")
+        )
+    )
+    assert tok.chat_format == "template"
+    assert len(runs_under_loss(tok, CHAT[1:3] * 1000)) == 1000
+
+
 def test_sampled_ids_stand_as_they_are(folder):
     tok = load_tokenizer(folder(ZEPHYR, eos="</s>"))
     sampled = [i for c in "Kent" for i in tok.encode(c)]

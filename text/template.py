@@ -21,19 +21,19 @@ from common.files import UsageError
 from text.chat import CHAT_FORMATS, ChatFormat, Special, Text, content_of, markers, system_into_user
 
 LONGEST = 100_000  # characters of a template, and of any value in it
-BUDGET = 3_000_000  # characters and steps of a rendering
+BUDGET, BUDGET_OF_MESSAGE = 3_000_000, 20_000  # characters and steps of a rendering
 PLACEHOLDER = "\uf8ff%d\uf8ff"  # private-use characters: neither trimmed nor changed in case
 # what Llama 3.1's template says before the system text
 PREAMBLE = re.compile(r"Cutting Knowledge Date: [^\n]*\nToday Date: [^\n]*\n\n")
 ODD = "  a\n", " <think>b</think> c [INST] {{ d }} ", "\n\tE </s><|im_end|>\n\n", "(f)  ", "\nG"
 TRIMMED = [text.strip() for text in ODD]
 FILTERS = (
-    "abs capitalize count d default dictsort first float int items last length list lower map reject rejectattr "
-    "reverse safe select selectattr sort string title trim unique upper"
+    "abs capitalize count d default dictsort first float int items last length list lower map reject "
+    "rejectattr reverse safe select selectattr sort string title trim unique upper"
 )
 METHODS = (
-    "capitalize count endswith find get index items keys lower lstrip rsplit rstrip split splitlines startswith "
-    "strip title upper values"
+    "capitalize count endswith find get index items keys lower lstrip rsplit rstrip split splitlines "
+    "startswith strip title upper values"
 )
 
 
@@ -131,7 +131,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context, operator, left, right):
         numbers = isinstance(left, int | float) and isinstance(right, int | float)
         if operator == "**" or (operator in "*%" and not numbers):
-            raise SecurityError(f"{operator} is not supported but between numbers")
+            raise SecurityError(f"{operator!r} is not supported between these values")
         return self.limited(super().call_binop(context, operator, left, right))
 
     def call(__self, __context, __obj, *args, **kwargs):
@@ -153,9 +153,9 @@ class Template:
             lambda: self.sandbox.from_string(Bound().visit(self.sandbox.parse(source)))
         )
 
-    def bounded(self, work):
-        """work(), with any error as a ValueError of one line."""
-        self.sandbox.budget = BUDGET
+    def bounded(self, work, number=0):
+        """work(), which may take longer for a number of messages, with any error as a ValueError of one line."""
+        self.sandbox.budget = BUDGET + BUDGET_OF_MESSAGE * number
         try:
             return work()
         except Exception as error:  # a template can raise anything
@@ -168,7 +168,7 @@ class Template:
             "tools": None,
             "documents": None,
         }
-        return self.bounded(lambda: self.compiled.render({**self.tokens, **variables}))
+        return self.bounded(lambda: self.compiled.render({**self.tokens, **variables}), len(messages))
 
     def sections(self, messages, generate):
         """The text before, between and after the contents of messages: one string more than messages."""
