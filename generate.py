@@ -23,7 +23,7 @@ from engine.params import Completion, SamplingParams
 from llm.local import as_sampled, default_actor, load_engine, turn_markers
 from llm.reply import open_tag, split_reasoning, spoken_so_far
 from play.stage import STYLES
-from tokenizer import CHAT_FORMATS
+from text.chat import CHAT_FORMATS
 
 VISITOR = "Visitor"  # who speaks to a character
 HELP = """/help          this text
@@ -167,6 +167,8 @@ def main():
     dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or fast_bf16() else "float32")
     stats = f" in {dtype}" if args.stats else ""
     engine = load_engine(args.model or default_actor(), dtype, args.chat_format)
+    if args.stats:
+        terminal.note(f"chat format {engine.tokenizer.chat_format_reason}")
     if args.chat:
         chat(engine, params, stats, *met)
     else:

@@ -35,7 +35,7 @@ from play.perform import SIDE_BY_SIDE, Journal, perform
 from play.protocol import PROTOCOLS, Protocol
 from play.stage import Stage
 from play.transcripts import ANSWERS, REPLIES, SCRIPT, TRANSCRIPTS, Transcripts, default_directory, locked
-from tokenizer import CHAT_FORMATS
+from text.chat import CHAT_FORMATS
 
 ROLES = ("actor", "environment", "next_speaker")
 
@@ -142,7 +142,9 @@ def settings_of(models, scenes, preset, protocol):
     """All that decides the result of a run."""
     settings = {role: model.name for role, model in models.items()}
     settings |= {f"{role}_identity": model.identity for role, model in models.items()}
-    settings |= {f"{role}_chat_format": model.chat_format for role, model in models.items() if model.local}
+    settings |= {
+        f"{role}_chat_format": model.chat_format_reason for role, model in models.items() if model.local
+    }
     contents = json.dumps([scene.to_dict() for scene in scenes], sort_keys=True)
     digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
     return settings | {"scenes": digest, "protocol": preset, **asdict(protocol)}

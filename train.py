@@ -28,7 +28,8 @@ from data.stream import add_data_flags, open_stream
 from engine.cpu import fast_bf16
 from llm.local import fingerprint
 from model import PRESETS, ModelConfig
-from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
+from text.chat import CHAT_FORMATS
+from tokenizer import STAGE_TOKENIZER, load_tokenizer
 from training import costs
 from training.log import Log
 from training.parallel import (

@@ -1,10 +1,12 @@
-"""Checkpoints: Hugging Face safetensors directories, read into a model or its shards, and written whole.
+"""Checkpoints: Hugging Face safetensors directories and GGUF files, read into a model or into its shards, and
+written.
 
     model = load_model("DIR")                    # any directory of a supported family that transformers opens
     save_model(model, "DIR", tokenizer)          # one that transformers opens
 
-Weights come from safetensors alone. The same `fill` loads a whole model or the shards of an FSDP model: each rank reads only
-its own rows. Directories are written under a temporary name with a manifest of checksums, then renamed.
+Weights are read from safetensors and GGUF only. `fill` loads a whole model or the shards of an FSDP model,
+where each rank reads only its own rows. Directories are written under a temporary name with a manifest of
+checksums, then renamed.
 """
 
 from checkpoint.config import DTYPES, load_config

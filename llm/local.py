@@ -68,7 +68,7 @@ class Local(Model):
     def __init__(self, spec, dtype=None, chat_format=None):
         self.name, self.engine = str(spec), load_engine(spec, dtype, chat_format)
         self.tokenizer = self.engine.tokenizer
-        self.chat_format = self.tokenizer.chat_format
+        self.chat_format_reason = self.tokenizer.chat_format_reason
         self.identity = f"{fingerprint(find_model(spec))} {self.engine.device.type} {self.engine.kv.dtype}"
         self.markers = turn_markers(self.tokenizer)
         self.reasoning_tokens = 0

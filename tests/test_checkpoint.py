@@ -1,4 +1,5 @@
-"""Checkpoints: what is saved comes back and opens in transformers; what is damaged or foreign is refused in one line."""
+"""Checkpoints: what is saved comes back and opens in transformers; what is damaged or foreign is refused in
+one line."""
 
 import dataclasses
 import json
@@ -53,13 +54,14 @@ def refusal(script, actor):
     return lambda: usage_error(script("generate", "--model", actor, "--prompt", "x", "--max-tokens", 1))
 
 
-# ---- there and back -----------------------------------------------------------------------------------------------------
+# ---- there and back ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_shard_bytes", [1, 3000, 10**9])
 @pytest.mark.parametrize("seed", range(5))
 def test_what_is_saved_comes_back(seed, max_shard_bytes, tmp_path):
-    """Configuration and every bit of every tensor, in one file or in shards that keep to their size; nothing else is left."""
+    """Configuration and every bit of every tensor, in one file or in shards that keep to their size; nothing
+    else is left."""
     model = random_model(random_config(seed), seed)
     checkpoint.save_model(model, tmp_path / "model", max_shard_bytes=max_shard_bytes)
     assert_same(checkpoint.load_model(tmp_path / "model"), model)
@@ -106,7 +108,8 @@ def test_what_transformers_saves_is_read(seed, tmp_path):
 
 
 def test_the_form_of_transformers_4(tmp_path):
-    """The published LLaMA 3.1 8B configuration, as transformers 4 wrote it, is read whole; ours is written in that form."""
+    """The published LLaMA 3.1 8B configuration, as transformers 4 wrote it, is read whole; ours is written in
+    that form."""
     published = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
@@ -218,7 +221,7 @@ def test_links_are_followed(actor, tiny_actor, tmp_path):
     assert_same(checkpoint.load_model(tmp_path / "snapshot"), checkpoint.load_model(tiny_actor))
 
 
-# ---- directories, whole or not at all -----------------------------------------------------------------------------------
+# ---- directories, whole or not at all ----------------------------------------------------------------------
 
 
 def test_a_save_takes_the_place_of_the_one_before(tmp_path):
@@ -264,7 +267,7 @@ def test_a_save_that_cannot_take_its_name_leaves_the_old_directory(tmp_path, mon
     assert_same(checkpoint.load_model(tmp_path / "model"), old)
 
 
-# ---- what is refused ----------------------------------------------------------------------------------------------------
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 def test_directories_that_are_no_checkpoint(script, tmp_path):
@@ -301,7 +304,8 @@ def test_directories_that_are_no_checkpoint(script, tmp_path):
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
 )
 def test_configurations_that_are_refused(changes, words, actor, refusal):
-    """What we cannot compute is refused by its name and value, never loaded into a model that answers wrongly."""
+    """What we cannot compute is refused by its name and value, never loaded into a model that answers
+    wrongly."""
     edit_json(actor / "config.json", **changes)
     line = refusal()
     assert all(word in line for word in ["config.json", *words]), line
@@ -316,7 +320,8 @@ def test_a_config_json_that_is_none(text, actor, refusal):
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "another shape", "another model"])
 def test_tensors_that_do_not_fit_are_named(fault, actor, refusal):
-    """Missing and unexpected tensors by name, those of another shape with both shapes, of many the first few."""
+    """Missing and unexpected tensors by name, those of another shape with both shapes, of many the first
+    few."""
     tensors = load_file(actor / WEIGHTS)
     if fault == "missing":
         del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -393,6 +398,43 @@ def test_an_index_whose_shard_is_not_there(actor, refusal):
     assert "model-00002-of-00002.safetensors: missing" in refusal()
 
 
+@pytest.fixture
+def shards(actor):
+    """A checkpoint in two shards without an index: the directory."""
+    tensors = load_file(actor / WEIGHTS)
+    (actor / WEIGHTS).unlink()
+    for n in (0, 1):
+        part = {name: tensors[name] for name in sorted(tensors)[n::2]}
+        save_file(part, actor / f"model-0000{n + 1}-of-00002.safetensors")
+    return actor
+
+
+def test_shards_without_an_index_are_read(shards, tiny_actor):
+    """A complete set is the model; one that lacks a shard, and two sets, are refused."""
+    loaded, expected = (checkpoint.load_model(directory) for directory in (shards, tiny_actor))
+    assert all(torch.equal(p, expected.get_parameter(name)) for name, p in loaded.named_parameters())
+    shutil.copy(shards / "model-00001-of-00002.safetensors", shards / "model-00001-of-00001.safetensors")
+    with pytest.raises(UsageError, match="2 sets of shards"):
+        checkpoint.load_model(shards)
+    (shards / "model-00001-of-00001.safetensors").unlink()
+    (shards / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UsageError, match="1 shards are here, which are no complete set"):
+        checkpoint.load_model(shards)
+
+
+def test_an_index_of_other_shards_than_those_there(shards):
+    """As in CoSER's own upload: what to do is said, and doing it helps."""
+    names = [name for file in shards.glob("model-*") for name in load_file(file)]
+    weight_map = dict.fromkeys(names, "model-00001-of-00004.safetensors")
+    (shards / weights.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(
+        UsageError, match=r"00004\.safetensors: missing.*complete: delete model\.safetensors\.index\.json"
+    ):
+        checkpoint.load_model(shards)
+    (shards / weights.INDEX).unlink()
+    checkpoint.load_model(shards)
+
+
 def test_a_tokenizer_larger_than_the_model(actor, refusal):
     """A model that lacks some of its tokenizer's tokens is refused with both sizes."""
     edit_json(actor / "config.json", vocab_size=100)
@@ -404,11 +446,12 @@ def test_a_tokenizer_larger_than_the_model(actor, refusal):
     assert "100" in refusal()
 
 
-# ---- weights to begin with ----------------------------------------------------------------------------------------------
+# ---- weights to begin with ---------------------------------------------------------------------------------
 
 
 def test_random_weights_depend_on_seed_and_name():
-    """The same seed gives the same weights, another seed or name others; norms are ones, and the spread is as stated."""
+    """The same seed gives the same weights, another seed or name others; norms are ones, and the spread is as
+    stated."""
     config = random_config(0, hidden_size=64, num_hidden_layers=3)
     models = [checkpoint.build_model(config, "cpu", torch.float32) for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):

@@ -1,4 +1,5 @@
-"""Every family of the published table, against transformers: logits, greedy text, chat formats, tokenizers."""
+"""Every family of the published table, against transformers: logits, greedy text, chat formats,
+tokenizers."""
 
 import json
 import random
@@ -14,11 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
+import engine.engine
 from checkpoint import weights
 from common import files
 from generate import Engine, SamplingParams
 from model import ModelConfig
-from tokenizer import CHAT_FORMATS, QWEN2_PATTERN, STAGE_TOKENIZER, load_tokenizer, save_tokenizer
+from text.chat import CHAT_FORMATS
+from text.export import save_tokenizer
+from text.hf import QWEN2_PATTERN
+from tokenizer import STAGE_TOKENIZER, load_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "mixtral"]
 CHAT = [
@@ -52,7 +57,8 @@ def pair(request, tmp_path):
 
 @torch.no_grad()
 def test_logits_and_greedy_text_are_transformers(pair):
-    """fp32 logits within 1e-5; 64 greedy tokens through the cache are `generate`'s, for ragged prompts in one batch."""
+    """fp32 logits within 1e-5; 64 greedy tokens through the cache are `generate`'s, for ragged prompts in one
+    batch."""
     model, peer, _, tokens = pair
     torch.testing.assert_close(model(tokens), peer(tokens).logits, rtol=1e-5, atol=1e-5)
     prompts = [tokens[0, :30], tokens[1, :50], tokens[1, :1]]
@@ -101,7 +107,7 @@ def test_published_sizes(script):
         assert f"weights {4 * published / 2**30:.2f}, " in err  # GiB of fp32 master weights, on one rank
 
 
-# ---- tokenizers ---------------------------------------------------------------------------------------------------------
+# ---- tokenizers --------------------------------------------------------------------------------------------
 
 
 def random_text(rng):
@@ -191,7 +197,8 @@ def theirs(ours, tmp_path_factory):
 
 @pytest.mark.parametrize("number", [2000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_ids_are_transformers(ours, theirs, number, shared):
-    """The same ids as the exported (or original) tokenizer.json gives in transformers, on real text and on random strings."""
+    """The same ids as the exported (or original) tokenizer.json gives in transformers, on real text and on
+    random strings."""
     for text in texts(number):
         if (
             ours.chat_format == "stage"
@@ -268,7 +275,8 @@ def test_what_tiktoken_would_split_otherwise_is_refused(qwen2_file, tmp_path):
 
 
 def test_long_runs_do_not_stall(ours):
-    """400,000 spaces, letters or digits are encoded (in seconds) and come back; half a character is refused."""
+    """400,000 spaces, letters or digits are encoded (in seconds) and come back; half a character is
+    refused."""
     for text in (" " * 400_000, "a" * 400_000, "1" * 400_000, " \n" * 200_000):
         assert ours.decode(ours.encode(text)) == text
     with pytest.raises(files.UsageError, match="surrogate"):
@@ -276,7 +284,8 @@ def test_long_runs_do_not_stall(ours):
 
 
 def test_mistral_v3_markers_are_special(tmp_path):
-    """A SentencePiece model with [INST] among its control pieces is v0.3: the markers are ids, and never come from text."""
+    """A SentencePiece model with [INST] among its control pieces is v0.3: the markers are ids, and never come
+    from text."""
     sentencepiece.SentencePieceTrainer.train(
         input=str(ROOT / "data" / "stage" / "ward_c.json"),
         model_prefix=str(tmp_path / "tokenizer"),
@@ -328,7 +337,7 @@ def test_every_format_has_its_golden_chat(shared):
     assert set(CHAT_FORMATS) == {"llama3", "chatml", "stage", "mistral", "mistral-v3", "vicuna"}
 
 
-# ---- directories --------------------------------------------------------------------------------------------------------
+# ---- directories -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -345,8 +354,9 @@ def test_what_transformers_saves_is_read(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_works_on_a_directory_of_each_family(family, script, tmp_path, shared, qwen2_file):
-    """`generate.py --model DIR --prompt` on a saved checkpoint with the family's own kind of tokenizer, sharded, the vocabulary
-    padded; and AutoTokenizer opens the directory with the same ids and the same chats."""
+    """`generate.py --model DIR --prompt` on a saved checkpoint with the family's own kind of tokenizer,
+    sharded, the vocabulary padded; and AutoTokenizer opens the directory with the same ids and the same
+    chats."""
     file = {"llama": shared / "tokenizers" / "llama3", "qwen2": qwen2_file}.get(
         family, shared / "tokenizers" / "llama2"
     )
@@ -380,7 +390,8 @@ def test_a_tensor_in_two_shards_is_named(tmp_path):
 
 
 def test_pickled_weights_are_not_read(script, tmp_path, tiny_actor):
-    """A directory with .bin files says why they are not read; a Hub id without the optional package, what to run."""
+    """A directory with .bin files says why they are not read; a Hub id without the optional package, what to
+    run."""
     directory = tmp_path / "pickled"
     directory.mkdir()
     for name in ("config.json", "tokenizer.model"):
@@ -391,7 +402,8 @@ def test_pickled_weights_are_not_read(script, tmp_path, tiny_actor):
 
 @pytest.mark.slow
 def test_loading_holds_the_weights_and_one_shard(tmp_path):
-    """Peak memory of loading a 1.6 GB checkpoint in eight shards: at most the weights, one shard, and the interpreter."""
+    """Peak memory of loading a 1.6 GB checkpoint in eight shards: at most the weights, one shard, and the
+    interpreter."""
     config = random_config(
         0, hidden_size=1024, num_attention_heads=8, num_key_value_heads=8, head_dim=128, vocab_size=1000
     )
@@ -414,7 +426,8 @@ def test_loading_holds_the_weights_and_one_shard(tmp_path):
 
 
 def test_a_stray_system_text_is_no_assistants(shared):
-    """Where a family has no system role, a system text that no first user turn follows is refused, not trained on."""
+    """Where a family has no system role, a system text that no first user turn follows is refused, not
+    trained on."""
     mistral = load_tokenizer(shared / "tokenizers" / "llama2", "mistral")
     system, user, assistant = (
         {"role": role, "content": role[0] * 3} for role in ("system", "user", "assistant")
@@ -424,8 +437,9 @@ def test_a_stray_system_text_is_no_assistants(shared):
             mistral.render(chat)
 
 
-def test_a_completion_goes_on_from_its_prompt(shared):
-    """SentencePiece drops a text's first space: between a prompt and what follows it is kept, at a chat's start it is not."""
+def test_a_completion_goes_on_from_its_prompt(shared, monkeypatch):
+    """SentencePiece drops a text's first space: between a prompt and what follows it is kept, at a chat's
+    start it is not."""
     sp = load_tokenizer(shared / "tokenizers" / "llama2")
     prompt, rest = [sp.bos_id, *sp.encode("The ferry")], sp.encode("went over")
 
@@ -441,6 +455,7 @@ def test_a_completion_goes_on_from_its_prompt(shared):
             logits[0, [*rest, *sp.stop_ids][int(positions.flatten()[rows[0]]) + 1 - len(prompt)]] = 1
             return logits
 
+    monkeypatch.setattr(engine.engine, "PackedTransformer", lambda model, consume: model)
     greedy = SamplingParams(temperature=0)
     assert "".join(Engine(Parrot(), sp).stream(prompt, greedy, goes_on=True)) == " went over"
     assert "".join(Engine(Parrot(), sp).stream(prompt, greedy)) == "went over"
@@ -448,7 +463,8 @@ def test_a_completion_goes_on_from_its_prompt(shared):
 
 @pytest.mark.parametrize("what", ["other head", "integers"])
 def test_tensors_that_would_be_misread_are_refused(what, tmp_path):
-    """A tied model with another output projection in its file, and quantised weights without a word in config.json."""
+    """A tied model with another output projection in its file, and quantised weights without a word in
+    config.json."""
     checkpoint.save_model(random_model(random_config(0, tie_word_embeddings=True)), tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     (tmp_path / "model" / files.MANIFEST).unlink()

@@ -31,7 +31,8 @@ from generate import SamplingParams
 from llm import Reply, endpoint, local
 from llm.endpoint import Endpoint
 from llm.reply import REASONING_TOKENS, open_tag, split_reasoning, spoken_so_far
-from tokenizer import QWEN2_PATTERN, load_tokenizer
+from text.hf import QWEN2_PATTERN
+from tokenizer import load_tokenizer
 
 KEY = "sk-test-4f9c2e71d0"
 HELLO = [{"role": "user", "content": "hello"}]

@@ -37,6 +37,7 @@ from data.packing import IGNORE, best_fit, split_long
 from data.records import LONGEST, LONGEST_LINE, Report
 from data.scenes import STAGE, Scene, load_scenes
 from data.stream import Stream, row_lengths
+from text.export import save_tokenizer
 
 
 def documents_of(row):
@@ -100,7 +101,7 @@ def test_channels_of_characters(text, lead):
 
 def qwen_like(directory, shared):
     """A Hugging Face byte-level BPE of LLaMA 3's ranks that normalises, as Qwen 2's does."""
-    tokenizer.save_tokenizer(tokenizer.load_tokenizer(shared / "tokenizers" / "llama3"), directory)
+    save_tokenizer(tokenizer.load_tokenizer(shared / "tokenizers" / "llama3"), directory)
     (directory / "tokenizer.model").unlink()
     file = directory / "tokenizer.json"
     hf = json.loads(file.read_text())

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from common.files import UsageError
 from data.chats import scene_to_chats
 from data.scenes import STAGE, load_book, load_scenes
-from tokenizer import LONGEST_RUN, STAGE_TOKENIZER, load_tokenizer, train_stage_tokenizer
+from text.training import train_stage_tokenizer
+from tokenizer import LONGEST_RUN, STAGE_TOKENIZER, load_tokenizer
 
 NAMED = (
     "begin_of_text",
@@ -52,7 +53,7 @@ def strings(value):
             yield from strings(child)
 
 
-# ---- text ---------------------------------------------------------------------------------------------------------------
+# ---- text --------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=200)
@@ -69,7 +70,8 @@ def test_any_text_comes_back(tok, text):
     ["▁", "a▁b ▁▁c", "\0", "\r\n\t\v", "  two  ", "\ufeffx", "e\u0301 ﬁ ½", "\U0001f469\u200d\U0001f680"],
 )
 def test_odd_text_comes_back(tok, text):
-    """Spaces of all kinds, what normalisation would change, and the sign SentencePiece itself writes for a space."""
+    """Spaces of all kinds, what normalisation would change, and the sign SentencePiece itself writes for a
+    space."""
     assert tok.decode(tok.encode(text)) == text
 
 
@@ -80,7 +82,8 @@ def test_all_text_of_the_stage_comes_back(tok):
 
 
 def test_no_marker_in_a_text_becomes_special(tok):
-    """Every marker of both tokenizers, alone and inside words: no special id, and the text comes back, in a chat as well."""
+    """Every marker of both tokenizers, alone and inside words: no special id, and the text comes back, in a
+    chat as well."""
     assert set(tok.specials) <= set(MARKERS) and len(set(tok.specials.values())) == len(tok.specials)
     special = set(tok.specials.values())
     for marker in MARKERS:
@@ -113,7 +116,7 @@ def test_torn_characters_do_not_raise(tok):
     assert len(ids) > 1 and "\ufffd" in tok.decode(ids[:-1])
 
 
-# ---- conversations ------------------------------------------------------------------------------------------------------
+# ---- conversations -----------------------------------------------------------------------------------------
 
 
 def chats(stage, shared, tok):
@@ -129,7 +132,8 @@ def chats(stage, shared, tok):
 
 
 def test_the_loss_is_on_assistants_text_and_end_marks(stage, shared, tok):
-    """Masked ids, run by run, decode to each assistant's content and the end of its turn, and nothing else is masked."""
+    """Masked ids, run by run, decode to each assistant's content and the end of its turn, and nothing else is
+    masked."""
     end = tok.decode([tok.stop_ids[0]])
     assert end in ("<|eot_id|>", "<|end|>")
     for chat in chats(stage, shared, tok):
@@ -153,7 +157,8 @@ def test_the_whole_text_of_a_chat_is_rendered(stage, shared, tok):
 
 
 def test_a_generation_prompt_is_a_prefix_of_the_whole(stage, shared, tok):
-    """What a model is given before a turn is how the rendering with that turn begins: training and play cannot differ."""
+    """What a model is given before a turn is how the rendering with that turn begins: training and play
+    cannot differ."""
     for chat in chats(stage, shared, tok)[:20]:
         whole, _ = tok.render(chat.messages)
         for i, message in enumerate(chat.messages):
@@ -169,7 +174,8 @@ def test_a_generation_prompt_is_a_prefix_of_the_whole(stage, shared, tok):
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), TEXT), max_size=5))
 def test_any_conversation_is_rendered(tok, turns):
-    """Whatever is said, each turn ends once, begins once, and is under loss exactly if it is the assistant's."""
+    """Whatever is said, each turn ends once, begins once, and is under loss exactly if it is the
+    assistant's."""
     ids, mask = tok.render([{"role": role, "content": text} for role, text in turns])
     assert len(ids) == len(mask) and ids.count(tok.stop_ids[0]) == len(turns) and ids.count(tok.bos_id) == 1
     assert sum(mask) == sum(len(tok.encode(text)) + 1 for role, text in turns if role == "assistant")
@@ -181,7 +187,7 @@ def test_an_unknown_role_is_refused(tok):
         tok.render([{"role": "ipython", "content": "x"}])
 
 
-# ---- LLaMA 3 ------------------------------------------------------------------------------------------------------------
+# ---- LLaMA 3 -----------------------------------------------------------------------------------------------
 
 
 def test_llama3_golden_ids(llama):
@@ -210,11 +216,12 @@ def test_llama3_specials_have_their_ids(llama):
 
 
 def test_llama3_equals_plain_byte_pair_merging(llama, shared):
-    """The same ids as merging the lowest-ranked pair of each word again and again, on a play and on odd text."""
+    """The same ids as merging the lowest-ranked pair of each word again and again, on a play and on odd
+    text."""
     lines = (shared / "tokenizers" / "llama3" / "tokenizer.model").read_bytes().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     words = regex.compile(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # noqa: E501
     )
 
     def merge(word):
@@ -235,11 +242,12 @@ def test_llama3_equals_plain_byte_pair_merging(llama, shared):
         assert llama.encode(text) == [i for word in words.findall(text) for i in merge(word.encode())], text
 
 
-# ---- the stage's own ----------------------------------------------------------------------------------------------------
+# ---- the stage's own ---------------------------------------------------------------------------------------
 
 
 def test_the_stage_tokenizer_is_what_the_stage_makes(stage, stage_tokenizer):
-    """The file that is shipped is, byte for byte, what its scenes make today; the held-out ones have no part in it."""
+    """The file that is shipped is, byte for byte, what its scenes make today; the held-out ones have no part
+    in it."""
     scenes = [scene for scene in load_scenes(STAGE) if scene.tag == "train"]
     assert 0 < len(scenes) < len(stage)
     assert train_stage_tokenizer(scenes, stage_tokenizer.vocab_size) == STAGE_TOKENIZER.read_bytes()
@@ -271,7 +279,7 @@ def test_a_tokenizer_of_no_scene_is_a_usage_error(script, tmp_path):
     usage_error(script("tokenizer", "train", "--data", file, "--out", tmp_path / "tokenizer.model"))
 
 
-# ---- damaged files ------------------------------------------------------------------------------------------------------
+# ---- damaged files -----------------------------------------------------------------------------------------
 
 
 def refuse(path, data):
@@ -349,7 +357,8 @@ def test_a_damaged_tokenizer_stops_a_script_with_one_line(script, tmp_path):
 
 @pytest.mark.parametrize("sign", [" ", "\n", "a", "!", "é"])
 def test_endless_runs_are_encoded(shared, sign):
-    """A million of one sign neither overflows a stack nor takes minutes, and comes back; runs up to the limit are not cut."""
+    """A million of one sign neither overflows a stack nor takes minutes, and comes back; runs up to the limit
+    are not cut."""
     llama = load_tokenizer(shared / "tokenizers" / "llama3")
     text = f"x {sign * 1_000_000} y"
     assert llama.decode(llama.encode(text)) == text

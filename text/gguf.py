@@ -1,11 +1,13 @@
-"""The tokenizer of a GGUF file as a Hugging Face `tokenizer.json`, or as a SentencePiece model."""
+"""The tokenizer of a GGUF file as a Hugging Face `tokenizer.json` or as a SentencePiece model, and what the
+file says of chats."""
 
 import re
 import struct
 
 from common import terminal
 from common.files import UsageError
-from tokenizer import LLAMA3_PATTERN, QWEN2_PATTERN
+from text.config import TokenizerConfig
+from text.hf import ADDED, LLAMA3_PATTERN, QWEN2_PATTERN
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(
     2, 7
@@ -17,11 +19,31 @@ PATTERNS = {  # tokenizer.ggml.pre -> how text splits; smollm by digits, then as
 }
 
 
+def gguf_config(file):
+    """The TokenizerConfig of a GGUF's metadata."""
+    tokens, _ = _tokens(file)
+
+    def token_id(name):
+        i = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        return i if type(i) is int and 0 <= i < len(tokens) else None
+
+    ids = {name: token_id(name) for name in ("bos", "eos", "unknown", "padding")}
+    names = {"unknown": "unk", "padding": "pad"}
+    stops = [i for i in map(token_id, ("eos", "eot", "eom")) if i is not None]
+    template = file.metadata.get("tokenizer.chat_template")
+    return TokenizerConfig(
+        template=template if isinstance(template, str) else None,
+        where=f"{file.path} (tokenizer.chat_template)",
+        tokens={f"{names.get(n, n)}_token": tokens[i] for n, i in ids.items() if i is not None},
+        stop_ids=stops,
+    )
+
+
 def _tokens(file):
     """(tokens, types), refused where they are not lists of one length."""
     tokens, types = (file.metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
     if not (isinstance(tokens, list) and isinstance(types, list) and len(tokens) == len(types)):
-        raise ValueError("as many tokens as token types are needed")
+        raise ValueError("there must be as many tokens as token types")
     return tokens, types
 
 
@@ -44,21 +66,24 @@ def hf_tokenizer(file):
     }
     split = {"type": "Split", "pattern": {"Regex": PATTERNS[pre]}, "behavior": "Isolated", "invert": False}
     first = {"type": "Digits", "individual_digits": True} if pre == "smollm" else split
-    plain = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
-    kinds = list(enumerate(zip(tokens, types, strict=True)))
-    vocab = {token: i for i, (token, kind) in kinds if kind != UNUSED}
-    added = [(i, token, kind == CONTROL) for i, (token, kind) in kinds if kind in (CONTROL, USER_DEFINED)]
-    merges, ignore_merges = metadata["tokenizer.ggml.merges"], PATTERNS[pre] == LLAMA3_PATTERN
+    numbered = list(enumerate(zip(tokens, types, strict=True)))
     return {
         "version": "1.0",
         "added_tokens": [
-            {"id": i, "content": token, "special": special, **plain} for i, token, special in added
+            {"id": i, "content": token, "special": kind == CONTROL, **ADDED}
+            for i, (token, kind) in numbered
+            if kind in (CONTROL, USER_DEFINED)
         ],
         "normalizer": {"type": "NFC"} if PATTERNS[pre] == QWEN2_PATTERN else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [first, byte_level]},
         "post_processor": None,
         "decoder": {**byte_level, "use_regex": True},
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "ignore_merges": ignore_merges},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: i for i, (token, kind) in numbered if kind != UNUSED},
+            "merges": metadata["tokenizer.ggml.merges"],
+            "ignore_merges": PATTERNS[pre] == LLAMA3_PATTERN,
+        },
     }
 
 
@@ -67,28 +92,20 @@ def sentencepiece_model(file):
 
     A user-defined token that looks like a marker becomes a control token, so that no text turns into it.
     """
-    (tokens, types), made, unknown = _tokens(file), bytearray(), "<unk>"
+    (tokens, types), model, unknown = _tokens(file), bytearray(), "<unk>"
     for token, score, kind in zip(tokens, file.metadata["tokenizer.ggml.scores"], types, strict=True):
         if kind == USER_DEFINED and re.fullmatch(r"<.*>|\[.*\]", token):
             kind = CONTROL
         unknown = token if kind == UNKNOWN else unknown
-        made += _field(1, _field(1, token) + _field(2, float(score)) + _field(3, kind))
+        model += _field(1, _field(1, token) + _field(2, float(score)) + _field(3, kind))
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
-    trainer = {
-        3: 2,
-        4: len(tokens),
-        35: BYTE in types,
-        45: unknown,
-    }  # BPE, vocab_size, byte_fallback, unk_piece
-    normalizer = {
-        1: "identity",
-        3: prefix,
-        4: False,
-        5: True,
-    }  # name, add_dummy_prefix, remove_extra.., escape_whitespaces
+    # model_type BPE, vocab_size, byte_fallback, unk_piece
+    trainer = {3: 2, 4: len(tokens), 35: BYTE in types, 45: unknown}
+    # name, add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
+    normalizer = {1: "identity", 3: prefix, 4: False, 5: True}
     for number, fields in ((2, trainer), (3, normalizer)):
-        made += _field(number, b"".join(_field(*field) for field in fields.items()))
-    return bytes(made)
+        model += _field(number, b"".join(_field(*item) for item in fields.items()))
+    return bytes(model)
 
 
 def _field(number, value):
@@ -102,7 +119,7 @@ def _field(number, value):
 
 
 def _varint(value):
-    made = b""
+    encoded = b""
     while value > 127:
-        made, value = made + bytes([value & 127 | 128]), value >> 7
-    return made + bytes([value])
+        encoded, value = encoded + bytes([value & 127 | 128]), value >> 7
+    return encoded + bytes([value])

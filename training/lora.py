@@ -13,7 +13,7 @@ from checkpoint.adapters import CONFIG, PREFIX, TENSORS
 from checkpoint.export import gathered, save_tensors
 from checkpoint.weights import generator_of
 from common.files import whole_directory, write_json
-from tokenizer import save_tokenizer
+from text.export import save_tokenizer
 
 
 class LoraLinear(nn.Module):
