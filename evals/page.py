@@ -25,7 +25,6 @@ QUOTATION = re.compile(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d|(?<!\w)['\u2018](
 
 def html(lines, performances, summary):
     """The page as text: it loads nothing, escapes all text, and its policy allows no script but its own."""
-    source = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     dimensions = list(dict.fromkeys(name for line in lines for name in line["dimensions"]))
     verdicts = [verdict for line in lines for verdict in line["dimensions"].values()]
     severities = [flaw["severity"] for verdict in verdicts for flaw in verdict["flaws"]]
@@ -45,11 +44,9 @@ def html(lines, performances, summary):
     differences = [row_fields(label, row, "difference") for label, row in versus["rows"].items()]
     edges = [row[key] or 0 for row in differences for key in ("difference", "low", "high")]
     books = list(dict.fromkeys(scene["book"] for scene in scenes))
-    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    template = jinja2.Environment(autoescape=True, **options).from_string(source)
-    page = template.render(
+    return render(
+        "page.html",
         title=" and ".join(books) if len(books) < 3 else f"{len(lines)} scenes from {len(books)} books",
-        hashes={tag: _policy_hash(source, tag) for tag in ("style", "script")},
         facts=_facts(lines, summary, len(severities)),
         against=short(versus["name"]),
         rows=rows,
@@ -68,7 +65,15 @@ def html(lines, performances, summary):
             range(0, int(high) + 1, 25) if low == 0 else [low, low / 2, 0, high / 2, high]
         ),
     )
-    return page.encode("utf-8", errors="replace").decode()
+
+
+def render(name, **fields):
+    """A template of this folder, filled; its security policy allows no style or script but its own."""
+    source = Path(__file__).with_name(name).read_text(encoding="utf-8")
+    options = {"undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Environment(autoescape=True, **options).from_string(source)
+    hashes = {tag: _policy_hash(source, tag) for tag in ("style", "script") if f"<{tag}>" in source}
+    return template.render(hashes=hashes, **fields).encode("utf-8", errors="replace").decode()
 
 
 def _policy_hash(source, tag):

@@ -102,6 +102,14 @@ class Local:
             self.drop()
         return [replies[i] for i in range(len(conversations))]
 
+    def score(self, conversations, openings, continuations):
+        """[(log-probability in nats, number of tokens)] of each continuation of a reply that begins with its
+        opening. RequestRefused if one of them is too long."""
+        prompts = [self.prompt(*pair)[0] for pair in zip(conversations, openings, strict=True)]
+        ids = [self.encode(text) for text in continuations]
+        scores = self.engine.score(prompts, ids)
+        return [(score, len(own)) for score, own in zip(scores, ids, strict=True)]
+
     def ask(self, key, messages, params, opening=""):
         """Enqueues a conversation, as in `chat`; `step` returns its Reply under this key."""
         ids, own_tokens = self.prompt(messages, opening)
