@@ -29,18 +29,26 @@ def cheat(options, right):
 
 
 def read_profiles(file):
-    """{title: (name, profile)}, with the first character of each book."""
+    """{title: {name: profile}} of all books."""
     books = read_json(file, list)
     try:
         check(books, [{"title": str, "persona": dict}], "book")
         profiles = {}
         for book in books:
-            for name, persona in list(book["persona"].items())[:1]:
-                check(persona, {"summary": str}, f"{book['title']}, {name}")
-                profiles[book["title"]] = name, persona["summary"].strip()
+            check(book["persona"], {name: {"summary": str} for name in book["persona"]}, book["title"])
+            own = {name: persona["summary"].strip() for name, persona in book["persona"].items()}
+            profiles[book["title"]] = own
     except ValueError as error:
         raise UsageError(f"{file}: not the profiles of CroSS: {error}") from None
     return profiles
+
+
+def find_profile(profiles, name):
+    """(name, profile) of a character; the profile of a book's only character, whatever its name there."""
+    if name not in profiles and len(profiles) == 1:
+        [(name, profile)] = profiles.items()
+        return name, profile
+    return name, profiles.get(name)
 
 
 def entries(file):
@@ -65,12 +73,12 @@ def load(args):
     profiles, questions, left_out = read_profiles(profiles_file), [], []
     for number, (book, name, entry) in enumerate(entries(questions_file), 1):
         try:
-            if args.profile != "none" and book not in profiles:
-                raise ValueError("a character without a profile, as the book is not in the file of profiles")
-            display, profile = profiles.get(book, (name, ""))
+            display, profile = find_profile(profiles.get(book, {}), name)
+            if args.profile != "none" and profile is None:
+                raise ValueError("an unknown character, without a profile")
             if args.profile != "none" and not profile:
                 raise ValueError("an empty profile")
-            question = read_question(entry, str(number), book, display, profile)
+            question = read_question(entry, str(number), book, display, profile or "")
             raw = entry["Multiple Choice Question"]["Options"]
             question.cheat = cheat(
                 raw, LETTERS.index(entry["Multiple Choice Question"]["Correct Answer"].strip())

@@ -84,6 +84,8 @@ def run(subjects, models, journal, args):
         "published: pdb labels of the same 32 characters; `cells` and `characters` stand where the figure is "
         "a share of them; judge and profiles are not stated",
     ]
-    results = {"title": f"incharacter (BFI): {len(subjects)} characters, {len(lines)} answers"}
+    answered = sum(answer is not None for own in answers.values() for answer in own.values())
+    asked = f"{answered} of {len(subjects) * len(items)} questions answered"
+    results = {"title": f"incharacter (BFI): {len(subjects)} characters, {asked}"}
     results |= {"rows": [own, *baselines(subjects), *others], "notes": notes}
     return results, list(page_items(cells, ratings, answers, args.labels))

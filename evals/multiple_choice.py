@@ -112,8 +112,8 @@ def generate(questions, templates, profile, model, journal, args):
 def score(questions, templates, profile, model, journal):
     """Chooses the likeliest option as an answer; the options are not shown.
 
-    Yields, for each question, an answer by each of LIKELIHOODS: the log-probability of an option, that per token,
-    and its gain over the prompt without scenario and question (pointwise mutual information).
+    Yields, for each question, an answer by each of LIKELIHOODS: the log-probability of an option, that per
+    token, and its gain over the prompt without scenario and question (pointwise mutual information).
     """
 
     def compute(one):
