@@ -1,16 +1,40 @@
-"""Tables of the benchmarks: rows with intervals, published rows beside them, files and the page."""
+"""What the benchmarks report: what failed, rows with intervals, published rows, files and the page."""
 
 import json
 import shlex
 from pathlib import Path
 
 from common import terminal
-from common.files import write_lines, write_whole
+from common.files import UsageError, write_lines, write_whole
 from evals import page
 from evals.metrics import bootstrap
 from evals.report import interval, number, short, show, table
 
 RESULTS, QUESTIONS = "results.json", "questions.jsonl"
+
+
+def note_errors(replies, what):
+    """Says how many calls failed and why the first did. UsageError if all failed."""
+    errors = [reply.error for reply in replies if reply.error is not None]
+    if errors and len(errors) == len(replies):
+        raise UsageError(f"none of {len(errors)} {what} came; the first error: {errors[0]}")
+    if errors:
+        first = (
+            f"{len(errors)} of {len(replies)} {what} failed, and count as not right; the first: {errors[0]}"
+        )
+        terminal.note(f"{first}; --resume asks for these again")
+
+
+def note_left_out(left_out, total, what):
+    """Names what is left out of a data file, [(name, reason)]. UsageError if nothing remains."""
+    if left_out:
+        names = "; ".join(f"{name}: {reason}" for name, reason in left_out[:5])
+        more = f"; and {len(left_out) - 5} more, see {RESULTS}" if len(left_out) > 5 else ""
+        terminal.note(f"{len(left_out)} of {total} {what} left out ({names}{more})")
+    if len(left_out) == total:
+        raise UsageError(
+            f"no {what} to ask" + (f"; the first left out: {left_out[0][1]}" if left_out else "")
+        )
 
 
 def percent(values, groups):
@@ -54,7 +78,7 @@ def report(out, results, items, html, arguments):
     results |= {"command": shlex.join(["python", "benchmark.py", *own])}
     write_lines(out / QUESTIONS, items)
     with write_whole(out / RESULTS) as file:
-        json.dump(results, file, indent=1, ensure_ascii=False)
+        json.dump(results, file, indent=1)
     columns = list(dict.fromkeys(name for row in results["rows"] for name in row))
     cells = [[cell(row.get(name)) for name in columns] for row in results["rows"]]
     show([results["title"], table(columns, cells), *results["notes"], f"command: {results['command']}"])

@@ -13,9 +13,8 @@ from pathlib import Path
 from common.files import UsageError, read_json
 from evals import multiple_choice
 from evals.benchmark_prompts import CROSS_MR
-from evals.benchmark_report import published
+from evals.benchmark_report import note_left_out, published
 from evals.multiple_choice import LETTERS, read_question, shuffled
-from evals.runner import note_left_out
 from evals.shapes import check
 
 QUESTIONS_FILE, PROFILES_FILE = "motivation_dataset.json", "truth_persona_all_dimension.json"

@@ -15,12 +15,12 @@ from common.files import write_lines
 from data.prompts import fill
 from engine.params import SamplingParams
 from evals import benchmark_prompts as prompts
-from evals.benchmark_report import published
+from evals.benchmark_report import note_errors, published
 from evals.in_character_data import files, load, load_items, read_interview
 from evals.in_character_rating import TRIES, rate
 from evals.in_character_scores import baselines, cells_of, page_items, row
 from evals.report import short
-from evals.runner import ask_all, make_ask, note_errors
+from evals.runner import ask_all, make_ask
 
 __all__ = ["files", "load", "run"]
 INTERVIEW = "interview.jsonl"

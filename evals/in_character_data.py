@@ -6,7 +6,8 @@ from pathlib import Path
 from common import terminal
 from common.files import UsageError, read_json, read_lines
 from evals import benchmark_prompts as prompts
-from evals.runner import note_left_out
+from evals.benchmark_report import note_left_out
+from evals.rubric import writable
 from evals.shapes import check
 
 INTERVIEW_KEYS = ("character", "item", "question", "answer")
@@ -114,4 +115,4 @@ def read_interview(file, subjects):
         )
     if not good:
         raise UsageError(f"{file}: no answer of a character of this benchmark in it")
-    return good
+    return [line | {"answer": line["answer"] and writable(line["answer"])} for line in good]

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from data.prompts import fill
 from engine.params import SamplingParams
 from evals import benchmark_prompts as prompts
+from evals.benchmark_report import note_errors
 from evals.judging import TRIES
 from evals.rubric import digest, writable
-from evals.runner import ask_all, make_ask, note_errors
+from evals.runner import ask_all, make_ask
 
 METHODS = ("groups", "options")
 LONGEST = 500  # of an answer that the judge reads: words, or in Chinese characters

@@ -10,9 +10,8 @@ from pathlib import Path
 from common.files import UsageError, read_json
 from evals import multiple_choice
 from evals.benchmark_prompts import LIFE_CHOICE
-from evals.benchmark_report import published
+from evals.benchmark_report import note_left_out, published
 from evals.multiple_choice import read_question, shuffled
-from evals.runner import note_left_out
 from evals.shapes import check
 
 PROMPTS = LIFE_CHOICE

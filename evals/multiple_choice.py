@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from data.prompts import fill
 from engine.params import SamplingParams
 from evals.benchmark_prompts import ANSWER, CHOOSE
-from evals.benchmark_report import percent
+from evals.benchmark_report import note_errors, percent
 from evals.report import short
-from evals.runner import GENERATION, LIKELIHOOD, ask_all, compute_all, make_ask, note_errors
+from evals.runner import GENERATION, LIKELIHOOD, ask_all, compute_all, make_ask
 from evals.shapes import check
 
 LETTERS = "ABCD"
@@ -62,6 +62,7 @@ def read_question(entry, key, book, character, profile):
     if not (entry["Question"].strip() and character.strip()):
         raise ValueError("an empty question" if character.strip() else "a character without a name")
     texts = book, character, profile, entry["Scenario"], entry["Question"]
+    "".join([*texts, *options]).encode()  # a ValueError where there is half a surrogate pair
     return Question(key, *(text.strip() for text in texts), options, LETTERS.index(right))
 
 

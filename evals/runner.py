@@ -86,30 +86,6 @@ def compute_all(asks, compute, journal, what):
     return replies
 
 
-def note_errors(replies, what):
-    """Says how many calls failed and why the first did. UsageError if all failed."""
-    errors = [reply.error for reply in replies if reply.error is not None]
-    if errors and len(errors) == len(replies):
-        raise UsageError(f"none of {len(errors)} {what} came; the first error: {errors[0]}")
-    if errors:
-        first = (
-            f"{len(errors)} of {len(replies)} {what} failed, and count as not right; the first: {errors[0]}"
-        )
-        terminal.note(f"{first}; --resume asks for these again")
-
-
-def note_left_out(left_out, total, what):
-    """Names what is left out of a data file, [(name, reason)]. UsageError if nothing remains."""
-    if left_out:
-        names = "; ".join(f"{name}: {reason}" for name, reason in left_out[:5])
-        more = f"; and {len(left_out) - 5} more, see results.json" if len(left_out) > 5 else ""
-        terminal.note(f"{len(left_out)} of {total} {what} left out ({names}{more})")
-    if len(left_out) == total:
-        raise UsageError(
-            f"no {what} to ask" + (f"; the first left out: {left_out[0][1]}" if left_out else "")
-        )
-
-
 # ---- a run -------------------------------------------------------------------------------------------------
 
 

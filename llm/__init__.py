@@ -24,8 +24,8 @@ __all__ = ["Reply", "default_actor", "open_model"]
 
 def open_model(spec, chat_format=None, dtype=None, **options):
     """`openai:MODEL`, `openai:MODEL@URL` or a checkpoint directory -> a model with `name`, `local`,
-    `identity`, `adaptations` and `chat`; a local one also has `ask`, `step`, `spoken` and `drop`, an endpoint
-    `submit`.
+    `identity`, `adaptations` and `chat`; a local one also has `score`, `ask`, `step`, `spoken` and `drop`, an
+    endpoint `submit`.
 
     chat_format, dtype: of a checkpoint (an endpoint applies its own). options: of an Endpoint (answers,
     concurrency, per_minute).

@@ -91,7 +91,7 @@ def bfi(letters):
 
 
 def write(path, value):
-    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def use(monkeypatch, say, **attributes):
@@ -259,6 +259,7 @@ def test_bad_questions_are_named_and_left_out(script, cross, tmp_path, monkeypat
     entries[1]["Multiple Choice Question"]["Options"][1] = "B. because  of motive 1A."
     entries[2]["Multiple Choice Question"]["Options"].pop()
     entries[3] = {"Multiple Choice Question": 7}
+    books["Book 2"]["Heroine 2\\"][0]["Multiple Choice Question"]["Scenario"] = "\ud800"
     books["Unknown"] = {"Nobody": [question(99, "A")]}
     write(file, books)
     profiles = json.loads((cross / cross_mr.PROFILES_FILE).read_text())
@@ -267,14 +268,22 @@ def test_bad_questions_are_named_and_left_out(script, cross, tmp_path, monkeypat
     use(monkeypatch, lambda *_: "Answer: A")
     command = ["cross-mr", "--data", cross, "--actor", "m", "--by", "generation", "--out", tmp_path / "o"]
     code, _, err = script("benchmark", *command)
-    assert code == 0 and "9 of 13 questions left out" in err and "not among its options" in err
+    assert code == 0 and "10 of 13 questions left out" in err and "not among its options" in err
     reasons = " ".join(reason for _, reason in results(tmp_path / "o")["left_out"])
-    for words in ("'E'", "equal options", "3 options", "7 where", "unknown character", "empty profile"):
+    for words in (
+        "'E'",
+        "equal options",
+        "3 options",
+        "7 where",
+        "unknown character",
+        "empty profile",
+        "surrogates",
+    ):
         assert words in reasons, words
-    assert own_rows(tmp_path / "o")[0]["questions"] == 4
+    assert own_rows(tmp_path / "o")[0]["questions"] == 3
     command[-1] = tmp_path / "n"
     code, _, err = script("benchmark", *command, "--profile", "none")
-    assert code == 0 and "4 of 13 questions left out" in err
+    assert code == 0 and "5 of 13 questions left out" in err
 
 
 def test_what_cannot_be_done_is_one_line(script, cross, personality, tmp_path, monkeypatch):
@@ -310,7 +319,9 @@ def test_an_endpoint_is_asked_to_generate_only(script, cross, tmp_path, monkeypa
     with Server(lambda *_: "Answer: B") as server:
         server.use(monkeypatch)
         assert "local model" in usage_error(script("benchmark", *command, "--by", "likelihood"))
-        code, _, err = script("benchmark", *command)
+        code, _, err = script("benchmark", *command, "--limit", 4)
+        assert code == 0 and len(server.requests) == 4
+        code, _, err = script("benchmark", *command, "--resume")
         assert code == 0 and len(server.requests) == 12 and "likelihoods need a local model" in err
         code, _, _ = script("benchmark", *command, "--resume", "--profile", "both")
         assert code == 0 and len(server.requests) == 24
@@ -362,6 +373,21 @@ def test_likelihoods_are_those_of_transformers(script, cross, tiny_actor, tmp_pa
             right[name] += values.index(max(values)) == q.right
     for row, (name, count) in zip(own_rows(tmp_path / "o"), right.items(), strict=False):
         assert f"({name})" in row[""] and row["accuracy"] == pytest.approx(100 * count / 6)
+
+
+def test_a_prompt_that_is_too_long_counts_as_wrong(script, cross, tiny_actor, tmp_path):
+    """In both ways, named, and the other questions are answered."""
+    profiles = json.loads((cross / cross_mr.PROFILES_FILE).read_text())
+    profiles[0]["persona"]["Heroine 0"]["summary"] = "never again " * 9000
+    write(cross / cross_mr.PROFILES_FILE, profiles)
+    command = ["cross-mr", "--data", cross, "--actor", tiny_actor, "--out", tmp_path / "o", "--max-tokens", 4]
+    code, _, err = script("benchmark", *command, "--limit", 6)
+    assert code == 0 and "4 of 6 likelihoods failed" in err and "4 of 6 answers failed" in err
+    assert {row["questions"] for row in own_rows(tmp_path / "o")} == {6}
+    lines = [json.loads(line) for line in (tmp_path / "o" / "questions.jsonl").read_text().splitlines()]
+    assert [[a["verdict"] for a in line["answers"][:3]] == ["no choice"] * 3 for line in lines] == (
+        [True] * 4 + [False] * 2
+    )
 
 
 # ---- InCharacter -------------------------------------------------------------------------------------------
@@ -458,6 +484,9 @@ def test_a_judge_of_known_accuracy(script, personality, tmp_path, monkeypatch):
 
 def test_ratings_by_options(script, personality, tmp_path, monkeypatch):
     """Negative items are turned around, a refusal is missing; as published it is 3."""
+    items = [SimpleNamespace(number="1", negative=False), SimpleNamespace(number="2", negative=True)]
+    parsed = rating.parse('Here: {"1": "5", "2": "4"}', SimpleNamespace(items=items), "options")
+    assert parsed == [5, 2]
     model = use(monkeypatch, judge_of({"Hermione": "5", "钟离": "x", "Gaston": "1"}))
     command = ["incharacter", "--data", personality, "--actor", "m", "--judge", "j", "--out", tmp_path / "o"]
     assert script("benchmark", *command, "--rating", "options")[0] == 0
