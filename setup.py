@@ -19,7 +19,7 @@ setup(
     description="CoSER in pure PyTorch: train an actor, put it on stage, judge it",
     license="MIT",
     python_requires=">=3.11",
-    py_modules=["generate", "judge", "model", "simulate", "tokenizer", "train"],
+    py_modules=["benchmark", "generate", "judge", "model", "simulate", "tokenizer", "train"],
     packages=[
         *("checkpoint", "common", "data", "engine", "evals", "kernels", "llm", "play", "text", "training"),
     ],

@@ -78,6 +78,14 @@ class Local(Model):
         sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
         self.as_sampled = functools.lru_cache(2**15)(sampled)
 
+    def score(self, conversations, openings, continuations):
+        """[(log-probability in nats, number of tokens)] of each continuation of a reply that begins with its
+        opening. RequestRefused if one of them is too long."""
+        prompts = [self.prompt(*pair)[0] for pair in zip(conversations, openings, strict=True)]
+        ids = [self.encode(text) for text in continuations]
+        scores = self.engine.score(prompts, ids)
+        return [(score, len(own)) for score, own in zip(scores, ids, strict=True)]
+
     def submit(self, messages, params, opening=""):
         """Enqueues a conversation, as in `chat`, and returns the Future of its Reply."""
         ids, own_tokens = self.prompt(messages, opening)

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from common import files, terminal
-from common.files import UsageError, append_line, read_json, read_lines, write_json, write_lines, write_whole
+from common.files import UsageError, append_line, read_json, read_lines, write_lines, write_whole
 from data.brackets import SPEECH, BracketParser
 from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT, load_stage
@@ -44,6 +44,26 @@ def locked(directory):
         os.close(descriptor)
 
 
+def claim(directory, settings, resume, holds_results=False):
+    """Writes the settings of a run into its directory.
+
+    UsageError if the directory holds a run that this one may not continue: without resume any run, else one
+    with other settings. The name of a model may differ where its identity is the same.
+    """
+    file = directory / SETTINGS
+    if holds_results or file.exists():
+        if not resume:
+            hint = "add --resume to go on with it, or choose another --out"
+            raise UsageError(f"{directory}: holds a run already; {hint}")
+        old = read_json(file)
+        identified = {name for name in settings if f"{name}_identity" in settings}
+        names = sorted({*settings, *old} - identified)
+        if changed := ", ".join(name for name in names if settings.get(name) != old.get(name)):
+            raise UsageError(f"{directory}: made with other settings ({changed}); choose another --out")
+    with write_whole(file) as out:
+        json.dump(settings, out, indent=1)
+
+
 class Transcripts:
     """The transcripts of a run, written to its directory as scenes end.
 
@@ -54,21 +74,9 @@ class Transcripts:
     def __init__(self, directory, settings, models, resume):
         self.directory, self.settings, self.models = directory, settings, models
         self.finished, self.failed = read_lines(directory / TRANSCRIPTS, TRANSCRIPT_KEYS), []
-        if self.finished or (directory / SETTINGS).exists():
-            if not resume:
-                hint = "add --resume to go on with it, or choose another --out"
-                raise UsageError(f"{directory}: holds a run already; {hint}")
-            self._check_settings(read_json(directory / SETTINGS))
-        write_json(directory / SETTINGS, settings)
+        claim(directory, settings, resume, bool(self.finished))
         write_lines(directory / TRANSCRIPTS, self.finished)  # without the torn line a kill may have left
         (directory / FAILURES).unlink(missing_ok=True)
-
-    def _check_settings(self, old):
-        paths = {name for name in self.settings if f"{name}_identity" in self.settings}  # a model may move
-        names = sorted({*self.settings, *old} - paths)
-        if changed := [name for name in names if self.settings.get(name) != old.get(name)]:
-            words = f"was played with other settings ({', '.join(changed)}); choose another --out"
-            raise UsageError(f"{self.directory}: {words}")
 
     def missing(self, scenes):
         """The scenes without a transcript."""

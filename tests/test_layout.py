@@ -16,7 +16,7 @@ LEVELS = [
     {"llm"},
     {"play"},
     {"evals"},
-    {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench"},
+    {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench", "benchmark"},
 ]
 SCRIPTS = LEVELS[-1]
 
