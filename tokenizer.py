@@ -292,7 +292,8 @@ def _load_llama3(path, added):
         raise UsageError(f"{path}: {len(ranks)} ranks, but LLaMA 3 has {LLAMA3_RANKS}, counted from 0")
     names = [LLAMA3_NAMED.get(i, f"<|reserved_special_token_{i}|>") for i in range(256)]
     by_id = {LLAMA3_RANKS + i: name for i, name in enumerate(names)}
-    by_id |= {i: name for name, i in added.items() if i >= LLAMA3_RANKS}  # reserved ones that have got a name
+    new = {i: name for name, i in added.items() if i >= LLAMA3_RANKS and name not in names}
+    by_id |= new  # a fine-tune gives reserved tokens a name, or adds tokens
     specials = {name: i for i, name in by_id.items()}
     return BytePairTokenizer(ranks, [LLAMA3_PATTERN], specials, path)
 

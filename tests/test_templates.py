@@ -4,6 +4,7 @@ transformers."""
 # ruff: noqa: E501 (templates)
 import itertools
 import json
+import shutil
 import time
 
 import pytest
@@ -12,6 +13,7 @@ import tokenizers
 from conftest import ROOT
 from transformers import AutoTokenizer
 
+import llm
 from common.files import UsageError
 from text.export import save_tokenizer
 from text.hf import QWEN2_PATTERN
@@ -356,6 +358,26 @@ def test_a_template_that_cannot_be_used(folder, template, why):
 def test_asking_for_a_template_where_there_is_none(folder):
     with pytest.raises(UsageError, match="no chat template"):
         load_tokenizer(folder(None), "template")
+
+
+def test_what_was_chosen_is_said(tiny_actor, script):
+    """With --stats, and for whoever keeps settings."""
+    why = "stage: tokenizer_config.json says so"
+    assert llm.open_model(tiny_actor).chat_format_reason == why
+    code, _, err = script("generate", "--model", tiny_actor, "--prompt", "The", "--max-tokens", 2, "--stats")
+    assert code == 0 and f"chat format {why}" in err
+
+
+def test_a_renamed_reserved_token_of_llama_3(shared, tmp_path):
+    """ChatML on tiktoken ranks: a reserved token, and one more, get their names from tokenizer_config.json."""
+    shutil.copy(shared / "tokenizers" / "llama3" / "tokenizer.model", tmp_path)
+    names = {"128002": "<|im_start|>", "128256": "<|im_end|>", "128004": "<|finetune_right_pad_id|>"}
+    added = {i: {"content": name} for i, name in names.items()}
+    config = {"chat_template": CHATML, "eos_token": "<|im_end|>", "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tok = load_tokenizer(tmp_path)
+    assert (tok.chat_format, tok.vocab_size, tok.stop_ids[0]) == ("chatml", 128_257, 128_256)
+    assert tok.render(CHAT[:1])[0][0] == 128_002 and len(tok.specials) == 257
 
 
 # ---- SentencePiece -----------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ class Template:
         )
 
     def bounded(self, work, number=0):
-        """work(), which may take longer for a number of messages, with any error as a ValueError of one line."""
+        """work(), with any error as a ValueError of one line. number: of messages."""
         self.sandbox.budget = BUDGET + BUDGET_OF_MESSAGE * number
         try:
             return work()
