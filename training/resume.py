@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 import checkpoint
 from checkpoint.weights import open_weights
@@ -160,6 +161,8 @@ def restore(out, model, optimizer, stream, settings):
 
 def _state(model, optimizer):
     """What a checkpoint holds, and is loaded into in place: trained parameters and their optimiser state."""
+    if isinstance(model, FSDPModule):  # an evaluation leaves the root's parameters gathered
+        model.reshard()
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     return {"model": parameters, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
