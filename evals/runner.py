@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from evals import benchmark_prompts
 from evals.rubric import digest
 from llm import open_model
 from llm.reply import Reply
-from play.perform import SIDE_BY_SIDE, Dispatcher
+from play.perform import SIDE_BY_SIDE
 from play.protocol import Call
 from play.transcripts import ANSWERS, REPLIES
 
@@ -21,7 +22,7 @@ GENERATION, LIKELIHOOD = "generation", "likelihood"  # ways to answer a multiple
 
 @dataclass(eq=False)
 class Ask:
-    """A call in the form that Journal and Dispatcher of `play.perform` take. key: of its question."""
+    """A call in the form that the Journal of `play.perform` takes. key: of its question."""
 
     key: str
     call: Call
@@ -41,27 +42,27 @@ def ask_all(asks, model, journal, what):
 
     A reply with an `error` is not kept, so a resumed run asks again. what: for the progress bar.
     """
-    replies, waiting = {}, deque()
+    replies, waiting, running = {}, deque(), {}  # {Future: Ask}
     for one in asks:
-        kept = journal.take(one, one.call)
-        if kept:
+        if kept := journal.take(one, one.call):
             replies[one] = kept[0]
         else:
             waiting.append(one)
-    dispatcher, running = Dispatcher(dict.fromkeys({one.call.role for one in asks}, model)), 0
     try:
         with terminal.reporting(len(asks), "answers") as update:
             while waiting or running:
-                while waiting and running < SIDE_BY_SIDE:
-                    dispatcher.submit(waiting.popleft())
-                    running += 1
-                for answered in dispatcher.collect():
-                    journal.keep(answered)
-                    replies.update(answered)
-                    running -= len(answered)
+                while waiting and len(running) < SIDE_BY_SIDE:
+                    one = waiting.popleft()
+                    running[model.submit(one.call.messages, one.call.params, one.call.opening)] = one
+                model.step()
+                done = wait(running, 0 if model.local else 1, FIRST_COMPLETED).done
+                answered = [(running.pop(future), future.result()) for future in done]
+                journal.keep(answered)
+                replies.update(answered)
                 update(len(replies), what)
     finally:
-        dispatcher.close()
+        for future in running:
+            future.cancel()
     return [replies[one] for one in asks]
 
 
