@@ -13,7 +13,8 @@ accepted. A state is that stack as a tuple, the top frame last, so that states c
 
 Supported: objects (every property, in the schema's order), arrays (minItems, maxItems), strings, integers
 (minimum, maximum), booleans, null, enum and const. The layout is that of `json.dumps`. The cost of a state is
-the number of bytes of the shortest text that completes the document. Each of these bytes is a token, so the cost
+the number of bytes of the shortest text that completes the document. Each of these bytes is a token, so the
+cost
 is never less than the tokens needed: a text that only takes tokens whose cost fits into what is left of its
 token budget always ends as a whole document.
 """

@@ -1,6 +1,7 @@
 """The kernels: the twins against plain formulas, the Triton ones against fp64 and no worse than the twins.
 
-Where there is a GPU the Triton kernels run on it, else on the CPU under Triton's interpreter; the tests are the same.
+Where there is a GPU the Triton kernels run on it, else on the CPU under Triton's interpreter; the tests are
+the same.
 """
 
 import random
@@ -37,7 +38,8 @@ def explicit_attention(q, k, v, positions, window):
 
 
 def random_case(seed, dtype=torch.float64):
-    """q, k, v and positions of packed rows with odd sizes, drawn from a seed; a document of one token is among them."""
+    """q, k, v and positions of packed rows with odd sizes, drawn from a seed; a document of one token is
+    among them."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     B, T, K, D = rng.randrange(1, 4), rng.randrange(5, 14), rng.choice([1, 2, 3]), rng.choice([1, 4, 7])
     q, k, v = (
@@ -138,7 +140,8 @@ def test_rms_norm_with_a_residual():
 
 
 def test_rms_norm_takes_the_mean_in_fp32():
-    """In bf16 the result is what fp32 gives, to the two roundings it ends with; values are large enough to swamp a bf16 sum."""
+    """In bf16 the result is what fp32 gives, to the two roundings it ends with; values are large enough to
+    swamp a bf16 sum."""
     x = (100 + torch.randn(4, 4096, generator=torch.Generator().manual_seed(0))).bfloat16()
     weight = torch.ones(4096, dtype=torch.bfloat16)
     out = kernels.rms_norm(x, weight)
@@ -158,7 +161,8 @@ def test_rms_norm_refuses_shapes_that_do_not_fit():
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("seed", range(5))
 def test_selected_rows_are_those_of_the_whole(seed, window):
-    """With `rows` only those queries are computed, with the same values and gradients; none and repeated ones included."""
+    """With `rows` only those queries are computed, with the same values and gradients; none and repeated
+    ones included."""
     q, k, v, positions = random_case(seed)
     count = random.Random(seed).randrange(0, 9) if seed else 0
     generator = torch.Generator().manual_seed(seed)
@@ -173,7 +177,8 @@ def test_selected_rows_are_those_of_the_whole(seed, window):
 
 
 def paged_case(seed, dtype, queries, group=4, D=64, lengths=(0, 1, 5, 123), kv_heads=2, page_size=16):
-    """What decode_attention takes: sequences of these lengths in pages that lie anywhere, unused ones full of NaN."""
+    """What decode_attention takes: sequences of these lengths in pages that lie anywhere, unused ones full
+    of NaN."""
     generator = torch.Generator().manual_seed(seed)
     max_pages = max(lengths) // page_size + 2
     table = torch.randperm(len(lengths) * max_pages, generator=generator).view(len(lengths), max_pages).int()
@@ -202,7 +207,8 @@ def decode_reference(q, key_pages, value_pages, block_table, lengths, window=Non
 @pytest.mark.parametrize("queries", [1, 3, 32])
 @pytest.mark.parametrize("group", [1, 4])
 def test_decode_attention_is_attention_over_pages(queries, group, window):
-    """The twin gives what whole attention gives for the last tokens; sequences shorter than the queries get zeros before."""
+    """The twin gives what whole attention gives for the last tokens; sequences shorter than the queries get
+    zeros before."""
     case = paged_case(0, torch.float32, queries, group)
     torch.testing.assert_close(
         kernels.decode_attention(*case, window), decode_reference(*case, window).float()
@@ -210,7 +216,8 @@ def test_decode_attention_is_attention_over_pages(queries, group, window):
 
 
 def test_kernels_are_chosen_by_name_or_device(monkeypatch):
-    """`use` takes the names there are and refuses another; without it CUDA tensors get Triton and others the twin."""
+    """`use` takes the names there are and refuses another; without it CUDA tensors get Triton and others
+    the twin."""
     with pytest.raises(ValueError, match=r"'cuda12'.*torch"):
         kernels.use("cuda12")
     ran = []
@@ -232,12 +239,14 @@ def test_importing_the_kernels_leaves_triton_alone():
     )
 
 
-# ---- Triton against fp64 ------------------------------------------------------------------------------------------------
+# ---- Triton against fp64
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def triton_runs(monkeypatch):
-    """Memory that is not yet written holds NaN; the interpreter rounds to bf16 as a GPU does (it cuts the digits off)."""
+    """Memory that is not yet written holds NaN; the interpreter rounds to bf16 as a GPU does (it cuts the
+    digits off)."""
     triton = pytest.importorskip("triton")
     if triton.knobs.runtime.interpret:
         from triton.runtime import interpreter
@@ -280,9 +289,12 @@ def reference(q, k, v, positions=None, window=None, rows=None):
 
 
 def no_worse(run, inputs, exact, upstream):
-    """Runs a kernel by the twin, by Triton and by a formula in fp64: values and gradients of Triton's are at most 3 times
-    as far from the exact ones as the twin's, at the worst and in the mean; or off by one rounding of the largest, or by one in
-    fp32 of a product of two vectors (up to 32 here): differences of those are what gradients of scores are."""
+    """Runs a kernel by the twin, by Triton and by a formula in fp64: values and gradients of Triton's are
+    at most 3 times
+    as far from the exact ones as the twin's, at the worst and in the mean; or off by one rounding of the
+    largest, or by one in
+    fp32 of a product of two vectors (up to 32 here): differences of those are what gradients of scores
+    are."""
     results = []
     for name in (None, "torch", "triton"):
         leaves = [(x.double() if name is None else x.clone()).detach().requires_grad_() for x in inputs]
@@ -320,7 +332,8 @@ ATTENTION = [  # B, T, K, group, D, positions, window, rows
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", ATTENTION)
 def test_triton_attention_is_no_worse_than_its_twin(case, dtype, triton_runs):
-    """Odd lengths, groups, head sizes, documents of one token, windows, selected rows; every element is written."""
+    """Odd lengths, groups, head sizes, documents of one token, windows, selected rows; every element is
+    written."""
     B, T, K, group, D, positions, window, rows = case
     generator = torch.Generator().manual_seed(T)
     rows = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=DEVICE)
@@ -342,7 +355,8 @@ def test_triton_attention_is_no_worse_than_its_twin(case, dtype, triton_runs):
 
 
 def test_triton_attention_takes_views(triton_runs):
-    """q, k and v cut out of one projection, and an upstream gradient that is expanded, give what copies give."""
+    """q, k and v cut out of one projection, and an upstream gradient that is expanded, give what copies
+    give."""
     fused = torch.randn(2, 35, 8, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     kernels.use("triton")
     results = []
@@ -377,7 +391,8 @@ def test_triton_attention_gradients_are_finite_differences(window, triton_runs):
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("chosen", [None, slice(3, None, 3)])
 def test_blocks_a_mask_empties_are_not_visited(window, chosen, triton_runs):
-    """The blocks that hold a visible pair are counted, for each block of the other side; all else is NaN, and nothing changes:
+    """The blocks that hold a visible pair are counted, for each block of the other side; all else is NaN,
+    and nothing changes:
     so those are all that is visited. Block by block, for the output, dq, dk and dv."""
     from kernels import attention_triton as kernel
 
@@ -430,7 +445,8 @@ def test_blocks_a_mask_empties_are_not_visited(window, chosen, triton_runs):
     [(1, 1, None), (1, 4, 20), (3, 8, None), (2, 4, 1), (32, 4, None), (29, 3, 20), (128, 1, 7)],
 )
 def test_triton_decode_attention_is_no_worse_than_its_twin(queries, group, window, dtype, triton_runs):
-    """Ragged lengths over scattered pages, several parts each, parts without keys; what lies behind the last token is NaN."""
+    """Ragged lengths over scattered pages, several parts each, parts without keys; what lies behind the
+    last token is NaN."""
     case = paged_case(queries, dtype, queries, group, D=20 if group == 1 else 64, lengths=(0, 1, 5, 123, 300))
     exact, (twin, ours) = (
         decode_reference(*case, window),
@@ -449,7 +465,8 @@ def test_triton_decode_attention_is_no_worse_than_its_twin(queries, group, windo
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", [(1,), (5, 123), (2, 3, 64), (37, 1000), (3, 4100)])
 def test_triton_rms_norm_is_no_worse_than_its_twin(shape, residual, dtype, triton_runs):
-    """Odd sizes, rows that share a tile and rows that fill several; gradients of what is normalised and of the sum."""
+    """Odd sizes, rows that share a tile and rows that fill several; gradients of what is normalised and of
+    the sum."""
     generator = torch.Generator().manual_seed(len(shape))
     x, other, dy, dtotal = torch.randn(4, *shape, generator=generator).to(DEVICE, dtype)
     weight = torch.randn(shape[-1], generator=generator).to(DEVICE, dtype)
@@ -505,7 +522,8 @@ def test_triton_results_do_not_change_from_run_to_run(triton_runs):
 
 
 def test_triton_operators_are_well_formed(triton_runs):
-    """torch's own check of an operator: schema, fake implementation, autograd, and all of it under a compiler's tracing."""
+    """torch's own check of an operator: schema, fake implementation, autograd, and all of it under a
+    compiler's tracing."""
     from kernels.attention_triton import attend, attend_backward, key_range
     from kernels.decode_triton import decode
     from kernels.rms_norm_triton import norm, norm_backward
@@ -526,7 +544,8 @@ def test_triton_operators_are_well_formed(triton_runs):
 
 
 def test_triton_kernels_run_under_a_compiler(triton_runs):
-    """A graph without a break, forward and backward, gives what runs without a compiler; rows of another length are fine."""
+    """A graph without a break, forward and backward, gives what runs without a compiler; rows of another
+    length are fine."""
     kernels.use("triton")
 
     def block(x, q, k, weight, positions, rows):

@@ -1415,7 +1415,8 @@ def test_an_endpoint_is_not_given_an_opening():
 
 
 def test_default_actor(tmp_path, monkeypatch, capsys):
-    """The one trained last, else the shipped adapter where SmolLM2 is installed, else the small bundled one; stderr
+    """The one trained last, else the shipped adapter where SmolLM2 is installed, else the small bundled
+    one; stderr
     says which, and how to get the better one."""
     monkeypatch.setattr(files, "OUT", tmp_path / "out")
 

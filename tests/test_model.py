@@ -1,4 +1,5 @@
-"""The forward pass: equal to transformers' LlamaForCausalLM, on packed rows to the documents alone, in bf16 no worse."""
+"""The forward pass: equal to transformers' LlamaForCausalLM, on packed rows to the documents alone, in bf16
+no worse."""
 
 import dataclasses
 import random
@@ -68,7 +69,8 @@ def test_logits_stay_equal_far_into_the_context(seed, tmp_path):
 
 @pytest.mark.parametrize("preset", ["stage", "llama-3.1-8b"])
 def test_angles_equal_those_of_transformers(preset, tmp_path):
-    """cos and sin at the very end of the context, where an error in a frequency counts most, are transformers' own."""
+    """cos and sin at the very end of the context, where an error in a frequency counts most, are
+    transformers' own."""
     config = ModelConfig(vocab_size=128, **PRESETS[preset])
     small = dataclasses.replace(
         config, num_hidden_layers=1, hidden_size=config.num_attention_heads, intermediate_size=2
@@ -100,7 +102,8 @@ def test_gradients_equal_those_of_transformers(seed, tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 @torch.no_grad()
 def test_bf16_is_no_worse_than_transformers(seed, tmp_path):
-    """In bf16 the error against fp32 logits is at most twice transformers' own, in the mean and at its worst."""
+    """In bf16 the error against fp32 logits is at most twice transformers' own, in the mean and at its
+    worst."""
     ours, theirs = pair(seed, tmp_path / "model")
     tokens = random_tokens(ours, seed, 2, 300)
     exact = theirs(tokens).logits
@@ -132,7 +135,8 @@ def test_packed_documents_do_not_see_each_other(seed):
 @pytest.mark.parametrize("seed", range(8))
 @torch.no_grad()
 def test_rows_select_from_the_logits(seed):
-    """`rows` gives the logits of those rows of the flattened batch, whatever the last layer leaves out for it."""
+    """`rows` gives the logits of those rows of the flattened batch, whatever the last layer leaves out for
+    it."""
     model = random_model(crossed_config(seed))
     tokens = random_tokens(model, 0, 3, 10)
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5, 0]] * 3)
