@@ -55,7 +55,8 @@ def ask_all(asks, model, journal, what):
                     one = waiting.popleft()
                     running[model.submit(one.call.messages, one.call.params, one.call.opening)] = one
                 model.step()
-                done = wait(running, 0 if model.local else 1, FIRST_COMPLETED).done
+                done = list(wait(running, 0 if model.local else 1, FIRST_COMPLETED).done)
+                done = done if model.local else done[:1]  # a kill loses the calls in flight, not the kept ones
                 answered = [(running.pop(future), future.result()) for future in done]
                 journal.keep(answered)
                 replies.update(answered)
