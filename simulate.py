@@ -64,6 +64,20 @@ def parse_args():
     add("--without-thoughts", action="store_true", help="actors are asked for no thoughts, and see none")
     add("--thoughts", choices=["show", "hide"], default="show", help="on the screen (transcripts have them)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    add(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="leave out tokens of a turn less likely than P times the likeliest",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="of a turn's tokens (default: 1, none)",
+    )
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     default = "(default: %(default)s)"
     add("--side-by-side", type=int, default=SIDE_BY_SIDE, metavar="N", help=f"concurrent scenes {default}")
@@ -114,8 +128,10 @@ def list_scenes():
 
 
 def protocol_of(args):
-    SamplingParams(args.temperature, seed=args.seed)  # refuses values out of range
-    names = ("max_rounds", "next_speaker_mode", "temperature", "continue_from", "seed")
+    filters = dict(min_p=args.min_p, repetition_penalty=args.repetition_penalty)
+    SamplingParams(args.temperature, seed=args.seed, **filters)  # refuses values out of range
+    names = ("max_rounds", "next_speaker_mode", "temperature", "min_p", "repetition_penalty")
+    names += ("continue_from", "seed")
     options = {name: getattr(args, name) for name in names}
     return Protocol(thoughts=not args.without_thoughts, **options, **PROTOCOLS[args.protocol])
 

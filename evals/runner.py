@@ -56,7 +56,7 @@ def ask_all(asks, model, journal, what):
                     running[model.submit(one.call.messages, one.call.params, one.call.opening)] = one
                 model.step()
                 done = list(wait(running, 0 if model.local else 1, FIRST_COMPLETED).done)
-                done = done if model.local else done[:1]  # a kill loses the calls in flight, not the kept ones
+                # one at a time from an endpoint: a kill loses the calls in flight, not kept replies
                 answered = [(running.pop(future), future.result()) for future in done]
                 journal.keep(answered)
                 replies.update(answered)

@@ -36,6 +36,8 @@ class Protocol:
     next_speaker_mode: str = "text"  # or "choices": a member of the cast, by probability
     temperature: float = 0.0
     retry_temperature: float = 1.0  # after an empty first try
+    min_p: float = 0.0  # of turns, as repetition_penalty; see engine/params.py
+    repetition_penalty: float = 1.0
     thoughts: bool = True
     continue_from: int = 0  # the number of original messages to begin with
     seed: int = 0
@@ -129,7 +131,8 @@ class Performance:
         role = "environment" if self.speaker == ENVIRONMENT else "actor"
         chat = agents_chat(self.scene, self.speaker, self.dialogue, self.protocol.thoughts)
         for attempt, temperature in enumerate((self.protocol.temperature, self.protocol.retry_temperature)):
-            params = SamplingParams(temperature, max_tokens=self.protocol.max_tokens)
+            filters = dict(min_p=self.protocol.min_p, repetition_penalty=self.protocol.repetition_penalty)
+            params = SamplingParams(temperature, max_tokens=self.protocol.max_tokens, **filters)
             reply = yield from self.ask(role, chat, params, f"{index}.{attempt}")
             content = clean_reply(reply.text, self.speaker, self.cast)
             if content:

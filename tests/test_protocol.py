@@ -1191,3 +1191,16 @@ def test_what_was_shown_is_what_is_played(said, monkeypatch, capsys):
     shown.on_message({"role": "Ada Lee", "content": played})
     out = capsys.readouterr().out
     assert out.endswith(f"{played}\n\n") and "No." not in out.replace(played, "")
+
+
+def test_filters_of_sampling_are_for_turns_alone(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+    """--min-p and --repetition-penalty reach every request for a turn, none for a next speaker, and the settings."""
+    args = ["--scene", f"{three_scenes}:0", "--actor", "openai:m", "--max-rounds", 3, "--out", tmp_path / "a"]
+    with Server(stage_answer) as server:
+        server.use(monkeypatch)
+        assert script("simulate", *args, "--min-p", 0.1, "--repetition-penalty", 1.2)[0] == 0
+        bodies = [request.body for request in server.requests]
+    asked = [(body.get("min_p"), body.get("repetition_penalty")) for body in bodies]
+    assert {*asked} == {(0.1, 1.2), (None, None)} and len(asked) == 5
+    settings = json.loads((tmp_path / "a" / "settings.json").read_text())
+    assert (settings["min_p"], settings["repetition_penalty"]) == (0.1, 1.2)
