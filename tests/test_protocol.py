@@ -1193,8 +1193,8 @@ def test_what_was_shown_is_what_is_played(said, monkeypatch, capsys):
     assert out.endswith(f"{played}\n\n") and "No." not in out.replace(played, "")
 
 
-def test_filters_of_sampling_are_for_turns_alone(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
-    """--min-p and --repetition-penalty reach every request for a turn, none for a next speaker, and the settings."""
+def test_filters_of_sampling_are_for_turns_alone(script, three_scenes, tmp_path, monkeypatch):
+    """--min-p and --repetition-penalty reach the requests for turns and the settings, no next speaker."""
     args = ["--scene", f"{three_scenes}:0", "--actor", "openai:m", "--max-rounds", 3, "--out", tmp_path / "a"]
     with Server(stage_answer) as server:
         server.use(monkeypatch)
