@@ -1,4 +1,4 @@
-"""Plays the model card's other benchmarks: InCharacter, LifeChoice and CroSS motivation recognition.
+"""Runs the model card's other benchmarks: InCharacter, LifeChoice and CroSS motivation recognition.
 
     python benchmark.py cross-mr --data DIR --actor DIR --out out/cross        by likelihood and by generation
     python benchmark.py lifechoice --data data.json --actor openai:gpt-4o --out out/life

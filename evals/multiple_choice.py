@@ -16,8 +16,11 @@ from evals.shapes import check
 LETTERS = "ABCD"
 SHAPE = {"Scenario": str, "Question": str, "Options": [str], "Correct Answer": str}
 LIKELIHOODS = ("sum", "mean", "PMI")
-# "Answer: B", "**Choice:** (B)", "the answer is B", {"Choice": "B"}
-_CHOICE = re.compile(rf"(?i:answer|choice)(?i:\s+is)?[\s:*_\"'(\[]*(?i:option )?([{LETTERS}])(?![\w'])")
+# "Answer: B", "**Choice:** (B)", "the answer is option (B)", {"Choice": "B"}, "Answer: $\\boxed{B}$"
+_OPENING = r"[\s:：*_\"'(\[<{$\\]*"
+_CHOICE = re.compile(
+    rf"(?i:answer|choice)(?i:\s+is)?{_OPENING}(?:(?i:option |boxed|text){_OPENING})*([{LETTERS}])(?![\w'])"
+)
 _LETTER = re.compile(rf"[\s*_\"'(\[]*([{LETTERS}])[\s*_\"'.)\]]*")
 
 
