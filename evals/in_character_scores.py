@@ -71,7 +71,7 @@ def page_items(cells, ratings, answers, labels):
                 values = ", ".join("missing" if value is None else f"{value:g}" for value in rating.values)
                 asked = [
                     f"{item.number}. {item.questions[rating.subject.language]}\n"
-                    f"{answers[cell.character].get(item.number)}"
+                    f"{answers[cell.character].get(item.number) or prompts.NO_ANSWER}"
                     for item in rating.items
                 ]
                 text = "\n\n".join([*asked, f"The judge: {rating.said}"])

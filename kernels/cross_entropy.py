@@ -16,7 +16,7 @@ CHUNK = 2**26  # logits held at a time
 
 def linear_cross_entropy(x, weight, targets):
     """(sum of losses [], losses [N]), fp32 nats, of targets int64 [N] given hidden states x [N, C] and a head
-    weight [V, C]. The sum is differentiable; the losses are for reading."""
+    weight [V, C]. Only the sum has a gradient."""
     return _LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 

@@ -18,8 +18,8 @@ from test_llm import Script, Server
 import benchmark
 from evals import cross_mr, in_character, life_choice, multiple_choice, runner
 from evals import in_character_rating as rating
-from evals.benchmark_prompts import DIMENSIONS, EXPERIMENTER, PARTICIPANT
-from evals.in_character_scores import baselines
+from evals.benchmark_prompts import DIMENSIONS, EXPERIMENTER, NO_ANSWER, PARTICIPANT
+from evals.in_character_scores import baselines, cells_of, page_items
 from llm.local import Local
 from llm.reply import Reply
 
@@ -438,6 +438,22 @@ def test_the_baselines_of_the_real_labels(shared):
     assert other[0]["Dim"] + other[1]["Dim"] == pytest.approx(100)
     for subject in subjects:
         assert 100 <= len(subject.profile.split()) <= 200 or subject.language == "zh"
+
+
+def test_the_page_says_which_answer_is_missing(personality):
+    """Not "None": an answer that failed or is empty, beside one that came."""
+    args = args_for(personality)
+    [subject, *_], items = in_character.load(args)[0], in_character.load_items(args)[:3]
+    answers = {subject.key: {"1": "I am.", "2": None, "3": ""}}
+    rated = rating.make_rating(subject, "Extraversion", items, answers[subject.key], "groups")
+    rated.values = [4.0]
+    cells = list(cells_of([subject], [rated], as_published=False))[:1]
+    [item] = page_items(cells, [rated], answers, "pdb")
+    assert "I am." in item["answers"][0]["text"] and "None" not in item["answers"][0]["text"]
+    everything = rating.make_rating(subject, "Extraversion", items, {}, "groups")
+    everything.values = [None]
+    [item] = page_items(cells, [everything], answers | {subject.key: {}}, "pdb")
+    assert item["answers"][0]["text"].count(NO_ANSWER) == 3
 
 
 def judge_of(levels):
