@@ -107,7 +107,8 @@ def open_models(args):
     if actor and not actor.local and args.benchmark != "incharacter":
         if LIKELIHOOD in (args.by or ()):
             raise UsageError("--by likelihood needs a local model; an endpoint gives no likelihoods of texts")
-        terminal.note("by generation only: likelihoods need a local model, and this one is an endpoint")
+        if args.by is None:
+            terminal.note("by generation only: likelihoods need a local model, and this one is an endpoint")
         args.by = [GENERATION]
     args.by = args.by or [LIKELIHOOD, GENERATION]
     return {"actor": actor, "judge": opened.get(args.judge)}

@@ -329,8 +329,8 @@ def test_an_endpoint_is_asked_to_generate_only(script, cross, tmp_path, monkeypa
         assert code == 0 and len(server.requests) == 4
         code, _, err = script("benchmark", *command, "--resume")
         assert code == 0 and len(server.requests) == 12 and "likelihoods need a local model" in err
-        code, _, _ = script("benchmark", *command, "--resume", "--profile", "both")
-        assert code == 0 and len(server.requests) == 24
+        code, _, err = script("benchmark", *command, "--resume", "--profile", "both", "--by", "generation")
+        assert code == 0 and len(server.requests) == 24 and "likelihoods" not in err
     rows = own_rows(tmp_path / "o")
     assert [row["parsed"] for row in rows if "generation" in row[""]] == [100, 100]
     assert not any("likelihood" in row[""] for row in rows)
