@@ -57,7 +57,7 @@ class Sequence:
     def uniform(self, position):
         """A number in [0, 1) for the draw after the token at a position, fixed by seed and position alone."""
         digest = hashlib.blake2b(f"{self.seed}|{position + 1}".encode(), digest_size=7).digest()
-        return int.from_bytes(digest, "big") / 2**56
+        return (int.from_bytes(digest, "big") >> 3) / 2**53  # 56 bits would round up to 1
 
     def read_text(self, decode):
         """Adds the text of the newest token. An incomplete character waits for its bytes; a stop string cuts
