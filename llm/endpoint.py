@@ -75,7 +75,7 @@ class Endpoint(Model):
     was reasoning.
     """
 
-    local, chat_format = False, None
+    local, chat_format_reason = False, None
 
     def __init__(self, model, url=None, key=None, pause=1.0, answers=None,
                  concurrency=CONCURRENCY, per_minute=None):  # fmt: skip

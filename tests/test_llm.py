@@ -107,7 +107,7 @@ class Script:
     `openings` are what its replies were to begin with, `batches` how many were asked for at a time.
     """
 
-    name, local, identity, adaptations, chat_format = "script", True, "script", (), None
+    name, local, identity, adaptations, chat_format_reason = "script", True, "script", (), None
 
     def __init__(self, say):
         self.say, self.asked, self.openings, self.batches, self.line = say, [], [], [], []

@@ -913,7 +913,7 @@ def test_what_requests_had_to_change_is_recorded(script, three_scenes, tmp_path,
     settings."""
 
     class Model(Script):
-        chat_format = "stage"
+        chat_format_reason = "stage"
 
     def opened(spec, **options):
         model = Model(lambda *_: "Yes.")
@@ -931,7 +931,7 @@ def test_what_requests_had_to_change_is_recorded(script, three_scenes, tmp_path,
         "next_speaker": ["y: no seed"],
     }
     settings = json.loads((tmp_path / "a" / "settings.json").read_text())
-    assert settings["actor_chat_format"] == Model.chat_format and settings == line["settings"]
+    assert settings["actor_chat_format"] == Model.chat_format_reason and settings == line["settings"]
 
 
 def test_chat_format_and_dtype_are_passed_on(script, three_scenes, tiny_actor, tmp_path, monkeypatch):
@@ -944,7 +944,10 @@ def test_chat_format_and_dtype_are_passed_on(script, three_scenes, tiny_actor, t
     more = ["--dtype", "bfloat16", "--chat-format", "stage"]
     assert script("simulate", *args, "--actor", tiny_actor, *more)[0] == 0
     settings = read_lines(tmp_path / "a")[0]["settings"]
-    assert settings["actor_identity"].endswith("bfloat16") and settings["actor_chat_format"] == "stage"
+    assert (
+        settings["actor_identity"].endswith("bfloat16")
+        and settings["actor_chat_format"] == "stage: as asked for"
+    )
     wrong = [*args[:-1], tmp_path / "b", "--actor", tiny_actor, "--chat-format", "chatml"]
     assert "chatml" in usage_error(script("simulate", *wrong))  # its tokenizer has no such markers
     with Server(stage_answer) as server:
