@@ -22,8 +22,8 @@ __all__ = ["Reply", "default_actor", "open_model"]
 def open_model(spec, chat_format=None, dtype=None, **options):
     """The model of `openai:MODEL`, `openai:MODEL@URL` or a checkpoint directory.
 
-    It has `name`, `local`, `identity`, `chat_format_reason` and `adaptations`, and all that llm.reply.Model has; a
-    local one also `spoken`. chat_format, dtype: of a checkpoint. options: of an Endpoint (answers,
+    It has `name`, `local`, `identity`, `chat_format_reason` and `adaptations`, and all that llm.reply.Model
+    has; a local one also `spoken`. chat_format, dtype: of a checkpoint. options: of an Endpoint (answers,
     concurrency, per_minute).
     """
     spec = str(spec)

@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import re
+from pathlib import Path
 
 import jinja2
 from jinja2 import nodes
@@ -51,7 +52,8 @@ class GenerationTag(Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace, but never written as text, which could be exponential where namespaces hold others."""
+    """Jinja's namespace, but never written as text, which could be exponential where namespaces hold
+    others."""
 
     def __repr__(self):
         raise SecurityError("a namespace cannot be written as text")
@@ -322,12 +324,12 @@ def choose(source, where, tokens, specials, chat_format=None):
         template = Template(source, tokens)
         if chat_format is None and (known := recognise(template, specials)):
             name, why = known
-            return name, CHAT_FORMATS[name], f"{name}: the chat template in {where} {why}"
+            return name, CHAT_FORMATS[name], f"{name}: the chat template in {Path(where).name} {why}"
         form = template_format(template, specials)
     except ValueError as error:
         known = ", ".join(CHAT_FORMATS)
         raise UsageError(
             f"{where}: this chat template cannot be used ({error}); give --chat-format, one of {known}"
         ) from None
-    why = f"the chat template in {where} is used as it is; it is none of {', '.join(CHAT_FORMATS)}"
+    why = f"the chat template in {Path(where).name} is used as it is; it is none of {', '.join(CHAT_FORMATS)}"
     return "template", form, f"template: {why}"
