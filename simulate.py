@@ -39,6 +39,8 @@ from text.chat import CHAT_FORMATS
 
 ROLES = ("actor", "environment", "next_speaker")
 
+WATCHING = 0.7  # temperature of the default actor: greedy decoding makes a model of its size repeat itself
+
 
 def parse_args():
     parser = terminal.Parser(__doc__, "python simulate.py --scene the-last-ferry/1 --max-rounds 6")
@@ -63,7 +65,8 @@ def parse_args():
     add("--continue-from", type=int, default=0, metavar="K", help="begin with the first K original messages")
     add("--without-thoughts", action="store_true", help="actors are asked for no thoughts, and see none")
     add("--thoughts", choices=["show", "hide"], default="show", help="on the screen (transcripts have them)")
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default: 0)")
+    watching = f"0 is greedy (default: 0, as published; {WATCHING} where no --actor is named)"
+    add("--temperature", type=float, help=watching)
     add(
         "--min-p",
         type=float,
@@ -97,6 +100,8 @@ def parse_args():
     for name in ("limit", "max_rounds", "side_by_side", "concurrency", "requests_per_minute"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
+    if args.temperature is None:
+        args.temperature = 0.0 if args.actor or args.next_speaker_eval else WATCHING
     return args
 
 

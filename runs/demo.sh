@@ -7,7 +7,7 @@ play=out/plays/demo-$(date +%Y%m%d-%H%M%S)
 say() { printf '\n== %s\n' "$*"; }
 
 say "1. On stage: $scene, a scene the actor has never read (python simulate.py --scene $scene)"
-python simulate.py --scene "$scene" --max-rounds 8 --temperature 0.7 --out "$play"
+python simulate.py --scene "$scene" --max-rounds 8 --out "$play"
 
 say "2. The judge: how close to the scene as it was written? (python judge.py $play)"
 python judge.py "$play"

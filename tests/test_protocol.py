@@ -1207,3 +1207,19 @@ def test_filters_of_sampling_are_for_turns_alone(script, three_scenes, tmp_path,
     assert {*asked} == {(0.1, 1.2), (None, None)} and len(asked) == 5
     settings = json.loads((tmp_path / "a" / "settings.json").read_text())
     assert (settings["min_p"], settings["repetition_penalty"]) == (0.1, 1.2)
+
+
+def test_the_default_temperature(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
+    """Greedy, as published, where an actor is named; for watching where none is; what is given where one is."""
+    monkeypatch.setattr(simulate, "default_actor", lambda: "openai:m")
+    args = ["--scene", f"{three_scenes}:0", "--max-rounds", 1, "--out"]
+    cases = {
+        "named": (["--actor", "openai:m"], 0.0),
+        "none": ([], 0.7),
+        "given": (["--temperature", 0.2], 0.2),
+    }
+    with Server(stage_answer) as server:
+        server.use(monkeypatch)
+        for name, (more, expected) in cases.items():
+            assert script("simulate", *args, tmp_path / name, *more)[0] == 0
+            assert server.requests[-1].body["temperature"] == expected
