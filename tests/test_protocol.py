@@ -1209,8 +1209,9 @@ def test_filters_of_sampling_are_for_turns_alone(script, three_scenes, tmp_path,
     assert (settings["min_p"], settings["repetition_penalty"]) == (0.1, 1.2)
 
 
-def test_the_default_temperature(script, three_scenes, tmp_path, monkeypatch):  # noqa: F811
-    """Greedy, as published, where an actor is named; for watching where none is; what is given where one is."""
+def test_the_default_temperature(script, three_scenes, tmp_path, monkeypatch):
+    """Greedy, as published, where an actor is named; for watching where none is; what is given where one
+    is."""
     monkeypatch.setattr(simulate, "default_actor", lambda: "openai:m")
     args = ["--scene", f"{three_scenes}:0", "--max-rounds", 1, "--out"]
     cases = {
