@@ -342,6 +342,12 @@ def test_no_system_role(folder):
         ("{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s.replace('a', ns.s) %}{% endfor %}", "replace"),
         ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, "too long"),
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "."),
+        ("{% set ns = namespace(v=['a']) %}{% for i in range(99) %}{% set ns.v = [ns.v, ns.v] %}{% endfor %}{{ ns.v }}", "too large"),
+        ("{% set ns = namespace(v=(1, 2)) %}{% for i in range(99) %}{% set ns.v = (ns.v, ns.v) %}{% endfor %}{{ {ns.v: 1} }}", "too large"),
+        ("{% set ns = namespace(v=1) %}{% for i in range(99) %}{% set ns.v = dict(a=ns.v, b=ns.v) %}{% endfor %}{{ ns.v | tojson }}", "too large"),
+        ("{% set ns = namespace(v=1) %}{% for i in range(99) %}{% set ns.v = namespace(a=ns.v, b=ns.v) %}{% endfor %}{{ ns.v | upper }}", "namespace"),
+        ("{% set x = range(9999) | list | string %}{{ range(9999) | map(attribute='b', default=x) | list }}", "too large"),
+        ("{% set x = range(9999) | list | string %}{{ range(9999) | map(attribute='b', default=x) | join }}", "too long"),
         ("x" * 100_001, "100,000"),
     ],
 )  # fmt: skip
@@ -353,6 +359,25 @@ def test_a_template_that_cannot_be_used(folder, template, why):
     assert "\n" not in str(refused.value) and time.monotonic() - start < 10
     tok = load_tokenizer(directory, "chatml")
     assert tok.chat_format == "chatml" and tok.stop_ids[0] == tok.specials["<|im_end|>"]
+
+
+def test_a_token_with_the_id_of_a_special_one(folder):
+    """A vocabulary that gives a plain token the id of a special one: no text becomes that id."""
+    directory = folder(CHATML)
+    hf = json.loads((directory / "tokenizer.json").read_text())
+    ends = {token["content"]: token["id"] for token in hf["added_tokens"]}
+    hf["model"]["vocab"]["Qqq"], hf["model"]["ignore_merges"] = ends["<|im_end|>"], True
+    (directory / "tokenizer.json").write_text(json.dumps(hf))
+    tok = load_tokenizer(directory)
+    ids = tok.encode("Qqq")
+    assert not {*ids} & {*tok.specials.values()} and tok.decode(ids) == "Qqq"
+
+
+def test_a_long_conversation(folder):
+    """The bounds on a template grow with the number of messages."""
+    tok = load_tokenizer(folder(CHATML), "template")
+    chat = [{"role": ("user", "assistant")[i % 2], "content": "Hi"} for i in range(9999)]
+    assert len(tok.render(chat)[0]) > 9999 * 4
 
 
 def test_asking_for_a_template_where_there_is_none(folder):

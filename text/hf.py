@@ -36,7 +36,9 @@ def read_bpe(hf, path, added, stored=True):
         _supported({"model": (model["type"], "BPE"), "byte_fallback": (byte_fallback, False)})
         to_byte = unicode_to_byte()
         specials = {token["content"]: token["id"] for token in hf["added_tokens"]}
-        ids = {bytes(to_byte[c] for c in t): i for t, i in model["vocab"].items() if t not in specials}
+        special_ids = {*specials.values()}
+        vocab = {t: i for t, i in model["vocab"].items() if t not in specials and i not in special_ids}
+        ids = {bytes(to_byte[c] for c in t): i for t, i in vocab.items()}
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         merged = [ids[bytes(to_byte[c] for c in left + right)] for left, right in pairs]
         missing = missing_bytes(ids)

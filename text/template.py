@@ -20,7 +20,7 @@ from jinja2.visitor import NodeTransformer
 from common.files import UsageError
 from text.chat import CHAT_FORMATS, ChatFormat, Special, Text, content_of, markers, system_into_user
 
-LONGEST = 100_000  # characters of a template, and of any value in it
+LONGEST, LONGEST_OF_MESSAGE = 100_000, 100  # characters of a template, or of any value in a rendering
 BUDGET, BUDGET_OF_MESSAGE = 3_000_000, 20_000  # characters and steps of a rendering
 PLACEHOLDER = "\uf8ff%d\uf8ff"  # private-use characters: neither trimmed nor changed in case
 # what Llama 3.1's template says before the system text
@@ -50,9 +50,25 @@ class GenerationTag(Extension):
         return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
 
+class Namespace(jinja2.utils.Namespace):
+    """Jinja's namespace, but never written as text, whose length could be exponential if they are nested."""
+
+    def __repr__(self):
+        raise SecurityError("a namespace cannot be written as text")
+
+
 class Bound(NodeTransformer):
-    """Rewrites a template so that each loop is counted and every concatenation passes through
-    `call_binop`."""
+    """Rewrites a template so that each loop is counted, every concatenation passes through `call_binop`, and
+    the size of every list, tuple, dict and filtered value is checked."""
+
+    def visit_Filter(self, node):
+        self.generic_visit(node)
+        return nodes.Filter(node, "limited", [], [], None, None, lineno=node.lineno)
+
+    visit_List = visit_Dict = visit_Filter
+
+    def visit_Tuple(self, node):
+        return self.visit_Filter(node) if node.ctx == "load" else node
 
     def visit_For(self, node):
         self.generic_visit(node)
@@ -81,9 +97,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self.output)
         self.filters = {name: self.filters[name] for name in FILTERS.split()}
         self.filters |= {"counted": self.counted, "tojson": self.tojson, "join": self.join}
-        self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace")}
+        self.filters["limited"] = self.checked
+        self.globals = {"range": self.globals["range"], "dict": dict, "namespace": Namespace}
         self.globals |= {"raise_exception": self.fail, "strftime_now": self.strftime_now}
-        self.budget = BUDGET
+        self.budget, self.longest = BUDGET, LONGEST
 
     def spend(self, steps):
         self.budget -= steps
@@ -91,10 +108,26 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("it takes too long")
 
     def limited(self, value):
-        size = len(value) if isinstance(value, str | list | tuple | dict) else 0
-        if size > LONGEST or (isinstance(value, int) and abs(value) > 2**63):
+        """The value, unless it is too large; a value that it holds twice counts twice, as in its text."""
+        size, items, inside = 0, 0, [value]
+        while inside and size <= self.longest:
+            item = inside.pop()
+            items += 1
+            if isinstance(item, str | list | tuple | dict):
+                size += len(item)
+            if isinstance(item, dict):
+                inside += [*item, *item.values()]
+            elif isinstance(item, list | tuple):
+                inside += item
+        if size > self.longest or (isinstance(value, int) and abs(value) > 2**63):
             raise SecurityError("a value is too large")
+        self.spend(items + size // 16)
         return value
+
+    @staticmethod
+    @jinja2.pass_context  # so that it is never evaluated at compile time
+    def checked(context, value):
+        return context.environment.limited(value)
 
     def output(self, value):
         if isinstance(value, str):
@@ -113,8 +146,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return json.dumps(value, ensure_ascii=False, indent=min(indent, 8) if indent else None)
 
     def join(self, values, separator=""):
-        texts = [str(value) for value in values]
-        self.spend(sum(map(len, texts)) + len(texts) * len(separator))
+        texts = []
+        for value in values:
+            texts.append(str(self.limited(value)))
+            self.spend(len(texts[-1]) + len(separator))
         return self.limited(separator.join(texts))
 
     @staticmethod
@@ -156,6 +191,7 @@ class Template:
     def bounded(self, work, number=0):
         """work(), with any error as a ValueError of one line. number: of messages."""
         self.sandbox.budget = BUDGET + BUDGET_OF_MESSAGE * number
+        self.sandbox.longest = LONGEST + LONGEST_OF_MESSAGE * number
         try:
             return work()
         except Exception as error:  # a template can raise anything
