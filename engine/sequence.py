@@ -12,7 +12,7 @@ class Sequence:
     """A prompt and the tokens after it. Keys and values of the first `cached` tokens are in the pages of
     `block_table`.
 
-    A scored sequence is given whole: wanted are the log-probabilities of its tokens after the prompt, and
+    A scored sequence is given whole: the log-probabilities of its tokens after the prompt are computed, and
     nothing is generated.
     """
 
@@ -57,7 +57,7 @@ class Sequence:
     def uniform(self, position):
         """A number in [0, 1) for the draw after the token at a position, fixed by seed and position alone."""
         digest = hashlib.blake2b(f"{self.seed}|{position + 1}".encode(), digest_size=7).digest()
-        return int.from_bytes(digest, "big") / 2**56
+        return (int.from_bytes(digest, "big") >> 3) / 2**53  # 56 bits would round up to 1
 
     def read_text(self, decode):
         """Adds the text of the newest token. An incomplete character waits for its bytes; a stop string cuts

@@ -28,6 +28,7 @@ import kernels
 from common.files import UsageError
 from engine.pages import contiguous
 from engine.params import RequestRefused
+from engine.sequence import Sequence
 from generate import Engine, SamplingParams
 from llm import open_model
 from model import RopeScaling
@@ -513,3 +514,14 @@ def test_bad_prompts_are_refused(prompt, words):
         engine.generate([[1, 2, 3], prompt], greedy(5))
     assert engine.generate([[4, 5]], greedy(5))[0].ids == alone(model, [4, 5], greedy(5)).ids
     assert engine.stats["prefilled"] == 2  # the good prompt beside the bad one was not run
+
+
+def test_a_draw_is_below_one(monkeypatch):
+    """Also with the largest digest, whose 56 bits are more than a float has."""
+
+    class Largest:
+        def digest(self):
+            return b"\xff" * 7
+
+    monkeypatch.setattr("engine.sequence.hashlib.blake2b", lambda *_, **__: Largest())
+    assert 0.999 < Sequence([1], SamplingParams(), 1, 2, 0).uniform(0) < 1
