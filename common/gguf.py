@@ -145,6 +145,8 @@ def read_gguf(path):
             raise UsageError(f"{part}: {twice[0]} is in another part as well; download the parts again")
         whole.tensors |= read.tensors
     count = whole.metadata.get("split.count", len(parts))
+    if type(count) is not int:
+        raise UsageError(f"{path}: split.count is {count!r}, not a number of parts")
     if count not in (0, len(parts)):
         raise UsageError(
             f"{path}: one of {count} parts, which must be named NAME-00001-of-{count:05d}.gguf and so on"

@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -356,6 +357,13 @@ def test_split_files(tmp_path):
     parts[1].unlink()
     with pytest.raises(UsageError, match="one of 3 parts"):
         checkpoint.load_model(tmp_path)
+
+
+def test_a_split_count_that_is_not_a_number(monkeypatch):
+    read = common.gguf.GGUF(Path("model.gguf"), {"split.count": "two"}, {})
+    monkeypatch.setattr(common.gguf, "_read_part", lambda path: read)
+    with pytest.raises(UsageError, match="split.count is 'two'"):
+        common.gguf.read_gguf(read.path)
 
 
 def test_a_folder_of_several_files_asks_for_one(tmp_path):
