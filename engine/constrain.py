@@ -14,9 +14,8 @@ accepted. A state is that stack as a tuple, the top frame last, so that states c
 Supported: objects (every property, in the schema's order), arrays (minItems, maxItems), strings, integers
 (minimum, maximum), booleans, null, enum and const. The layout is that of `json.dumps`. The cost of a state is
 the number of bytes of the shortest text that completes the document. Each of these bytes is a token, so the
-cost
-is never less than the tokens needed: a text that only takes tokens whose cost fits into what is left of its
-token budget always ends as a whole document.
+cost is never less than the tokens needed: a text that only takes tokens whose cost fits into what is left of
+its token budget always ends as a whole document.
 """
 
 import functools
@@ -105,10 +104,8 @@ class Grammar:
         for option in literals(frames):
             if not vocabulary.bytes.issuperset(option):
                 raise UsageError(f"json_schema: this tokenizer has no tokens to write {option.decode()}")
-        self.start = (
-            *frames[::-1],
-            ("text", (b"", b" ")),
-        )  # SentencePiece begins words, thus texts, with a space
+        # SentencePiece begins words, thus texts, with a space
+        self.start = *frames[::-1], ("text", (b"", b" "))
         self.known = {}
 
     def allowed(self, state):

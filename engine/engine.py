@@ -63,9 +63,8 @@ class Engine:
         self.model = PackedTransformer(model, consume) if self.device.type == "cpu" else model
         self.kv = allocate_cache(self.config, parameter.dtype, self.device, page_size, cache_tokens)
         self.max_sequence_tokens = min(self.config.max_position_embeddings, self.kv.shape[1] * page_size)
-        self.vocab_size = (
-            tokenizer.vocab_size if tokenizer else self.config.vocab_size
-        )  # a model's may be padded
+        # a model's may be padded
+        self.vocab_size = tokenizer.vocab_size if tokenizer else self.config.vocab_size
         self.stop_ids = set(tokenizer.stop_ids) if tokenizer else set()
         max_scored = max(1, MAX_LOGITS // self.vocab_size)
         self.scheduler = Scheduler(self.kv, max_batch, max_step_tokens, max_scored)
@@ -73,8 +72,7 @@ class Engine:
         self.stats["decoded"] = 0
         self.grammars, self.vocabulary = {}, None
 
-    # ---- requests
-    # ----------------------------------------------------------------------------------------------------
+    # ---- requests ------------------------------------------------------------------------------------------
 
     def generate(self, prompts, params):
         """prompts (token ids each), one SamplingParams for all or a list -> list[Completion], in the prompts'
@@ -220,8 +218,7 @@ class Engine:
         ids, cached = request[chosen].generated[:length], min(choice.reused for choice in request)
         return Completion(ids, text, "stop", first.prompt_tokens, cached, logprobs, probabilities)
 
-    # ---- a step
-    # ------------------------------------------------------------------------------------------------------
+    # ---- a step --------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self):

@@ -54,7 +54,7 @@ def read_config(file):
             named = {template["name"]: template["template"] for template in config.template}
             config.template = named.get("default")
         if config.template is not None and not isinstance(config.template, str):
-            raise TypeError(f"{HF_CONFIG}: chat_template is no text")
+            raise TypeError(f"{HF_CONFIG}: chat_template is not a string")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{file.parent}: a value that is not as it should be ({error!r})") from None
     if (own := file.with_name(TEMPLATE_FILE)).is_file():
