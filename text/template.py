@@ -59,7 +59,7 @@ class Namespace(jinja2.utils.Namespace):
 
 class Bound(NodeTransformer):
     """Rewrites a template so that each loop is counted, every concatenation passes through `call_binop`, and
-    the size of every list, tuple, dict and filtered value is checked."""
+    the size of every list, tuple, dict, filtered and compared value is checked."""
 
     def visit_Filter(self, node):
         self.generic_visit(node)
@@ -69,6 +69,13 @@ class Bound(NodeTransformer):
 
     def visit_Tuple(self, node):
         return self.visit_Filter(node) if node.ctx == "load" else node
+
+    def visit_Compare(self, node):
+        self.generic_visit(node)
+        node.expr = nodes.Filter(node.expr, "limited", [], [], None, None, lineno=node.lineno)
+        return node
+
+    visit_Operand = visit_Compare
 
     def visit_For(self, node):
         self.generic_visit(node)
