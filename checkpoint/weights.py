@@ -13,8 +13,7 @@ from common.files import UsageError, read_json, verify
 from model import Transformer
 
 INDEX = "model.safetensors.index.json"
-
-
+FLOATS = "F16", "BF16", "F32", "F64"
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -61,18 +60,18 @@ class Weights:
         return sorted(names, key=self.files.get)
 
     def check(self, model):
-        """UsageError if a tensor is missing, unexpected, of another shape than the model's or of integers."""
+        """UsageError if a tensor is missing, unexpected, of another shape than the model's or of another type
+        than FLOATS."""
         shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-        extra = (
-            self.files.keys() - shapes.keys() - {"lm_head.weight"}
-        )  # tied models may carry a copy of the embeddings
+        # tied models may carry a copy of the embeddings
+        extra = self.files.keys() - shapes.keys() - {"lm_head.weight"}
         wrong = [f"missing {name}" for name in shapes if name not in self.files]
         wrong += [f"unexpected {name}" for name in sorted(extra) if not name.endswith("rotary_emb.inv_freq")]
         for name, shape in shapes.items():
             if name in self.files and self.shapes[name] != shape:
                 wrong.append(f"{name} is {self.shapes[name]}, {self.described_by} says {shape}")
         kinds = self.dtypes.items()
-        wrong += [f"{name} is {kind}, not floats" for name, kind in kinds if not re.match(r"B?F\d+$", kind)]
+        wrong += [f"{name} is {kind}, not {', '.join(FLOATS)}" for name, kind in kinds if kind not in FLOATS]
         tied_copy = "lm_head.weight" in self.files and "lm_head.weight" not in shapes and not wrong
         if tied_copy and not torch.equal(self["lm_head.weight"][:], self["model.embed_tokens.weight"][:]):
             wrong.append("lm_head.weight differs from the embeddings it should be tied to")

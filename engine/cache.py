@@ -15,11 +15,8 @@ import kernels
 from engine.pages import contiguous
 from kernels.decode import MAX_TILE_ROWS
 
-GPU_SHARE, CPU_SHARE, CPU_BYTES = (
-    0.85,
-    0.25,
-    2**33,
-)  # of a GPU's free memory; of the machine's memory, and at most 8 GiB
+GPU_SHARE = 0.85  # of a GPU's free memory
+CPU_SHARE, CPU_BYTES = 0.25, 2**33  # of the machine's memory, and at most 8 GiB
 # memory that is taken page by page as it is written, and not counted before; Python names MAP_NORESERVE from
 # 3.13 on
 LAZY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
@@ -27,7 +24,7 @@ LAZY |= getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0
 
 
 def allocate_cache(config, dtype, device, page_size, cache_tokens=None):
-    """Room for the keys and values of so many tokens, by default what the memory allows: [2 layers, P,
+    """Memory for the keys and values of `cache_tokens` tokens, by default as many as fit: [2 layers, P,
     page_size, K, D]."""
     layers, K, D = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
     page_bytes = 2 * layers * page_size * K * D * dtype.itemsize
@@ -47,7 +44,7 @@ class StepCache:
     """The cache of one forward pass, for Transformer's `cache`: writes new keys and values to their pages,
     then attends.
 
-    kv: as of `allocate_cache`. batch: [(sequence, number of its tokens to run)], single tokens first.
+    kv: what `allocate_cache` returned. batch: [(sequence, number of its tokens to run)], single tokens first.
     """
 
     def __init__(self, kv, batch, window):

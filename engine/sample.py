@@ -11,7 +11,7 @@ def sample(logits, queries, stop_ids):
     log-probability or None)].
 
     logits [N, V]; queries: the (sequence, position) of each row. The token of a scored sequence is the one
-    that it has there. stop_ids: what may follow a whole JSON document. The device is waited for once.
+    that it has there. stop_ids: what may follow a whole JSON document. Waits for the device once.
     """
     adjusted = logits
     for i, (sequence, _) in enumerate(queries):

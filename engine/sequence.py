@@ -12,7 +12,7 @@ class Sequence:
     """A prompt and the tokens after it. Keys and values of the first `cached` tokens are in the pages of
     `block_table`.
 
-    A scored sequence is given whole: wanted are the log-probabilities of its tokens after the prompt, and
+    A scored sequence is given whole: the log-probabilities of its tokens after the prompt are computed, and
     nothing is generated.
     """
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The actor that is shipped: a LoRA adapter over SmolLM2-135M-Instruct, trained on the bundled stories (32 training scenes;
-# the 8 held-out ones are never seen). About 25 minutes on two quiet cores; safe to run again: it goes on where it stopped.
+# the 8 held-out ones are never seen). Safe to run again: it goes on where it stopped.
 #
 #   runs/actor.sh                                    out/actor/smollm2, evaluated on the held-out scenes
 #   runs/actor.sh MODEL                              over another model: a folder, a GGUF file, a Hub id

@@ -340,6 +340,14 @@ def test_tensors_that_do_not_fit_are_named(fault, actor, refusal):
     assert all(word in line for word in words) and len(line) < 1000, line
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_tensors_of_another_type_are_named(dtype, name, actor, refusal):
+    tensors = load_file(actor / WEIGHTS)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, actor / WEIGHTS)
+    assert f"model.norm.weight is {name}, not F16, BF16, F32, F64" in refusal()
+
+
 @pytest.mark.parametrize("part", [0, 1e-5, 1e-3, 0.5, 0.99999])
 def test_truncated_weights(part, actor, refusal):
     """A weights file cut anywhere is found out and named."""

@@ -359,7 +359,7 @@ def test_split_files(tmp_path):
         checkpoint.load_model(tmp_path)
 
 
-def test_a_number_of_parts_that_is_none(monkeypatch):
+def test_a_split_count_that_is_not_a_number(monkeypatch):
     read = common.gguf.GGUF(Path("model.gguf"), {"split.count": "two"}, {})
     monkeypatch.setattr(common.gguf, "_read_part", lambda path: read)
     with pytest.raises(UsageError, match="split.count is 'two'"):

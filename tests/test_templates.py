@@ -348,6 +348,7 @@ def test_no_system_role(folder):
         ("{% set ns = namespace(v=1) %}{% for i in range(99) %}{% set ns.v = namespace(a=ns.v, b=ns.v) %}{% endfor %}{{ ns.v | upper }}", "namespace"),
         ("{% set x = range(9999) | list | string %}{{ range(9999) | map(attribute='b', default=x) | list }}", "too large"),
         ("{% set x = range(9999) | list | string %}{{ range(9999) | map(attribute='b', default=x) | join }}", "too long"),
+        ("{% set x, y = range(9000) | list, range(9000) | list %}{% for i in range(99999) %}{{ x == y }}{% endfor %}", "too long"),
         ("x" * 100_001, "100,000"),
     ],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from jinja2.visitor import NodeTransformer
 from common.files import UsageError
 from text.chat import CHAT_FORMATS, ChatFormat, Special, Text, content_of, markers, system_into_user
 
-LONGEST, LONGEST_OF_MESSAGE = 100_000, 100  # characters of a template, and of any value in a rendering
+LONGEST, LONGEST_OF_MESSAGE = 100_000, 100  # characters of a template, or of any value in a rendering
 BUDGET, BUDGET_OF_MESSAGE = 3_000_000, 20_000  # characters and steps of a rendering
 PLACEHOLDER = "\uf8ff%d\uf8ff"  # private-use characters: neither trimmed nor changed in case
 # what Llama 3.1's template says before the system text
@@ -52,8 +52,7 @@ class GenerationTag(Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """Jinja's namespace, but never written as text, which could be exponential where namespaces hold
-    others."""
+    """Jinja's namespace, but never written as text, whose length could be exponential if they are nested."""
 
     def __repr__(self):
         raise SecurityError("a namespace cannot be written as text")
@@ -61,7 +60,7 @@ class Namespace(jinja2.utils.Namespace):
 
 class Bound(NodeTransformer):
     """Rewrites a template so that each loop is counted, every concatenation passes through `call_binop`, and
-    the size of every list, tuple, dict and filtered value is checked."""
+    the size of every list, tuple, dict, filtered and compared value is checked."""
 
     def visit_Filter(self, node):
         self.generic_visit(node)
@@ -71,6 +70,13 @@ class Bound(NodeTransformer):
 
     def visit_Tuple(self, node):
         return self.visit_Filter(node) if node.ctx == "load" else node
+
+    def visit_Compare(self, node):
+        self.generic_visit(node)
+        node.expr = nodes.Filter(node.expr, "limited", [], [], None, None, lineno=node.lineno)
+        return node
+
+    visit_Operand = visit_Compare
 
     def visit_For(self, node):
         self.generic_visit(node)
