@@ -544,6 +544,7 @@ for number, rank in enumerate((None, 4)):
         resume.save_final(model, out, args, None)
     except UsageError as error:
         (out / f"error-{number}-{parallel.RANK}").write_text(str(error))
+torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
 """
 
 
