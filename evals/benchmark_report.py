@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from common import terminal
-from common.files import UsageError, write_lines, write_whole
+from common.files import UsageError, write_json, write_lines, write_whole
 from evals import page
 from evals.metrics import bootstrap
 from evals.report import interval, number, short, show, table
@@ -77,8 +77,7 @@ def report(out, results, items, html, arguments):
     own = [argument for argument in arguments if argument != "--resume"]
     results |= {"command": shlex.join(["python", "benchmark.py", *own])}
     write_lines(out / QUESTIONS, items)
-    with write_whole(out / RESULTS) as file:
-        json.dump(results, file, indent=1)
+    write_json(out / RESULTS, results)
     columns = list(dict.fromkeys(name for row in results["rows"] for name in row))
     cells = [[cell(row.get(name)) for name in columns] for row in results["rows"]]
     show([results["title"], table(columns, cells), *results["notes"], f"command: {results['command']}"])

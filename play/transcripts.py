@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from common import files, terminal
-from common.files import UsageError, append_line, read_json, read_lines, write_lines, write_whole
+from common.files import UsageError, append_line, read_json, read_lines, write_json, write_lines, write_whole
 from data.brackets import SPEECH, BracketParser
 from data.chats import NEXT_SPEAKER
 from data.scenes import ENVIRONMENT, load_stage
@@ -60,8 +60,7 @@ def claim(directory, settings, resume, holds_results=False):
         names = sorted({*settings, *old} - identified)
         if changed := ", ".join(name for name in names if settings.get(name) != old.get(name)):
             raise UsageError(f"{directory}: made with other settings ({changed}); choose another --out")
-    with write_whole(file) as out:
-        json.dump(settings, out, indent=1)
+    write_json(file, settings)
 
 
 class Transcripts:
