@@ -17,7 +17,8 @@ LEVELS = [
     {"play"},
     {"evals"},
     {"serving"},
-    {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench", "benchmark"},
+    {"generate", "simulate", "judge", "train", "serve"}
+    | {"data.show", "checkpoint.__main__", "bench", "benchmark"},
 ]
 SCRIPTS = LEVELS[-1]
 
