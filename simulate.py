@@ -54,8 +54,7 @@ def parse_args():
     add("--actor", metavar="M", help=f"who plays the characters: {spec} (default: a stage actor)")
     add("--environment", metavar="M", help="who narrates the world (default: the actor)")
     add("--next-speaker", metavar="M", help="who names the next speaker (default: the actor)")
-    naming = "choices: by probability (default: text, as published; choices where no model is named)"
-    add("--next-speaker-mode", choices=["text", "choices"], help=naming)
+    add("--next-speaker-mode", choices=["text", "choices"], default="text", help="choices: by probability")
     add("--chat-format", choices=CHAT_FORMATS, help="of checkpoints (default: what each says)")
     add("--dtype", choices=DTYPES, help="of checkpoints (default: bfloat16 on a GPU, else float32)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="release: as the paper's code plays")
@@ -66,8 +65,8 @@ def parse_args():
     add("--continue-from", type=int, default=0, metavar="K", help="begin with the first K original messages")
     add("--without-thoughts", action="store_true", help="actors are asked for no thoughts, and see none")
     add("--thoughts", choices=["show", "hide"], default="show", help="on the screen (transcripts have them)")
-    greedy = f"0 is greedy (default: 0, as published; {WATCHING} where no --actor is named)"
-    add("--temperature", type=float, help=greedy)
+    watching = f"0 is greedy (default: 0, as published; {WATCHING} where no --actor is named)"
+    add("--temperature", type=float, help=watching)
     add(
         "--min-p",
         type=float,
@@ -101,11 +100,8 @@ def parse_args():
     for name in ("limit", "max_rounds", "side_by_side", "concurrency", "requests_per_minute"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
-    watching = not (args.actor or args.next_speaker_eval)
     if args.temperature is None:
-        args.temperature = WATCHING if watching else 0.0
-    if args.next_speaker_mode is None:
-        args.next_speaker_mode = "choices" if watching and not args.next_speaker else "text"
+        args.temperature = 0.0 if args.actor or args.next_speaker_eval else WATCHING
     return args
 
 

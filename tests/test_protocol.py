@@ -1213,7 +1213,7 @@ def test_the_default_temperature(script, three_scenes, tmp_path, monkeypatch):
     """Greedy, as published, where an actor is named; for watching where none is; what is given where one
     is."""
     monkeypatch.setattr(simulate, "default_actor", lambda: "openai:m")
-    args = ["--scene", f"{three_scenes}:0", "--max-rounds", 1, "--next-speaker-mode", "text", "--out"]
+    args = ["--scene", f"{three_scenes}:0", "--max-rounds", 1, "--out"]
     cases = {
         "named": (["--actor", "openai:m"], 0.0),
         "none": ([], 0.7),
@@ -1224,20 +1224,3 @@ def test_the_default_temperature(script, three_scenes, tmp_path, monkeypatch):
         for name, (more, expected) in cases.items():
             assert script("simulate", *args, tmp_path / name, *more)[0] == 0
             assert server.requests[-1].body["temperature"] == expected
-
-
-@pytest.mark.parametrize(
-    ("given", "mode"),
-    [
-        (["--scene", "x"], "choices"),
-        (["--scene", "x", "--environment", "openai:m"], "choices"),
-        (["--scene", "x", "--next-speaker-mode", "text"], "text"),
-        (["--scene", "x", "--actor", "m"], "text"),
-        (["--scene", "x", "--next-speaker", "openai:m"], "text"),
-        (["--next-speaker-eval", "x"], "text"),
-    ],
-)
-def test_the_default_way_to_name_the_next_speaker(monkeypatch, given, mode):
-    """By probability for watching, where neither the actor nor who names speakers is given; else as text."""
-    monkeypatch.setattr("sys.argv", ["simulate.py", *given])
-    assert simulate.parse_args().next_speaker_mode == mode
