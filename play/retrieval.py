@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from common.files import UsageError, read_json, read_text
@@ -64,6 +65,8 @@ class Retrieval:
     """
 
     def __init__(self, spec, scenes, books, text=None, leaky=False):
+        if find_spec("bm25s") is None:
+            raise UsageError("--retrieve needs bm25s: pip install -c constraints.txt -e .[retrieval]")
         self.sources, self.leaky = parse_sources(spec), leaky
         self.plots, self.splits, self.texts, self.corpora = {}, {}, {}, {}  # the first three by title
         texts, titles, digest = read_texts(text), {scene.book for scene in scenes}, hashlib.sha256()
@@ -198,10 +201,10 @@ def split(text):
 
 def index_of(documents):
     """A BM25 index of lists of words; None without a word."""
-    try:
-        import bm25s
-    except ImportError:
-        raise UsageError("--retrieve needs bm25s: pip install -c constraints.txt -e .[retrieval]") from None
+    import bm25s  # an extra, which no other run needs
+
+    if not any(documents):
+        return None
     index = bm25s.BM25()
-    index.index(documents, show_progress=False) if any(documents) else None
-    return index if any(documents) else None
+    index.index(documents, show_progress=False)
+    return index

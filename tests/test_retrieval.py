@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -430,10 +431,10 @@ def test_a_resumed_run_counts_what_the_cache_would_have_had():
     """Where an agent's last prompt had a passage that the next has not: the tokens that both begin with."""
     letters = SimpleNamespace(prompt=lambda messages, opening: ([ord(c) for c in messages + opening], 0))
     counts = TokenCounts()
-    before, after = (Call("actor", "Ada", "", text, None, ":") for text in ("abcREMINDEDd", "abcdefREMINDEDg"))
-    counts.add(before, Reply("", "stop", 13, 2, 0, [5, 6]), 1, letters)
-    counts.add(after, Reply("", "stop", 16, 2, 0, [7]), 2, letters)
-    assert counts.stats()["cached"] == 3 and counts.stats()["prefilled"] == 13 + 16 - 3
+    before, after = (Call("actor", "Ada", "", text, None, ":") for text in ("abcREADd", "abcdefREADg"))
+    counts.add(before, Reply("", "stop", 9, 2, 0, [5, 6]), 1, letters)
+    counts.add(after, Reply("", "stop", 12, 2, 0, [7]), 2, letters)
+    assert counts.stats()["cached"] == 3 and counts.stats()["prefilled"] == 9 + 12 - 3
 
 
 @pytest.mark.parametrize(
@@ -467,7 +468,6 @@ def test_a_book_without_text_needs_it_for_raw(tmp_path):
 
 
 def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "bm25s", None)
-    retrieval, scene = in_scene(tmp_path)
+    monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(files.UsageError, match="bm25s: pip install"):
-        found(retrieval, scene, "Ada")
+        in_scene(tmp_path)
