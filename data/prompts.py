@@ -87,7 +87,7 @@ CONVERSATION = "What happened: {summary}\nWhere: {scenario}\nAbout: {topic}\n\n{
 
 
 def experience(summary, character, own_part):
-    """What a character remembers of a plot: its summary, and the own part in it, if the book has one."""
+    """What a character remembers of a plot: its summary, and its own part where the book tells it."""
     return EXPERIENCE.format(summary=summary, character=character, own_part=own_part) if own_part else summary
 
 

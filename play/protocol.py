@@ -150,8 +150,8 @@ class Performance:
     def remind(self, chat):
         """Puts passages of the book into the speaker's chat; returns them and their share of its characters.
 
-        They stand in front of the last user turn, and in no later chat: all before it, the system prompt too,
-        is the same from turn to turn, so the prefix cache has it.
+        They stand in front of the last user turn, and in no later chat: all before it is the same from turn
+        to turn, so the prefix cache has it. (The release writes them into the system prompt.)
         """
         passages = self.retrieval.find(self.scene, self.speaker, chat[1:])
         text = prompts.retrieved(passages, self.speaker) if passages else ""
