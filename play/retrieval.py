@@ -99,7 +99,8 @@ class Retrieval:
         `{source, plot, text}`. A piece without any word of the query is none."""
         query, found = words(" ".join(m["content"].replace(START, "") for m in messages[-QUERY:])), []
         for source, count in self.sources.items():
-            key = source, scene.key, character
+            whole = source == "raw" and self.texts[scene.book]  # whoever remembers it
+            key = source, scene.key, None if whole else character
             if key not in self.corpora:
                 self.corpora[key] = self.corpus(source, scene, character)
             pieces, index = self.corpora[key]
