@@ -42,9 +42,10 @@ setup(
     ],
     extras_require={
         "bench": ["transformers", "xllamacpp"],  # the peers of bench.py
+        "retrieval": ["bm25s"],  # simulate.py --retrieve
         "serve": ["starlette", "uvicorn"],
         "test": [
-            *("hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"),
+            *("bm25s", "hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"),
             *("openai", "starlette", "uvicorn"),  # of the server
         ],
     },
