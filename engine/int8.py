@@ -1,11 +1,10 @@
 """Linear layers with weights of 7 bits and inputs of 8, whose products are sums of integers.
 
-A weight is q s: integers q from -63 to 63 and a scale s for each output, the one with the least squared error
-among several. Each row of the input is scaled so that its largest value is 127, and rounded. Sums of integers
-are exact, so a row has the same bits in any batch and on any processor. The eighth bit of the weights is left
-out because processors without VNNI add pairs of products in 16 bits, which 2 * 255 * 127 overflows and
-2 * 255 * 63 does not. The blocks of a GGUF's Q8_0 cannot be kept: they have a scale for every 32 inputs, this
-product takes one for all inputs of an output.
+A weight is q s: whole numbers q from -63 to 63 and a scale s for each output. Each row of the input is scaled
+so that its largest value is 127, and rounded. Sums of integers are exact, so a row has the same bits in any
+batch and on any processor. The eighth bit of the weights is left out because processors without VNNI add
+pairs of products in 16 bits, which 2 * 255 * 127 overflows and 2 * 255 * 63 does not. The blocks of a GGUF's
+Q8_0 cannot be kept: they have a scale for every 32 inputs, here an output has one scale for all its inputs.
 
 fbgemm multiplies, by operators that torch has marked as deprecated and that are called in this file only.
 Where they are missing, `torch._int_mm` multiplies, with the same bits.
@@ -21,7 +20,6 @@ from torch import nn
 from common import terminal
 
 WEIGHT_LEVELS, INPUT_LEVELS = 63, 127
-SHARES = [1 - n / 20 for n in range(9)]  # scales tried, as shares of the one that reaches the largest
 CHUNK = 2**20  # weights quantised at once
 
 
@@ -38,21 +36,14 @@ def has_fbgemm():
 
 
 def quantise(weight, levels=WEIGHT_LEVELS):
-    """weight [O, C] -> (int8 [O, C], scale fp32 [O]); of each row the scale with the least squared error."""
-    q, scales = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    """weight [O, C] -> (int8 [O, C], scale fp32 [O]), the largest of each row at `levels`."""
+    q = torch.empty(weight.shape, dtype=torch.int8)
+    scale = torch.linalg.vector_norm(weight.float(), torch.inf, 1).clamp_min_(1e-30) / levels
     step = max(1, CHUNK // weight.shape[1])
-    for part in (slice(at, at + step) for at in range(0, len(weight), step)):
-        rows = weight[part].float()
-        largest = rows.abs().amax(1, keepdim=True).clamp_min_(1e-30) / levels
-        least = torch.full_like(largest, torch.inf)
-        for share in SHARES:
-            scale = largest * share
-            rounded = (rows / scale).round_().clamp_(-levels, levels)
-            error = (rounded * scale - rows).square_().sum(1, keepdim=True)
-            better = (error < least).squeeze(1)
-            least = torch.minimum(error, least)
-            q[part][better], scales[part][better] = rounded[better].to(torch.int8), scale[better, 0]
-    return q, scales
+    for at in range(0, len(weight), step):
+        part = slice(at, at + step)
+        q[part] = (weight[part] / scale[part, None]).round_()
+    return q, scale
 
 
 class Int8Linear(nn.Module):

@@ -72,8 +72,8 @@ def test_the_packed_twin(family, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_weights_are_read_one_after_the_other(dtype):
-    """No tensor that was read outlives the layer it is packed in, except the float32 embeddings and norms, and
-    the text is that of the model."""
+    """No tensor that was read outlives its layer, except the embeddings and norms of float32, and the text is
+    the model's."""
     for seed, family in enumerate(["llama", "llama", "mixtral", "qwen2"]):
         model, prompt, seen, most = random_model(random_config(seed, family)), [3, 1, 4], [], 0
 
@@ -121,15 +121,13 @@ def test_int8_rows_have_the_same_bits_in_any_batch(shape, native, monkeypatch):
         assert torch.equal(layer(x[:n]), together[:n])
 
 
-def test_the_scale_of_least_error():
-    """No row is worse than with the scale that reaches its largest weight, and some are better."""
-    weight = torch.randn(64, 576)
+def test_weights_in_int8():
+    """Off by at most half a step, a step being a 63rd of the row's largest; zeros stay zeros."""
+    weight = torch.randn(3000, 577) * torch.rand(3000, 1)
     weight[7] = 0
     q, scale = quantise(weight)
-    plain = weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / 63
-    errors = [((w - weight) ** 2).sum(1) for w in (q * scale[:, None], (weight / plain).round() * plain)]
-    assert q.abs().max() == 63 and (errors[0] <= errors[1] * 1.0001).all()
-    assert errors[0].sum() < 0.95 * errors[1].sum()
+    step = weight.abs().amax(1, keepdim=True) / 63
+    assert ((q * scale[:, None] - weight).abs() <= 0.5001 * step).all() and not q[7].any()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
@@ -144,7 +142,7 @@ def test_a_model_in_int8(family):
     logits, run = [], engine.run
     engine.run = lambda batch: logits.append(run(batch)) or logits[-1]
     together = engine.generate(prompts, greedy(12))
-    expected = model(torch.tensor([prompts[0]]))[0, -1]
-    assert (logits[0][0] - expected).abs().max() < 0.25 * expected.std()
+    expected = model(torch.tensor([prompts[1]]))[0, -1]  # single tokens come first in a batch
+    assert (logits[0][0] - expected).abs().max() < 0.2 * expected.std()
     assert engine.dtype == torch.int8 and engine.kv.dtype == torch.float32
     assert [c.ids for c in together] == [alone(packed, prompt, greedy(12)).ids for prompt in prompts]
