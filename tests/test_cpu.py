@@ -11,10 +11,13 @@ from engines import (
     random_prompts,
 )
 
+import checkpoint
+from common.files import UsageError
 from engine import int8
-from engine.cpu import PackedLinear, PackedTransformer
+from engine.cpu import DTYPES, PackedLinear, PackedTransformer
 from engine.int8 import Int8Linear, quantise
 from generate import Engine
+from llm import local
 
 
 @pytest.mark.parametrize(
@@ -146,3 +149,28 @@ def test_a_model_in_int8(family):
     assert (logits[0][0] - expected).abs().max() < 0.2 * expected.std()
     assert engine.dtype == torch.int8 and engine.kv.dtype == torch.float32
     assert [c.ids for c in together] == [alone(packed, prompt, greedy(12)).ids for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("free", "native", "dtype"),
+    [(9, True, "float32"), (5, True, "bfloat16"), (5, False, "int8"), (2, True, "int8")],
+)
+def test_the_dtype_that_fits(free, native, dtype, tiny_actor, monkeypatch, capfd):
+    """By the memory that is free in bytes a weight; what is not float32 is said in one line. Text in int8 is
+    that of the same model packed by hand."""
+    config = checkpoint.load_config(tiny_actor)
+    monkeypatch.setattr(local, "free_memory", lambda: free * config.num_parameters())
+    monkeypatch.setattr(local, "native_bf16", lambda: native)
+    engine = local.load_engine(tiny_actor)
+    assert engine.dtype == DTYPES[dtype]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "--dtype" in line]
+    assert len(lines) == (dtype != "float32") and all(dtype in line for line in lines)
+    if dtype == "int8":
+        model = checkpoint.load_model(tiny_actor)
+        packed = PackedTransformer(config, model.get_parameter, torch.int8)
+        assert engine.generate([[5, 6, 7]], greedy(20))[0].ids == alone(packed, [5, 6, 7], greedy(20)).ids
+
+
+def test_unknown_dtypes_are_refused(tiny_actor):
+    with pytest.raises(UsageError, match="int4.*int8"):
+        local.load_engine(tiny_actor, "int4")
