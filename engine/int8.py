@@ -62,9 +62,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.flatten(0, -2)
-        largest = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_min_(1e-30)
-        levels = (rows * (INPUT_LEVELS / largest)).round_()  # as integers, so that nobody else rounds
-        out = self.multiply(levels).mul_(largest / INPUT_LEVELS)
+        largest = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True)
+        step = largest.mul_(1 / INPUT_LEVELS).clamp_min_(1e-30)
+        out = self.multiply((rows / step).round_()).mul_(step)  # fbgemm's own rounding differs at ties
         if self.bias is not None:
             out += self.bias
         return out.view(*x.shape[:-1], out.shape[-1])
