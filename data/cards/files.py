@@ -193,7 +193,9 @@ def _card_of(value, where):
             content = [item for item in content if isinstance(item, str)]
         if isinstance(content, type(getattr(card, name))):
             setattr(card, name, content)
-        if any(len(text) > LONGEST for text in ([content] if isinstance(content, str) else content or ())):
+        else:
+            content = ""
+        if any(len(text) > LONGEST for text in ([content] if isinstance(content, str) else content)):
             raise UsageError(f"{where}: `{key}` has more than {LONGEST:,} characters")
     if not (card.name.strip() or card.nickname.strip()):
         raise UsageError(f"{where}: no character card (it has no `name`)")
