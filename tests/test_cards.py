@@ -35,7 +35,7 @@ V1 = {
     "personality": "Dry, exact, fond of {{user}}'s tea.",
     "scenario": "A storm. {{user}} knocks at the lighthouse.",
     "first_mes": "*opens the door* You are wet, {{user}}.",
-    "mes_example": "<START>\n{{user}}: Is it far?\n{{char}}: Far enough.\n<start>\nBen: Tea?\n{{char}}: Do.",
+    "mes_example": "<START>{{user}}: Is it far?\n{{char}}: Far enough.\n<start>\nBen: Tea?\n{{char}}: Do.",
 }
 V2 = {
     "spec": "chara_card_v2",
@@ -408,15 +408,13 @@ def test_draws_of_macros():
 
 def test_macros_are_expanded_once():
     """What replaces a macro is text, whatever it looks like: a user called {{char}}, a reversed macro."""
-    assert (
-        Macros("Ada", "{{char}}").expand("{{user}} {{reverse:}}rahc{{}}")
-        == "{{char}} }}rahc{{"[:8] + " rahc{{}}"
-    )
+    assert Macros("Ada", "{{char}}").expand("{{user}} {{reverse:{{user}}}}") == "{{char}} }}rahc{{"
     card = Card(
-        "Ada", description="{{user}}, {{personality}}", personality="{{user}}", first_mes="{{description}}"
+        "Ada", description="{{user}}, {{personality}}", personality="{{user}}", first_mes="{{description}}!"
     )
-    part = part_of(card, user="{{char}}")
-    assert part.greetings == ["{{char}}, {{personality}}"] or part.greetings == ["{{char}}, {{char}}"]
+    assert part_of(card, user="{{char}}").greetings == ["{{char}}, {{char}}!"]
+    card = Card("Ada", system_prompt="{{original}} {{user}}")
+    assert part_of(card, user="Ben").system("{{char}} {{original}}") == "{{char}} {{original}} Ben"
 
 
 def test_macros_cost_little():

@@ -101,7 +101,8 @@ def _json_of_png(data, where):
             raise UsageError(f"{where}: a PNG with a damaged chunk; download it again")
         if kind in (b"tEXt", b"zTXt", b"iTXt"):
             keyword, _, content = data[position + 8 : end - 4].partition(b"\0")
-            texts.setdefault(keyword.decode("latin-1").lower(), (kind, content))
+            if (keyword := keyword.decode("latin-1").lower()) in KEYWORDS:
+                texts.setdefault(keyword, (kind, content))
         position = end
     found = [texts[keyword] for keyword in KEYWORDS if keyword in texts]
     if not found:
