@@ -24,11 +24,11 @@ class SceneRole:
 class CardRole:
     """The character of a card. Its lorebook is searched anew in every turn.
 
-    count: text -> number of tokens. actions: read `*waves*` as `(waves)`.
+    count: text -> number of tokens. actions: read `*waves*` as `(waves)`. seed: of the macros that draw.
     """
 
-    def __init__(self, card, count, actions=False):
-        self.card, self.options = card, dict(user=VISITOR, count=count, actions=actions)
+    def __init__(self, card, count, actions=False, seed=0):
+        self.card, self.options = card, dict(user=VISITOR, count=count, actions=actions, seed=seed)
         part = part_of(card, **self.options)
         self.character, self.greetings = part.name, part.greetings
         self.introduction = f"from a character card. {part.scenario}"
