@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from common.files import UsageError
 from data import prompts
 from data.cards import VISITOR, part_of, staged
 from data.chats import system_prompt
@@ -30,6 +31,8 @@ class CardRole:
     def __init__(self, card, count, actions=False, seed=0):
         self.card, self.options = card, dict(user=VISITOR, count=count, actions=actions, seed=seed)
         part = part_of(card, **self.options)
+        if part.name == VISITOR:
+            raise UsageError(f"the card's character is called {VISITOR}, as whoever talks with it; rename it")
         self.character, self.greetings = part.name, part.greetings
         self.introduction = f"from a character card. {part.scenario}"
 

@@ -812,6 +812,11 @@ def test_example_dialogue_goes_first_where_the_context_is_full(script, tiny_acto
     assert outputs[0] == outputs[1] and outputs[0][0] == 0 and len(outputs[0][1].splitlines()) == 2
 
 
+def test_a_character_called_visitor_cannot_be_visited():
+    with pytest.raises(UsageError, match="rename"):
+        CardRole(Card(" Visitor\n"), len)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
