@@ -153,6 +153,7 @@ NAMES = [
     "<end_of_turn>",
 ]
 PHI_NAMES = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TOO_MUCH = "too long or too much memory"
 CHAT = [
     {"role": "system", "content": "You are Kent."},
     {"role": "user", "content": "Lear: Who  are you?"},
@@ -335,20 +336,13 @@ def test_no_system_role(folder):
         (MISTRAL_V3.replace("eos_token", "'<|im_end|>'"), "leaves out|reorders"),
         (CHATML.replace("'<|im_end|>'", "'###'"), "no special token"),
         ("{% for m in messages %}", "endfor"),
-        ("{{ cycler('a') }}", "undefined"),
+        ("{{ cycler('a') }}", "leaves out"),
         ("{{ ''.__class__.__mro__ }}{{ messages.__class__() }}", "unsafe|undefined"),
-        ("{{ 'a' * 10**9 }}", "not supported"),
-        ("{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}", "too large"),
-        ("{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s.replace('a', ns.s) %}{% endfor %}", "replace"),
-        ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, "too long"),
+        ("{{ 'a' * 10**9 }}", TOO_MUCH),
+        ("{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}", TOO_MUCH),
+        ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, TOO_MUCH),
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "."),
-        ("{% set ns = namespace(v=['a']) %}{% for i in range(99) %}{% set ns.v = [ns.v, ns.v] %}{% endfor %}{{ ns.v }}", "too large"),
-        ("{% set ns = namespace(v=(1, 2)) %}{% for i in range(99) %}{% set ns.v = (ns.v, ns.v) %}{% endfor %}{{ {ns.v: 1} }}", "too large"),
-        ("{% set ns = namespace(v=1) %}{% for i in range(99) %}{% set ns.v = dict(a=ns.v, b=ns.v) %}{% endfor %}{{ ns.v | tojson }}", "too large"),
-        ("{% set ns = namespace(v=1) %}{% for i in range(99) %}{% set ns.v = namespace(a=ns.v, b=ns.v) %}{% endfor %}{{ ns.v | upper }}", "namespace"),
-        ("{% set x = range(9999) | list | string %}{{ range(9999) | map(attribute='b', default=x) | list }}", "too large"),
-        ("{% set x = range(9999) | list | string %}{{ range(9999) | map(attribute='b', default=x) | join }}", "too long"),
-        ("{% set x, y = range(9000) | list, range(9000) | list %}{% for i in range(99999) %}{{ x == y }}{% endfor %}", "too long"),
+        ("{% set ns = namespace(v=['a']) %}{% for i in range(99) %}{% set ns.v = [ns.v, ns.v] %}{% endfor %}{{ ns.v }}", TOO_MUCH),
         ("x" * 100_001, "100,000"),
     ],
 )  # fmt: skip
