@@ -902,25 +902,6 @@ def test_a_files_name_is_shown_as_it_is(stream, general, monkeypatch, tmp_path):
     assert "tokenising chats[bold].jsonl" in screen.getvalue()
 
 
-def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
-    """By its documented format: human and gpt by turns, human first, all of them text, the system text beside
-    them; read back, they are the chats, and the release's turns where its draw is ours."""
-    books = shared / "coser" / "books"
-    code, _, err = inspect(books, "--sharegpt", tmp_path / "sft.json", "--epoch", 2, "--variants", "all")
-    assert code == 0 and "chats" in err
-    rows = json.loads((tmp_path / "sft.json").read_text())
-    scenes = [scene for scene in load_scenes(books) if scene.tag == "train"]
-    chats = [chat for scene in scenes for chat in scene_to_chats(scene, 0, variants="all")]
-    for row in rows:
-        assert row.keys() == {"conversations", "system"} and isinstance(row["system"], str)
-        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (
-            len(row["conversations"]) // 2
-        )
-    assert [messages for messages, *_ in read_general(tmp_path / "sft.json", Report())] == [
-        chat.messages for chat in chats
-    ]
-
-
 def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
     """Those of the last plots; with books held out, all of theirs; read back equal. None to write is a usage
     error."""
@@ -929,14 +910,9 @@ def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
     odd = tmp_path / "[red]" / "book.json"
     odd.write_text(json.dumps({**json.loads((STAGE / "ward_c.json").read_text()), "character_datasets": 5}))
     assert f"epoch 0 of {odd}\n" in inspect(odd)[1]  # no markup
-    for export in ("--test-scenes", "--sharegpt"):
-        code, out, err = inspect(odd, export, tmp_path / "written.json")
-        assert (code, out) == (
-            0,
-            "",
-        ) and f"1 dropped: `character_datasets` that is not an object, the first at {odd}" in err
-    line = usage_error(inspect("--sharegpt", tmp_path / "none.json", "--held-out-books", 1))
-    assert "all are held out" in line and not (tmp_path / "none.json").exists()
+    code, out, err = inspect(odd, "--test-scenes", tmp_path / "written.json")
+    assert (code, out) == (0, "")
+    assert f"1 dropped: `character_datasets` that is not an object, the first at {odd}" in err
     assert inspect("--test-scenes", tmp_path / "held.json")[0] == 0
     assert load_scenes(tmp_path / "held.json") == held
     assert inspect("--test-scenes", tmp_path / "all.json", "--held-out-books", 1)[0] == 0
