@@ -297,7 +297,7 @@ def test_a_template_as_a_format(folder, template, names, eos, end):
 
 
 def test_a_long_chat_is_within_the_bounds(folder):
-    """The bounds grow with the number of messages."""
+    """A template of many characters, and a chat of many messages."""
     comment = "{# " + "x" * 9000 + " #}" + "{% if false %}" + "y" * 9000 + "{% endif %}"
     tok = load_tokenizer(
         folder(
@@ -369,7 +369,7 @@ def test_a_token_with_the_id_of_a_special_one(folder):
 
 
 def test_a_long_conversation(folder):
-    """The bounds on a template grow with the number of messages."""
+    """It is put together from a few rendered ones."""
     tok = load_tokenizer(folder(CHATML), "template")
     chat = [{"role": ("user", "assistant")[i % 2], "content": "Hi"} for i in range(9999)]
     assert len(tok.render(chat)[0]) > 9999 * 4
