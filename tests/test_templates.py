@@ -335,6 +335,7 @@ def test_no_system_role(folder):
         (PHI3.replace("{{'<|system|>\n' + message['content'] + '<|end|>\n'}}", ""), "leaves out the system text"),
         (MISTRAL_V3.replace("eos_token", "'<|im_end|>'"), "leaves out|reorders"),
         (CHATML.replace("'<|im_end|>'", "'###'"), "no special token"),
+        (CHATML.replace("message['role']", "message['role'] + loop.index | string"), "depends on the others"),
         ("{% for m in messages %}", "endfor"),
         ("{{ cycler('a') }}", "leaves out"),
         ("{{ ''.__class__.__mro__ }}{{ messages.__class__() }}", "unsafe|undefined"),
@@ -354,6 +355,17 @@ def test_a_template_that_cannot_be_used(folder, template, why):
     assert "\n" not in str(refused.value) and time.process_time() - start < 10
     tok = load_tokenizer(directory, "chatml")
     assert tok.chat_format == "chatml" and tok.stop_ids[0] == tok.specials["<|im_end|>"]
+
+
+def test_what_a_template_refuses_its_format_refuses(folder):
+    """Here two messages in a row of the same role."""
+    twice = "{% for m in messages %}{% if loop.nextitem is defined and loop.nextitem.role == m.role %}"
+    tok = load_tokenizer(
+        folder(twice + "{{ raise_exception('twice') }}{% endif %}{% endfor %}" + PHI3, PHI_NAMES)
+    )
+    assert tok.chat_format == "template" and tok.render(CHAT)
+    with pytest.raises(ValueError, match="no user after user"):
+        tok.render([*CHAT, CHAT[1], CHAT[1]])
 
 
 def test_a_token_with_the_id_of_a_special_one(folder):
