@@ -1,8 +1,10 @@
 """Shows training data: counts, lengths, repairs, and any chat with its tokens under loss.
 
-python -m data.show books/ --tokenizer DIR               statistics
-python -m data.show books/ --tokenizer DIR --chat 12     document 12 of the epoch, coloured by channel
-python -m data.show books/ --test-scenes held_out.json   the held-out scenes, for simulate.py
+    python -m data.show books/ --tokenizer DIR               statistics
+    python -m data.show books/ --tokenizer DIR --chat 12     document 12 of the epoch, coloured by channel
+    python -m data.show books/ --test-scenes held_out.json   the held-out scenes, for simulate.py
+
+Books are files or directories of them; without any it shows the bundled stories.
 """
 
 import json
