@@ -206,7 +206,7 @@ def _stored_documents(source, tokenizer, item):
 def _tokenise_in_processes(number, source, tokenizer, report):
     """Yields (share done, stored documents) of each item, in order. This process reads, workers tokenise."""
     pool = ProcessPoolExecutor(number, SPAWN, _start_worker, (source, tokenizer.file, tokenizer.chat_format))
-    items, waiting = source.items(tokenizer, report), deque()
+    items, waiting, others = source.items(tokenizer, report), deque(), {*multiprocessing.active_children()}
     try:
         while True:
             for done, item in itertools.islice(items, 4 * number - len(waiting)):
@@ -220,7 +220,7 @@ def _tokenise_in_processes(number, source, tokenizer, report):
         problem = f"tokenising {source.name}: a process ended early (out of memory?); try again"
         raise UsageError(problem) from None
     finally:
-        for process in multiprocessing.active_children():
+        for process in {*multiprocessing.active_children()} - others:
             process.kill()  # a broken pool would send SIGTERM, which is blocked, and wait
         pool.shutdown(cancel_futures=True)
 
