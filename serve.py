@@ -9,9 +9,9 @@ import os
 import socket
 from pathlib import Path
 
-from checkpoint import DTYPES
 from common import terminal
 from common.files import UsageError
+from engine.cpu import DTYPES
 from llm import default_actor, open_model
 from serving.worker import Worker
 from text.chat import CHAT_FORMATS
@@ -32,7 +32,7 @@ def parse_args():
     add("--origin", nargs="+", action="extend", default=[], help="of other sites' pages that may ask")
     add("--max-concurrency", type=int, default=256, metavar="N", help="replies at once, else 503 (256)")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
-    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
+    add("--dtype", choices=DTYPES, help="default: as fits processor and memory; int8 is fast on a CPU")
     add("--log-prompts", action="store_true", help="print every request's body; else nothing of it is")
     args = parser.parse_args()
     if args.host not in LOOPBACK and not args.api_key:

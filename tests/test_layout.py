@@ -9,7 +9,8 @@ from conftest import ROOT
 LEVELS = [
     {"common"},
     {"kernels"},
-    {"data.records", "data.scenes", "data.brackets", "data.prompts", "data.chats", "data.packing"},
+    {"data.records", "data.scenes", "data.brackets", "data.prompts", "data.chats", "data.packing"}
+    | {"data.cards"},
     {"model", "tokenizer", "text"},
     {"data.channels", "data.general", "data.store", "data.stream", "checkpoint"},
     {"engine", "training"},
@@ -18,7 +19,7 @@ LEVELS = [
     {"evals"},
     {"serving"},
     {"generate", "simulate", "judge", "train", "serve"}
-    | {"data.show", "checkpoint.__main__", "bench", "benchmark"},
+    | {"data.show", "data.cards.__main__", "checkpoint.__main__", "bench", "benchmark"},
 ]
 SCRIPTS = LEVELS[-1]
 
