@@ -136,7 +136,7 @@ def the_book(out):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def kinds(model):
@@ -170,7 +170,7 @@ def test_a_reader_that_knows_the_book_gets_all_of_it(curated, script):
     assert list(people) == ["Jonas Pike", "Ruth Calder", "Tam", "Inspector Hale"]  # no crowd, no alias
     assert people["Ruth Calder"]["profile"] == "Ruth Calder in 9 plots." and not people["Inspector Hale"]["profile"]
     assert line["missing"] == 0 and line["failures"] == [] and line["figures"]["verbatim"] == 42
-    assert line["notes"] == {"plots carried over the end of a chunk": 1}
+    assert line["notes"] == {"plots carried over the end of a chunk": 1, "conversations flagged with severity 2": 1}
     assert kinds(model) == {"plots": 4, "flags": 10, "names": 2, "profile": 3}
     steps = out / "steps" / "curate_book"
     assert {file.stem for file in steps.iterdir()} == {"chunks", "plots", "dropped", "names", "profiles"}
@@ -204,8 +204,8 @@ def test_a_cut_off_plot_that_nobody_continues_is_kept(curated):
     def first_only(answer, text):
         return answer if text.startswith("I\n") else {"plots": []}
 
-    _, out, [line] = curated(say=changing(first_only, extract.PLOTS))
-    assert line["notes"]["plots cut off and never continued"] == 1 == line["notes"].get("chunks without a plot", 0) - 2
+    _, out, [line] = curated("--chunk-tokens", 200, say=changing(first_only, extract.PLOTS))
+    assert line["notes"]["plots cut off and never continued"] == 1 and line["notes"]["chunks without a plot"] > 2
     assert the_book(out)["plots"][-1]["state"] == "truncated"
 
 
@@ -251,7 +251,7 @@ def test_every_failed_chunk_is_reported(curated):
     """Trap: only the last chunk's failures were counted, and a failed chunk's plots were gone unseen."""
 
     def broken(answer, text):
-        return answer if text.startswith("I\n") or "Inspector" in text else "no JSON"
+        return answer if text.startswith("I\n") or "What paper?" in text else "no JSON"
 
     model, out, [line] = curated(say=changing(broken, extract.PLOTS))
     assert [failure["chunk"] for failure in line["failures"]] == [1, 2]
@@ -457,7 +457,7 @@ def schema_of(messages):
     """The schema of a question that an endpoint was asked, by its prompt."""
     opening = messages[0]["content"][:20]
     kinds = {"extract": extract.PLOTS, "profile": assemble.PROFILE, "safety": assemble.FLAGS, "names": "names"}
-    return next(schema for name, schema in kinds.items() if PROMPTS[name].startswith(opening[:15]))
+    return next(schema for name, schema in kinds.items() if PROMPTS[name].startswith(opening[:12]))
 
 
 # ---- safety, books, test scenes ----------------------------------------------------------------------------
@@ -562,7 +562,7 @@ def test_the_release_measured_against_its_own_texts(script, shared):
 def test_the_release_through_the_validators(shared):
     """Its plots as a reply about the whole book: those with a text pass, the others are counted."""
     texts = {row["title"]: row["content"] for row in map(json.loads, open(shared / "books" / "classics.jsonl"))}
-    for name, missing in (("King Lear", 5), ("Othello", 0)):
+    for name, missing in (("King Lear", 4), ("Othello", 0)):
         plots = load(shared / "coser" / "books" / f"{name}.json")["plots"]
         replayed = []
         for plot in plots:
@@ -670,6 +670,7 @@ def test_a_killed_run_ends_with_the_same_files(script, tmp_path, monkeypatch):
         base = [BOOK, "--model", "openai:m", *FLAGS, "--out"]
         assert script("data.curate.__main__", *base, tmp_path / "whole")[0] == 0
         whole, calls = contents(tmp_path / "whole"), len(server.requests)
+        assert calls == 4 + 10 + 2 + 3
         for at in sorted(random.Random(0).sample(range(2, 2 * calls), 15)):
             out, before = tmp_path / f"at{at}", len(server.requests)
             assert killed([*base, out], at, command.main)

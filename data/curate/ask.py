@@ -142,19 +142,19 @@ def read_json(text, key):
         at = version.find("{")
         while at >= 0:
             try:
-                found, end = DECODER.raw_decode(version, at)
+                found, _ = DECODER.raw_decode(version, at)
                 if key in found:
                     return json.loads(writable(json.dumps(found[key], ensure_ascii=False))), version != text[begin:]
             except (ValueError, RecursionError):
-                end = at + 1
-            at = version.find("{", end)
+                pass
+            at = version.find("{", at + 1)
     raise ValueError(f"no JSON object with `{key}` in the reply")
 
 
 def closed(text):
     """A JSON text up to its last closing bracket, and the brackets that are still open there closed."""
     stack, end, left = [], 0, []
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[][{}]', text, re.DOTALL):
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"?|[][{}]', text, re.DOTALL):
         if token[0] in "[{":
             stack.append("]" if token[0] == "[" else "}")
         elif token[0] in "]}":

@@ -81,11 +81,13 @@ def read_plot(value, before, words, offset, chunk):
     """
     start, end = before[-1]["start"] - offset if before else 0, None
     for name in ("first_sentence", "last_sentence"):
-        share, start_, end = words.find(value[name], start)
+        share, at, end = words.find(value[name], start)
+        if share < INVENTED and name == "first_sentence":  # plots out of order
+            share, at, end = words.find(value[name])
         if share < INVENTED:
-            after = "" if name == "first_sentence" else " after the first"
+            after = " after the first sentence" * (name == "last_sentence")
             raise ValueError(f"{name} {value[name][:60]!r} is not in the passage{after}")
-        start = start_ if name == "first_sentence" else start
+        start = at if name == "first_sentence" else start
     talks = value["conversations"]
     for owner in (value, *talks):
         for one in (*owner["key_characters"], *owner.get("dialogues", ())):
