@@ -173,7 +173,7 @@ def test_a_reader_that_knows_the_book_gets_all_of_it(curated, script):
     assert line["notes"] == {"plots carried over the end of a chunk": 1, "conversations flagged with severity 2": 1}
     assert kinds(model) == {"plots": 4, "flags": 10, "names": 2, "profile": 3}
     steps = out / "steps" / "curate_book"
-    assert {file.stem for file in steps.iterdir()} == {"chunks", "plots", "dropped", "names", "profiles"}
+    assert {file.stem for file in steps.iterdir()} == {"chunks", "plots", "safety", "dropped", "names", "profiles"}
     assert "".join(chunk["text"] for chunk in lines(steps / "chunks.jsonl")) == TEXT
     scenes = load_book(out / "books" / "curate_book.json", Report(strict=True))  # nothing to repair or drop
     assert [scene.tag for scene in scenes] == ["train"] * 9 + ["id"]
@@ -649,7 +649,7 @@ def test_usage_errors(script, tmp_path, shared):
         return usage_error(script("data.curate.__main__", *args))
 
     assert "--dry-run" in error(BOOK) and "go together" in error(BOOK, "--model", "m")
-    assert "at least 1" in error(BOOK, "--dry-run", "--chunk-tokens", 0)
+    assert "more than 0" in error(BOOK, "--dry-run", "--chunk-tokens", 0)
     assert "no book called Othello" in error(BOOK, "--report", shared / "coser" / "books" / "Othello.json")
     assert "no such file" in error(tmp_path / "none.txt", "--dry-run")
 

@@ -1,4 +1,4 @@
-"""Asks a model questions that it answers in JSON: schemas, replies read, repaired, asked for again and kept."""
+"""Questions that a model answers in JSON: replies are read, repaired, asked for again and kept."""
 
 import json
 import re
@@ -16,6 +16,7 @@ PROMPTS = dict(_SECTIONS.findall(read_text(Path(__file__).with_name("prompts.txt
 TRIES = 3  # for an answer without a problem; after them the best one is used
 DECODER = json.JSONDecoder(strict=False)  # takes line ends within strings
 TYPES = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
+TEXT, BOOLEAN = {"type": "string"}, {"type": "boolean"}
 
 
 def record(**fields):
@@ -31,11 +32,8 @@ def integer(low, high):
     return {"type": "integer", "minimum": low, "maximum": high}
 
 
-TEXT, BOOLEAN = {"type": "string"}, {"type": "boolean"}
-
-
 def material(prompt, text, /, **fields):
-    """The messages of one of PROMPTS about a text, between fences that depend on it: nothing in it closes them."""
+    """The messages of one of PROMPTS about a text, between fences that nothing in it can close."""
     text = text.replace("\0", " ")  # which some servers refuse
     fields = {"prompt": fill(PROMPTS[prompt], fields), "fence": "=====" + digest(text), "text": text}
     return [{"role": "user", "content": fill(PROMPTS["material"], fields)}]
@@ -43,7 +41,7 @@ def material(prompt, text, /, **fields):
 
 @dataclass(eq=False)
 class Question:
-    """label: unique in a run. schema: of an object with one field. accept(item, items before): makes of each
+    """label: unique in a run. schema: of an object with one field. accept(item, items before) makes of each
     item of the field's list (or of its one value) what is kept; ValueError if it cannot be used.
 
     value: the items of the best reply so far, None before one can be used; problems: what is wrong with the
@@ -63,13 +61,12 @@ class Question:
 
     def ask(self, seed):
         """The next call, known by its content: at temperature 0, then at 1 with what was wrong."""
-        prompt = self.messages[0]["content"]
+        content, heat = self.messages[0]["content"], float(self.tries > 0)
         if self.tries:
-            prompt += "\n" + fill(PROMPTS["again"], {"problems": "\n".join(self.problems[:5])})
-        messages = [{"role": "user", "content": prompt}]
-        params = SamplingParams(
-            float(self.tries > 0), max_tokens=self.max_tokens, seed=seed + self.tries, json_schema=self.schema
-        )
+            content += "\n" + fill(PROMPTS["again"], {"problems": "\n".join(self.problems[:5])})
+        messages = [{"role": "user", "content": content}]
+        options = {"max_tokens": self.max_tokens, "json_schema": self.schema}
+        params = SamplingParams(heat, seed=seed + self.tries, **options)
         return make_ask(self.label, digest(messages, vars(params)), "curator", messages, params)
 
     def take(self, reply):
@@ -87,19 +84,20 @@ class Question:
         items, problems = [], []
         try:
             found, repaired = read_json(text, key)
-            for n, item in enumerate(conform(found, {"type": "array"}, key) if "items" in schema else [found]):
-                try:
-                    items.append(self.accept(conform(item, schema.get("items", schema), f"{key} {n}"), items))
-                except ValueError as error:
-                    problems.append(f"{key} {n}: {error}")
+            found = conform(found, {"type": "array"}, key) if "items" in schema else [found]
         except ValueError as error:
             return None, [str(error)], False
+        for n, item in enumerate(found):
+            try:
+                items.append(self.accept(conform(item, schema.get("items", schema), f"{key} {n}"), items))
+            except ValueError as error:
+                problems.append(f"{key} {n}: {error}")
         return items if items or not problems else None, problems, repaired
 
 
 def run_all(stories, model, journal, seed, say):
-    """What generators of lists of Questions return, in order. All of them go on when the lists of all are
-    settled. say(): what is shown of a round."""
+    """What generators of lists of Questions return, in order. They go on together, each time that all their
+    lists are settled. say(): what is shown of such a round."""
     results, asked = {}, dict.fromkeys(stories, ())
     while asked:
         for story in list(asked):
@@ -108,9 +106,9 @@ def run_all(stories, model, journal, seed, say):
             except StopIteration as end:
                 results[story] = end.value
                 del asked[story]
-        what, every = say(), [question for questions in asked.values() for question in questions]
+        what, questions = say(), sum(map(list, asked.values()), [])
         for _ in range(TRIES):
-            pending = [q for q in every if q.problems and not q.error]
+            pending = [question for question in questions if question.problems and not question.error]
             replies = ask_all([q.ask(seed) for q in pending], model, journal, what) if pending else ()
             for question, reply in zip(pending, replies, strict=True):
                 question.take(reply)
@@ -118,7 +116,7 @@ def run_all(stories, model, journal, seed, say):
 
 
 def conform(value, schema, name):
-    """The value with only the fields of the schema. ValueError where it is not of the schema."""
+    """The value with only the fields of a schema. ValueError where it does not conform to it."""
     kind = TYPES.get(schema.get("type"), str)
     if type(value) is not kind or value not in schema.get("enum", [value]):
         raise ValueError(f"{name} is {repr(value)[:60]}, not {schema.get('enum') or kind.__name__}")
@@ -126,9 +124,8 @@ def conform(value, schema, name):
         raise ValueError(f"{name} is {value}, not from {schema['minimum']} to {schema['maximum']}")
     if "items" in schema:
         return [conform(item, schema["items"], f"{name}, {n}") for n, item in enumerate(value)]
-    if kind is dict:
-        return {key: conform(value.get(key), part, f"{name}.{key}") for key, part in schema["properties"].items()}
-    return value
+    fields = schema.get("properties", {}).items()
+    return {key: conform(value.get(key), part, f"{name}.{key}") for key, part in fields} if fields else value
 
 
 def read_json(text, key):
@@ -137,14 +134,15 @@ def read_json(text, key):
     Words around it are ignored, commas before a closing bracket go, and of an object that was cut off all
     that was whole remains.
     """
-    begin = max(text.find("{"), 0)
-    for version in (text[begin:], TRAILING_COMMA.sub(lambda part: part[1] or "", text[begin:]), closed(text[begin:])):
+    text = text[max(text.find("{"), 0) :]
+    for version in (text, TRAILING_COMMA.sub(lambda part: part[1] or "", text), closed(text)):
         at = version.find("{")
         while at >= 0:
             try:
                 found, _ = DECODER.raw_decode(version, at)
                 if key in found:
-                    return json.loads(writable(json.dumps(found[key], ensure_ascii=False))), version != text[begin:]
+                    value = json.loads(writable(json.dumps(found[key], ensure_ascii=False)))
+                    return value, version != text
             except (ValueError, RecursionError):
                 pass
             at = version.find("{", at + 1)

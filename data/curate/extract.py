@@ -1,4 +1,4 @@
-"""Takes plots and conversations out of the chunks of a book; a plot that a chunk cuts off goes on in the next."""
+"""Takes plots and conversations out of chunks; a plot that a chunk cuts off goes on in the next."""
 
 import re
 from collections import Counter
@@ -9,12 +9,12 @@ from data.curate.chunks import headings
 from data.curate.fidelity import INVENTED, Words, quote_of
 from data.prompts import fill
 
+MOTIVATIONS, MESSAGES = many(name=TEXT, motivation=TEXT), many(character=TEXT, message=TEXT)
 PLOTS = record(plots=many(
     first_sentence=TEXT, last_sentence=TEXT, finished=BOOLEAN, summary=TEXT, prominence=integer(1, 100),
     key_characters=many(name=TEXT, description=TEXT, experience=TEXT),
     # last, so that of an answer that is cut off within them the beginning can be used
-    conversations=many(scenario=TEXT, topic=TEXT, key_characters=many(name=TEXT, motivation=TEXT),
-                       dialogues=many(character=TEXT, message=TEXT)),
+    conversations=many(scenario=TEXT, topic=TEXT, key_characters=MOTIVATIONS, dialogues=MESSAGES),
 ))  # fmt: skip
 
 
@@ -26,19 +26,19 @@ def extract(book, chunks, count, size, max_tokens):
     """
     plots, held, failures, notes, start = [], [], [], Counter(), 0
     for chunk in chunks:
-        passage = book.text[start : chunk.end]
-        unfinished = fill(PROMPTS["unfinished"], {"plots": "\n".join(plot["summary"] for plot in held)})
+        passage, broken_off = book.text[start : chunk.end], "\n".join(plot["summary"] for plot in held)
         fields = {"title": book.title, "author": f" by {book.author}" if book.author else ""}
-        messages = material("extract", passage, **fields, unfinished=unfinished if held else "")
+        fields["unfinished"] = fill(PROMPTS["unfinished"], {"plots": broken_off}) if held else ""
         accept = partial(read_plot, words=Words(passage), offset=start, chunk=chunk)
-        label = f"{book.title}: chunk {chunk.number + 1}"
+        label, messages = f"{book.title}: chunk {chunk.number + 1}", material("extract", passage, **fields)
         yield [question := Question(label, messages, PLOTS, max_tokens, accept)]
         if question.value is None:
-            reason = {"error": question.error or question.problems[0]}
-            failures.append({"chunk": chunk.number, "start": chunk.start, "end": chunk.end} | reason)
+            reason = question.error or question.problems[0]
+            failures.append({"chunk": chunk.number, "start": chunk.start, "end": chunk.end, "error": reason})
+        else:
+            notes["plots given up, their place or their form is wrong"] += len(question.problems)
         notes["replies repaired"] += question.repaired
         notes["chunks without a plot"] += question.value == []
-        notes["plots given up, their place or their form is wrong"] += len(question.problems) if question.value else 0
         new = carry_over(plots, held, question.value or [], notes)
         cut_off = [plot for plot in new if plot["state"] == "truncated" and chunk is not chunks[-1]]
         held = [plot for plot in cut_off if count(book.text[plot["start"] : chunk.end]) <= size]
@@ -73,42 +73,41 @@ def overlap(plot, other):
     return shared > min(plot["end"] - plot["start"], other["end"] - other["start"]) / 2
 
 
+def mentions(owner):
+    """[(entry, the key of its name)] of all characters in a plot, without its conversations, or in one."""
+    turns = owner.get("dialogues", ())
+    return [(entry, "name") for entry in owner["key_characters"]] + [(turn, "character") for turn in turns]
+
+
 def read_plot(value, before, words, offset, chunk):
     """A plot in the book format, of a passage that stands at `offset` in the book; `before`: those before it.
 
     Each message of a character says which share of its words stands in the passage (`found`), and where
     (`at`). ValueError where the first sentence is not found, or the last one not after it.
     """
-    start, end = before[-1]["start"] - offset if before else 0, None
-    for name in ("first_sentence", "last_sentence"):
-        share, at, end = words.find(value[name], start)
-        if share < INVENTED and name == "first_sentence":  # plots out of order
-            share, at, end = words.find(value[name])
-        if share < INVENTED:
-            after = " after the first sentence" * (name == "last_sentence")
-            raise ValueError(f"{name} {value[name][:60]!r} is not in the passage{after}")
-        start = at if name == "first_sentence" else start
+    share, start, _ = words.find(value["first_sentence"], before[-1]["start"] - offset if before else 0)
+    if share < INVENTED:  # plots out of order
+        share, start, _ = words.find(value["first_sentence"])
+    share, _, end = words.find(value["last_sentence"], start) if share >= INVENTED else (0, 0, 0)
+    if share < INVENTED:
+        raise ValueError("first_sentence is not in the passage, or last_sentence not after it")
     talks = value["conversations"]
-    for owner in (value, *talks):
-        for one in (*owner["key_characters"], *owner.get("dialogues", ())):
-            key = "name" if "name" in one else "character"
-            one[key] = " ".join(one[key].split())
-            if one[key] in ("", "NSP"):  # of the next-speaker model
-                raise ValueError(f"{one[key]!r} is not the name of a character")
+    for entry, key in [mention for owner in (value, *talks) for mention in mentions(owner)]:
+        entry[key] = " ".join(entry[key].split())
+        if entry[key] in ("", "NSP"):  # of the next-speaker model
+            raise ValueError(f"{entry[key]!r} is not the name of a character")
     for talk in talks:
         talk["dialogues"] = [turn for turn in talk["dialogues"] if turn["message"].strip()]
         for turn in talk["dialogues"]:
             if quote := quote_of(turn):
-                share, *at = words.find(quote)
+                share, a, b = words.find(quote)
                 turn |= {"found": round(share, 3), "invented": share < INVENTED}
-                turn["at"] = None if at[0] is None else [offset + place for place in at]
-                end = end if turn["invented"] else max(end, at[1])  # the last line may follow that sentence
+                turn["at"] = None if a is None else [offset + a, offset + b]
+                end = end if turn["invented"] else max(end, b)  # the last line may follow that sentence
     start -= len(re.search(r"[^\w\s]*$", words.text[:start])[0])
     end += len(re.match(r"[^\w\s]*", words.text[end:])[0])
-    return {
-        "summary": value["summary"],
-        "prominence": value["prominence"],
-        "key_characters": value["key_characters"],
+    plot = {name: value[name] for name in ("summary", "prominence", "key_characters")}
+    return plot | {
         "conversation": [talk for talk in talks if talk["dialogues"]],
         "state": "finished" if value["finished"] else "truncated",
         "i_chunk": chunk.number,
