@@ -12,7 +12,7 @@ from test_llm import Script, Server
 
 from data.curate import __main__ as command
 from data.curate import assemble, extract
-from data.curate.ask import PROMPTS, TRIES, Question, closed, read_json
+from data.curate.ask import PROMPTS, TRIES, Question, read_json
 from data.curate.chunks import cut, headings, read_books
 from data.curate.fidelity import INVENTED, Words, measure, words_of
 from data.records import Report
@@ -82,7 +82,9 @@ def reader(messages, params, blocks=BLOCKS):
         name = re.search(r"profile of (.*?),", messages[-1]["content"])[1]
         return json.dumps({"profile": f"{name} in {text.count('Summary:')} plots."})
     if schema == assemble.FLAGS:
-        severe = [{"category": "violence", "severity": 2, "quote": "your arms"}] if "arms come off" in text else []
+        severe = (
+            [{"category": "violence", "severity": 2, "quote": "your arms"}] if "arms come off" in text else []
+        )
         return json.dumps({"flags": severe})
     names = re.findall(r"^- ([^:\n]+)", text, re.MULTILINE)
     entries = [{"name": name, "official": FULL.get(name, name), "person": name != "sailor"} for name in names]
@@ -94,7 +96,9 @@ def changing(change, kind):
 
     def say(messages, params):
         answer = reader(messages, params)
-        if params.json_schema != kind and (kind != "names" or "names" not in params.json_schema["properties"]):
+        if params.json_schema != kind and (
+            kind != "names" or "names" not in params.json_schema["properties"]
+        ):
             return answer
         changed = change(json.loads(answer), material_of(messages))
         return changed if isinstance(changed, str | Reply) else json.dumps(changed)
@@ -113,7 +117,7 @@ class Model(Script):
 
 @pytest.fixture
 def curated(script, tmp_path, monkeypatch, stage_tokenizer):
-    """Runs the command with a scripted model: run(flags, say=, book=, out=, code=) -> model, --out, report."""
+    """Runs the command with a scripted model: run(*flags) -> (model, --out, lines of the report)."""
 
     def run(*flags, say=reader, book=BOOK, out=None, code=0):
         out, model = out or tmp_path / "out", Model(say)
@@ -168,17 +172,34 @@ def test_a_reader_that_knows_the_book_gets_all_of_it(curated, script):
             assert plot["start"] <= a < b <= plot["end"] and TEXT[plot["start"] : plot["end"]] == plot["text"]
     people = book["character_datasets"]
     assert list(people) == ["Jonas Pike", "Ruth Calder", "Tam", "Inspector Hale"]  # no crowd, no alias
-    assert people["Ruth Calder"]["profile"] == "Ruth Calder in 9 plots." and not people["Inspector Hale"]["profile"]
+    assert (
+        people["Ruth Calder"]["profile"] == "Ruth Calder in 9 plots."
+        and not people["Inspector Hale"]["profile"]
+    )
     assert line["missing"] == 0 and line["failures"] == [] and line["figures"]["verbatim"] == 42
-    assert line["notes"] == {"plots carried over the end of a chunk": 1, "conversations flagged with severity 2": 1}
+    assert line["notes"] == {
+        "plots carried over the end of a chunk": 1,
+        "conversations flagged with severity 2": 1,
+    }
     assert kinds(model) == {"plots": 4, "flags": 10, "names": 2, "profile": 3}
     steps = out / "steps" / "curate_book"
-    assert {file.stem for file in steps.iterdir()} == {"chunks", "plots", "safety", "dropped", "names", "profiles"}
+    assert {file.stem for file in steps.iterdir()} == {
+        "chunks",
+        "plots",
+        "safety",
+        "dropped",
+        "names",
+        "profiles",
+    }
     assert "".join(chunk["text"] for chunk in lines(steps / "chunks.jsonl")) == TEXT
     scenes = load_book(out / "books" / "curate_book.json", Report(strict=True))  # nothing to repair or drop
     assert [scene.tag for scene in scenes] == ["train"] * 9 + ["id"]
     [played] = find_scenes(f"{out / 'test.json'}:all")
-    assert played.key == "curate_book-9-0" and played.tag == "id" and played.major_characters == ["Ruth Calder", "Tam"]
+    assert (
+        played.key == "curate_book-9-0"
+        and played.tag == "id"
+        and played.major_characters == ["Ruth Calder", "Tam"]
+    )
     code, said, _ = script("data.show", out / "books")
     assert code == 0 and "nothing repaired or dropped" in said
 
@@ -190,7 +211,9 @@ def test_no_plot_is_lost_at_the_border_of_a_chunk(curated, size):
     assert [plot["text"] for plot in the_book(out)["plots"]] == BLOCKS
     assert line["figures"]["utterances"] == 42
     passages = [material_of(m) for m, p in model.asked if p.json_schema == extract.PLOTS]
-    assert len(passages) == 1 or any(passages[i + 1].split("\n")[0] in passages[i] for i in range(len(passages) - 1))
+    assert len(passages) == 1 or any(
+        passages[i + 1].split("\n")[0] in passages[i] for i in range(len(passages) - 1)
+    )
 
 
 def test_a_plot_longer_than_a_chunk_ends_with_it(curated):
@@ -205,7 +228,9 @@ def test_a_cut_off_plot_that_nobody_continues_is_kept(curated):
         return answer if text.startswith("I\n") else {"plots": []}
 
     _, out, [line] = curated("--chunk-tokens", 200, say=changing(first_only, extract.PLOTS))
-    assert line["notes"]["plots cut off and never continued"] == 1 and line["notes"]["chunks without a plot"] > 2
+    assert (
+        line["notes"]["plots cut off and never continued"] == 1 and line["notes"]["chunks without a plot"] > 2
+    )
     assert the_book(out)["plots"][-1]["state"] == "truncated"
 
 
@@ -225,8 +250,15 @@ def test_bare_numerals_are_headings_where_they_count_up():
     text = "\n".join(f"{n}\n\nText of it, 14 of them.\n\n99\n" for n in ("I", "II", "III", "IV", "V"))
     assert [name for _, name in headings(text)] == ["I", "II", "III", "IV", "V"]
     assert [name for _, name in headings("1\n\nA.\n\n2.\n\nB.\n\n3\n\nC.\n\n7\n")] == ["1", "2.", "3"]
-    text = "Chapter\xa01.\n\nA\n\nCHAPTER THE SECOND\r\n\r\nB\n\nAct IV, Scene 2\n\npart of 1 thing\n\n## The End\n\nEpilogue\n"
-    assert [name for _, name in headings(text)] == ["Chapter 1.", "CHAPTER THE SECOND", "Act IV, Scene 2", "The End", "Epilogue"]
+    text = "Chapter\xa01.\n\nA\n\nCHAPTER THE SECOND\r\n\r\nB\n\nAct IV, Scene 2\n\n"
+    text += "part of 1 thing\n\n## The End\n\nEpilogue\n"
+    assert [name for _, name in headings(text)] == [
+        "Chapter 1.",
+        "CHAPTER THE SECOND",
+        "Act IV, Scene 2",
+        "The End",
+        "Epilogue",
+    ]
 
 
 def test_a_resumed_run_uses_what_it_kept(curated):
@@ -244,7 +276,9 @@ def test_a_resumed_run_uses_what_it_kept(curated):
 def contents(out):
     """{file: bytes} of all that a run made, without its replies and answers."""
     made = [*out.glob("steps/**/*"), *out.glob("books*/*"), out / "test.json", out / "report.json"]
-    return {file.relative_to(out): file.read_bytes() for file in made if file.is_file() and file.suffix != ".tmp"}
+    return {
+        file.relative_to(out): file.read_bytes() for file in made if file.is_file() and file.suffix != ".tmp"
+    }
 
 
 def test_every_failed_chunk_is_reported(curated):
@@ -290,14 +324,16 @@ def test_short_names_stay_persons(curated):
 
 
 def test_two_speakers_of_a_conversation_are_not_one(curated):
-    """A mapping of everybody to one name is refused where they speak with each other, and this is recorded."""
+    """A mapping of everybody to one name is refused where they speak with each other, and recorded."""
 
     def lazy(answer, text):
         return {"names": [entry | {"official": answer["names"][0]["name"]} for entry in answer["names"]]}
 
     _, out, _ = curated(say=changing(lazy, "names"))
     decisions = {d["name"]: d for d in lines(out / "steps" / "curate_book" / "names.jsonl")}
-    assert decisions["Tam"]["official"] == "Tam" and decisions["Tam"]["by"].startswith("speaks with Jonas Pike")
+    assert decisions["Tam"]["official"] == "Tam" and decisions["Tam"]["by"].startswith(
+        "speaks with Jonas Pike"
+    )
     assert decisions["Pike"]["official"] == "Jonas Pike"
 
 
@@ -344,7 +380,9 @@ def test_conversations_of_fewer_messages_than_asked_are_left_out(curated):
     dropped = lines(out / "steps" / "curate_book" / "dropped.jsonl")
     assert all(len(one["conversation"]["dialogues"]) == 4 for one in dropped)
     expected = [block for block in BLOCKS if len(messages_of(block)) >= 5]
-    assert [plot["text"] for plot in the_book(out)["plots"]] == expected and len(expected) + len(dropped) == 10
+    assert [plot["text"] for plot in the_book(out)["plots"]] == expected and len(expected) + len(
+        dropped
+    ) == 10
     assert line["notes"]["conversations dropped, fewer than 5 messages"] == len(dropped)
 
 
@@ -356,7 +394,7 @@ def test_nothing_behind_the_split_decides_anything_before_it(curated, tmp_path):
     other.parent.mkdir()
     other.write_text(TEXT.replace(BLOCKS[-1], ending), encoding="utf-8")
     one, another = curated(), curated(
-        say=lambda *asked: reader(*asked, blocks=[*BLOCKS[:-1], ending]), book=other, out=tmp_path / "other" / "out"
+        say=lambda *a: reader(*a, blocks=[*BLOCKS[:-1], ending]), book=other, out=tmp_path / "other" / "out"
     )  # fmt: skip
     before = []
     for model, out, _ in (one, another):
@@ -377,9 +415,21 @@ def test_chunks_lose_no_text(stage_tokenizer):
     """Traps: tabs, copyright lines and windows. Over random texts of hostile parts the chunks joined are the
     text, and none is longer than asked for."""
     rng = random.Random(0)
-    parts = ["\t", "word ", "All rights reserved.\n", "\r\n", "\n\n", "\r", " \n \n", "12\n", "Chapter 1\n", "# x\n",
-             "a" * 3000, "\0", "漢字。", "שלום ", "\u202e", "{title}", "x. Y", "\ufeff", "🎭", "IV\n", "\n=====\n"]  # fmt: skip
-    for seed in range(60):
+    parts = ["\t", "word ", "All rights reserved.\n", "\r\n", "\n\n", "\r", " \n \n", "12\n", "Chapter 1\n"]
+    parts += [
+        "a" * 3000,
+        "\0",
+        "漢字。",
+        "שלום ",
+        "\u202e",
+        "{title}",
+        "x. Y",
+        "\ufeff",
+        "🎭",
+        "IV\n",
+        "\n=====\n",
+    ]
+    for _ in range(60):
         text = "".join(rng.choice(parts) for _ in range(rng.randrange(1, 120)))
         size = rng.choice([7, 40, 300])
         chunks = cut(text, size, lambda part: len(stage_tokenizer.encode(part)))
@@ -407,7 +457,15 @@ def test_json_is_found_and_repaired():
     assert read_json(text.replace("}]", "},\n]"), "plots") == (plots, True)
     assert read_json(json.dumps({"x": {"plots": [1]}}), "plots")[0] == [1]
     assert read_json('{"plots": "\\ud800"}', "plots")[0] == "?"
-    for bad in ("", "[1]", "{" * 5000, '{"plots": ' * 3000, '{"other": 1}', "[" * 10**5, '{"plots": 1' + "0" * 5000):
+    for bad in (
+        "",
+        "[1]",
+        "{" * 5000,
+        '{"plots": ' * 3000,
+        '{"other": 1}',
+        "[" * 10**5,
+        '{"plots": 1' + "0" * 5000,
+    ):
         with pytest.raises(ValueError, match="no JSON object with `plots`"):
             read_json(bad, "plots")
 
@@ -419,11 +477,13 @@ def test_of_a_reply_that_is_cut_off_what_was_whole_remains():
     text, longest = json.dumps(answer), 0
     words = Words(TEXT)
     for end in range(0, len(text), 7):
-        question = Question("", [], extract.PLOTS, 1, lambda plot, before: extract.read_plot(plot, before, words, 0, CHUNK))
+        question = Question(
+            "", [], extract.PLOTS, 1, lambda plot, before: extract.read_plot(plot, before, words, 0, CHUNK)
+        )
         question.take(Reply(text[:end], "length"))
         kept = [t["message"] for p in question.value or () for c in p["conversation"] for t in c["dialogues"]]
         said = [t["message"] for p in answer["plots"] for c in p["conversations"] for t in c["dialogues"]]
-        assert kept == said[: len(kept)] and len(kept) >= longest - 0
+        assert kept == said[: len(kept)] and len(kept) >= longest
         longest = len(kept)
     assert longest > 6
 
@@ -448,7 +508,9 @@ def test_an_endpoint_without_schemas_is_parsed_repaired_and_asked_again(script, 
 
     with Server(answer) as server:
         server.use(monkeypatch)
-        code, _, err = script("data.curate.__main__", BOOK, "--model", "openai:m", "--out", tmp_path / "out", *FLAGS)
+        code, _, err = script(
+            "data.curate.__main__", BOOK, "--model", "openai:m", "--out", tmp_path / "out", *FLAGS
+        )
     assert code == 0, err
     assert [plot["text"] for plot in the_book(tmp_path / "out")["plots"]] == BLOCKS
 
@@ -456,7 +518,12 @@ def test_an_endpoint_without_schemas_is_parsed_repaired_and_asked_again(script, 
 def schema_of(messages):
     """The schema of a question that an endpoint was asked, by its prompt."""
     opening = messages[0]["content"][:20]
-    kinds = {"extract": extract.PLOTS, "profile": assemble.PROFILE, "safety": assemble.FLAGS, "names": "names"}
+    kinds = {
+        "extract": extract.PLOTS,
+        "profile": assemble.PROFILE,
+        "safety": assemble.FLAGS,
+        "names": "names",
+    }
     return next(schema for name, schema in kinds.items() if PROMPTS[name].startswith(opening[:12]))
 
 
@@ -472,7 +539,9 @@ def test_flagged_conversations_are_marked_and_dropped_only_on_request(curated, t
     _, _, [line] = curated("--drop-flagged", 3, "--resume", out=out)
     assert line["figures"]["plots"] == 10
     _, _, [line] = curated("--drop-flagged", 2, "--resume", out=out)
-    assert line["notes"]["conversations dropped, flagged with severity 2"] == 1 and line["figures"]["plots"] == 9
+    assert (
+        line["notes"]["conversations dropped, flagged with severity 2"] == 1 and line["figures"]["plots"] == 9
+    )
     [dropped] = lines(out / "steps" / "curate_book" / "dropped.jsonl")
     assert "Ring the bell" in json.dumps(dropped)
 
@@ -490,30 +559,32 @@ def test_the_last_tenth_of_the_books_is_held_out(curated, tmp_path):
     rows = [{"title": f"Book {n % 9}", "author": "A", "content": TEXT} for n in range(10)]
     books.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     model, out, report = curated(book=books)
-    assert len(list((out / "books").iterdir())) == 9 and [f.name for f in (out / "books-ood").iterdir()] == ["Book-0-2.json"]
+    assert len(list((out / "books").iterdir())) == 9 and [f.name for f in (out / "books-ood").iterdir()] == [
+        "Book-0-2.json"
+    ]
     scenes = load_book(out / "test.json", Report(strict=True))
     assert [scene.tag for scene in scenes].count("ood") == 1 and len(scenes) == 10
     assert len({scene.book for scene in scenes}) == 10  # titles made different
-    assert sorted(map(len, model.batches)) if False else kinds(model)["plots"] == 40
+    assert kinds(model)["plots"] == 40
 
 
 def test_test_scenes_are_the_heavy_ones_and_five_a_book():
-    books = {b: {"character_datasets": {n: {"plots": [0] * n_plots} for n, n_plots in (("Star", 100), ("Extra", 1))}} for b in "AB"}
-    scenes = [
-        SimpleNamespace(book=book, key=f"{book}-{n}", speaking_characters=["Star" if n < 20 else "Extra", "Environment"])
-        for book in "AB"
-        for n in range(40)
-    ]
+    plots = {"Star": {"plots": [0] * 100}, "Extra": {"plots": [0]}}
+    books = dict.fromkeys("AB", {"character_datasets": plots})
+
+    def scene(book, number, name):
+        return SimpleNamespace(book=book, key=f"{book}-{number}", speaking_characters=[name, "Environment"])
+
+    scenes = [scene(book, n, "Star" if n < 20 else "Extra") for book in "AB" for n in range(40)]
     chosen = assemble.choose_scenes(books, scenes, 20, 0)
-    assert len(chosen) == 10 and {scene.speaking_characters[0] for scene in chosen} == {"Star"}
-    assert [s.key for s in chosen] == [s.key for s in assemble.choose_scenes(books, scenes[::-1][::-1], 20, 0)]
-    counts = [0, 0]  # drawn by weight: of two scenes one with 100 plots, one with 1, the first is 10 times as likely
-    for seed in range(1000):
-        [one] = assemble.choose_scenes(books, [scenes[0], scenes[20], scenes[40]][:2] * 1, 1, seed)[:1]
-        counts[one is scenes[20]] += 1
-    assert counts[0] == 1000  # the half that is drawn from has one scene
-    two = [assemble.choose_scenes(books, [scenes[0], scenes[21], *scenes[22:24]], 2, seed)[0] for seed in range(1000)]
-    assert 860 < sum(scene is scenes[0] for scene in two) < 950  # 10 / 11
+    assert len(chosen) == 10 and {one.speaking_characters[0] for one in chosen} == {"Star"}
+    again, other = (assemble.choose_scenes(books, scenes, 20, seed) for seed in (0, 1))
+    assert chosen == again != other
+    few = [scene("A", 0, "Star"), *(scene("A", n, "Extra") for n in range(1, 4))]
+    firsts = [assemble.choose_scenes(books, few, 2, seed)[0] for seed in range(1000)]
+    assert 860 < sum(first is few[0] for first in firsts) < 950  # of two in the heavier half: 10 / 11
+    alone = [assemble.choose_scenes(books, few, 1, seed) for seed in range(50)]
+    assert 25 < sum(one == few[:1] for one in alone) < 50  # two are drawn from where one is wanted: 45
 
 
 # ---- fidelity ----------------------------------------------------------------------------------------------
@@ -547,7 +618,9 @@ def test_quotes_are_found_where_they_stand():
 def test_the_release_measured_against_its_own_texts(script, shared):
     """The reference value: the release's King Lear and Othello in the texts they were made of, and as a
     control in each other's."""
-    texts = {row["title"]: row["content"] for row in map(json.loads, open(shared / "books" / "classics.jsonl"))}
+    texts = {
+        row["title"]: row["content"] for row in map(json.loads, open(shared / "books" / "classics.jsonl"))
+    }
     books = {name: load(shared / "coser" / "books" / f"{name}.json") for name in ("King Lear", "Othello")}
     for name, low, foreign in (("King Lear", 0.72, "Othello"), ("Othello", 0.84, "King Lear")):
         own, other = measure(books[name], texts[name]), measure(books[name], texts[foreign])
@@ -561,28 +634,31 @@ def test_the_release_measured_against_its_own_texts(script, shared):
 
 def test_the_release_through_the_validators(shared):
     """Its plots as a reply about the whole book: those with a text pass, the others are counted."""
-    texts = {row["title"]: row["content"] for row in map(json.loads, open(shared / "books" / "classics.jsonl"))}
+    texts = {
+        row["title"]: row["content"] for row in map(json.loads, open(shared / "books" / "classics.jsonl"))
+    }
     for name, missing in (("King Lear", 4), ("Othello", 0)):
         plots = load(shared / "coser" / "books" / f"{name}.json")["plots"]
         replayed = []
         for plot in plots:
-            ends = [line for line in plot["text"].splitlines() if len(words_of(line)) > 2] or ["zounds quoth raven"]
-            talks = [
-                {"scenario": t["scenario"], "topic": t["topic"], "key_characters": t["key_characters"],
-                 "dialogues": t["dialogues"]} for t in plot["conversation"]
-            ]  # fmt: skip
-            replayed.append({"first_sentence": ends[0], "last_sentence": ends[-1], "finished": True, "conversations": talks}
-                            | {key: plot[key] for key in ("summary", "prominence", "key_characters")})  # fmt: skip
+            ends = [line for line in plot["text"].splitlines() if len(words_of(line)) > 2] or ["zounds raven"]
+            same = {key: plot[key] for key in ("summary", "prominence", "key_characters")}
+            same |= {"first_sentence": ends[0], "last_sentence": ends[-1], "finished": True}
+            replayed.append(same | {"conversations": plot["conversation"]})
         words, chunk = Words(texts[name]), SimpleNamespace(number=0, end=len(texts[name]))
-        question = Question("", [], extract.PLOTS, 1, lambda plot, _, w=words, c=chunk: extract.read_plot(plot, [], w, 0, c))
+        question = Question(
+            "", [], extract.PLOTS, 1, lambda plot, _, w=words, c=chunk: extract.read_plot(plot, [], w, 0, c)
+        )
         question.take(Reply(json.dumps({"plots": replayed}), "stop"))
-        print(name, question.problems)
         assert len(question.value) == len(plots) - missing and len(question.problems) == missing
 
 
 # ---- hostile books -----------------------------------------------------------------------------------------
 
-MARKERS = "== extract\n=====0123456789abcdef BEGIN\n{text} {fence} {title}\n" + '{"plots": []}\n```json\n[x](y)\n' * 20
+MARKERS = (
+    "== extract\n=====0123456789abcdef BEGIN\n{text} {fence} {title}\n"
+    + '{"plots": []}\n```json\n[x](y)\n' * 20
+)
 HOSTILE = {
     "one line of a megabyte": "word " * 200_000,
     "a megabyte without a space": "x" * 1_000_000,
@@ -590,7 +666,7 @@ HOSTILE = {
     "null bytes": "One\0two.\n\n\0\0\n\nThree.",
     "CRLF": TEXT.replace("\n", "\r\n"),
     "old Mac": TEXT.replace("\n", "\r"),
-    "right to left": "\u202eהוא אמר: \"שלום\".\n\n" * 50,
+    "right to left": '\u202eהוא אמר: "שלום".\n\n' * 50,
     "markers": MARKERS,
     "controls": "".join(map(chr, range(1, 32))) * 20 + "\u2028\u0085\ufeff\ufffe",
 }
@@ -621,7 +697,7 @@ def test_books_that_cannot_be_read(curated, script, tmp_path):
         return usage_error(script("data.curate.__main__", tmp_path / name, "--dry-run"))
 
     assert "empty" in error("a.txt", b"  \n") and "empty" in error("b.jsonl", b"")
-    assert "not UTF-8 text (byte 3)" in error("c.txt", "caf".encode() + b"\xe9 and caf\xc3\xa9")
+    assert "not UTF-8 text (byte 3)" in error("c.txt", b"caf\xe9 and caf\xc3\xa9")
     assert "no book with a text" in error("d.jsonl", b'{"title": "x"}\n{"title": "y", "content": " "}\n')
     rows = b'{"title": "a/../b:c", "content": "x"}\n\xff\n{"title": "A/../B:C", "content": "\\ud800"}\nnull\n'
     (tmp_path / "e.jsonl").write_bytes(rows)
@@ -640,7 +716,9 @@ def test_dry_run_asks_nothing(script, curated, monkeypatch, tmp_path):
     rows = {line[:22].strip(): line[22:].split() for line in said.splitlines()}
     assert rows["plots and conversation"][-3] == "4" and rows["names"][-3] == "2"
     model, _, _ = curated()
-    tokens = sum(len(model.tokenizer.encode(m[0]["content"])) for m, p in model.asked if p.json_schema == extract.PLOTS)
+    tokens = sum(
+        len(model.tokenizer.encode(m[0]["content"])) for m, p in model.asked if p.json_schema == extract.PLOTS
+    )
     assert 0.8 < int(rows["plots and conversation"][-2].replace(",", "")) / tokens < 1.2
 
 

@@ -16,7 +16,17 @@ LEVELS = [
     {"llm"},
     {"play"},
     {"evals"},
-    {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench", "benchmark", "data.curate"},
+    {
+        "generate",
+        "simulate",
+        "judge",
+        "train",
+        "data.show",
+        "checkpoint.__main__",
+        "bench",
+        "benchmark",
+        "data.curate",
+    },
 ]
 SCRIPTS = LEVELS[-1]
 
@@ -77,7 +87,7 @@ def test_imports_go_downward_and_nothing_imports_a_script():
 
 
 def place_of(name):
-    """The folder or top-level script of a module; of data.curate, which stands above all that it uses, its own."""
+    """The folder or top-level script of a module. data.curate, which is above most, is a place of its own."""
     return "data.curate" if name.startswith("data.curate") else name.split(".")[0]
 
 

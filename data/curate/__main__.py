@@ -37,7 +37,9 @@ TEST_SCENES = 100  # of held-out plots, and of held-out books
 
 
 def parse_args():
-    parser = terminal.Parser(__doc__, "python -m data.curate BOOK.txt --model openai:gpt-4o --out out/curated")
+    parser = terminal.Parser(
+        __doc__, "python -m data.curate BOOK.txt --model openai:gpt-4o --out out/curated"
+    )
     add = parser.add_argument
     add("books", metavar="BOOKS", help="a text, or JSON lines {title, author, content}")
     add("--model", metavar="M", help="checkpoint directory or openai:MODEL")
@@ -139,7 +141,9 @@ def report(args, books, lines):
     show([table(["book", *COUNTS, *SHARES], rows)])
     for line in lines:
         notes = [f"  {n} {what}" for what, n in line["notes"].items()]
-        notes += [f"  chunk {failure['chunk'] + 1} failed: {failure['error']}" for failure in line["failures"]]
+        notes += [
+            f"  chunk {failure['chunk'] + 1} failed: {failure['error']}" for failure in line["failures"]
+        ]
         show([f"{line['title']}: {line['missing']:.1%} of the text is in chunks that failed", *notes])
 
 
@@ -160,7 +164,9 @@ def main():
     if model or args.dry_run:
         chunks = [cut(book.text, args.chunk_tokens, count)[: args.limit] for book in books]
     if args.dry_run:
-        rows = [[name, *(f"{number:,.0f}" for number in row)] for name, *row in estimate(books, chunks, count)]
+        rows = [
+            [name, *(f"{number:,.0f}" for number in row)] for name, *row in estimate(books, chunks, count)
+        ]
         show([table(["step", "calls", "tokens in", "tokens out"], rows)])
         return 0
     if model:

@@ -129,7 +129,7 @@ def conform(value, schema, name):
 
 
 def read_json(text, key):
-    """(the value of `key` in the first object that has it, whether the JSON was repaired). ValueError if none.
+    """(the value of `key` in the first object that has it, whether JSON was repaired). ValueError if none.
 
     Words around it are ignored, commas before a closing bracket go, and of an object that was cut off all
     that was whole remains.

@@ -107,7 +107,7 @@ def parts_of(plots):
 def unify(book, before, after, max_tokens):
     """Gives all characters official names, in place; returns {name: {name, official, person, by}}.
 
-    The names before the split are settled first, without the others; later ones may join them and change none.
+    Names before the split are settled first, without the others; later ones may join them and change none.
     """
     decisions = {}
     for plots in (before, after):

@@ -10,7 +10,11 @@ from data.scenes import straighten
 
 LONGEST = 20_000  # characters encoded at once: a line of a megabyte would take minutes
 BLANK_LINES = re.compile(r"(?:\r\n|\r|\n)(?:[^\S\r\n]*(?:\r\n|\r|\n))+")
-CUTS = re.compile(r"[\r\n]+"), re.compile(r"[.!?][\"'”’)]*\s+|[。！？]+"), re.compile(r"\s+")  # the best first
+CUTS = (
+    re.compile(r"[\r\n]+"),
+    re.compile(r"[.!?][\"'”’)]*\s+|[。！？]+"),
+    re.compile(r"\s+"),
+)  # the best first
 _PARTS = "Chapter|Book|Part|Act|Scene|Volume|Canto|Letter|Stave"
 _ALONE = "Prologue|Epilogue|Preface|Introduction|Foreword|Afterword|Interlude"
 _NUMBER = r"\d+|[ivxlc]+|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|[a-z]+teen|[a-z]+ty"
