@@ -23,7 +23,6 @@ from data.curate.fidelity import COUNTS, FEWEST, SHARES, measure, row
 from data.records import Report
 from data.scenes import load_book, straighten, to_test_scene
 from evals.report import show, table
-from evals.rubric import digest
 from evals.runner import resumable
 from llm import open_model
 from llm.endpoint import CONCURRENCY
@@ -82,16 +81,15 @@ def estimate(books, chunks, count):
 
 def run(args, books, chunks, model, count):
     """Curates all books; returns [(book in the CoSER format, its line of the report)]."""
-    out, made_by = make_dir(args.out), {"model": model.name, "model_identity": model.identity}
-    settings = {name: vars(args)[name] for name in ("chunk_tokens", "max_tokens", "limit", "seed")} | made_by
-    settings |= {"prompts": digest(PROMPTS), "books": digest([(book.title, book.text) for book in books])}
+    out = make_dir(args.out)
 
     def story(book, own):
         folder = make_dir(out / "steps" / book.slug)
         return curate(book, own, count, args, lambda step, made: write_lines(folder / f"{step}.jsonl", made))
 
     with locked(out):
-        claim(out, settings, args.resume)
+        # replies are known by what was asked, so all else may change
+        claim(out, {"model": model.name, "model_identity": model.identity}, args.resume)
         with resumable(out):
             stories, journal = list(map(story, books, chunks)), Journal(out / REPLIES)
             results = run_all(stories, model, journal, args.seed, rounds(max(map(len, chunks)) + 4))
