@@ -312,6 +312,19 @@ def test_a_model_that_answers_nothing_is_asked_a_bounded_number_of_times(curated
     assert kinds(model)["plots"] == 4 * TRIES and line["missing"] == 1
 
 
+def test_no_plot_after_unusable_answers_is_a_failure(curated):
+    """A weak model's way out, seen with SmolLM2: nonsense, and when asked again an empty list."""
+
+    def tired(answer, text):
+        return {"plots": []} if tired.asked.count(text) else tired.asked.append(text) or "nonsense"
+
+    tired.asked = []
+    _, _, [line] = curated(say=changing(tired, extract.PLOTS), code=1)
+    assert line["missing"] == 1 and {failure["error"] for failure in line["failures"]} == {
+        "no plot, after unusable answers"
+    }
+
+
 def test_short_names_stay_persons(curated):
     """Trap: a name of one or two words that the mapping left out became nobody."""
 

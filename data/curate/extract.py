@@ -32,13 +32,13 @@ def extract(book, chunks, count, size, max_tokens):
         accept = partial(read_plot, words=Words(passage), offset=start, chunk=chunk)
         label, messages = f"{book.title}: chunk {chunk.number + 1}", material("extract", passage, **fields)
         yield [question := Question(label, messages, PLOTS, max_tokens, accept)]
-        if question.value is None:
-            reason = question.error or question.problems[0]
+        if question.value is None or (question.tries > 1 and not question.value):
+            reason = question.error or " ".join(question.problems) or "no plot, after unusable answers"
             failures.append({"chunk": chunk.number, "start": chunk.start, "end": chunk.end, "error": reason})
         else:
             notes["plots given up, their place or their form is wrong"] += len(question.problems)
         notes["replies repaired"] += question.repaired
-        notes["chunks without a plot"] += question.value == []
+        notes["chunks without a plot"] += question.value == [] and question.tries == 1
         new = carry_over(plots, held, question.value or [], notes)
         cut_off = [plot for plot in new if plot["state"] == "truncated" and chunk is not chunks[-1]]
         held = [plot for plot in cut_off if count(book.text[plot["start"] : chunk.end]) <= size]
