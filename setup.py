@@ -41,6 +41,7 @@ setup(
     ],
     extras_require={
         "bench": ["transformers", "xllamacpp"],  # the peers of bench.py
-        "test": ["hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"],
+        "retrieval": ["bm25s"],  # simulate.py --retrieve
+        "test": ["bm25s", "hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"],
     },
 )
