@@ -135,13 +135,14 @@ def report(args, books, lines):
         title = straighten((made := read_json(file)).get("title") or Path(file).stem)
         if title not in texts:
             raise UsageError(f"{file}: {args.books} has no book called {title}, to measure it against")
-        rows.append(row(file, measure(made, texts[title])))
+        try:
+            rows.append(row(file, measure(made, texts[title])))
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UsageError(f"{file}: not a book in the CoSER format ({error!r})") from None
     show([table(["book", *COUNTS, *SHARES], rows)])
     for line in lines:
         notes = [f"  {n} {what}" for what, n in line["notes"].items()]
-        notes += [
-            f"  chunk {failure['chunk'] + 1} failed: {failure['error']}" for failure in line["failures"]
-        ]
+        notes += [f"  chunk {lost['chunk'] + 1} failed: {lost['error']}" for lost in line["failures"]]
         show([f"{line['title']}: {line['missing']:.1%} of the text is in chunks that failed", *notes])
 
 
@@ -162,9 +163,8 @@ def main():
     if model or args.dry_run:
         chunks = [cut(book.text, args.chunk_tokens, count)[: args.limit] for book in books]
     if args.dry_run:
-        rows = [
-            [name, *(f"{number:,.0f}" for number in row)] for name, *row in estimate(books, chunks, count)
-        ]
+        rows = estimate(books, chunks, count)
+        rows = [[name, *(f"{number:,.0f}" for number in numbers)] for name, *numbers in rows]
         show([table(["step", "calls", "tokens in", "tokens out"], rows)])
         return 0
     if model:

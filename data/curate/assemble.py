@@ -45,7 +45,7 @@ def curate(book, chunks, count, args, write):
     notes["conversations not checked for safety"] = found.count(None)
     notes["plots without a conversation, not in the book"] = len(plots) - len(kept)
     notes["profiles that the model did not give"] = list(profiles.values()).count("")
-    lost = sum(failure["end"] - failure["start"] for failure in failures) / len(book.text)
+    lost = sum(failure["end"] - failure["start"] for failure in failures) / chunks[-1].end
     line = {"title": book.title, "chunks": len(chunks), "failures": failures, "missing": lost}
     line["notes"] = {what: n for what, n in notes.items() if n}
     made = {"title": book.title, "author": book.author, "plots": kept, "split_plot_index": split}
