@@ -9,24 +9,16 @@ from conftest import ROOT
 LEVELS = [
     {"common"},
     {"kernels"},
-    {"data.records", "data.scenes", "data.brackets", "data.prompts", "data.chats", "data.packing"},
+    {"data.records", "data.scenes", "data.brackets", "data.prompts", "data.chats", "data.packing"}
+    | {"data.cards"},
     {"model", "tokenizer", "text"},
     {"data.channels", "data.general", "data.store", "data.stream", "checkpoint"},
     {"engine", "training"},
     {"llm"},
     {"play"},
     {"evals"},
-    {
-        "generate",
-        "simulate",
-        "judge",
-        "train",
-        "data.show",
-        "checkpoint.__main__",
-        "bench",
-        "benchmark",
-        "data.curate",
-    },
+    {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench", "benchmark"}
+    | {"data.cards.__main__", "data.curate"},
 ]
 SCRIPTS = LEVELS[-1]
 

@@ -22,8 +22,8 @@ from data.curate.chunks import cut, read_books
 from data.curate.fidelity import COUNTS, FEWEST, SHARES, measure, row
 from data.records import Report
 from data.scenes import load_book, straighten, to_test_scene
+from evals.benchmarks import resumable
 from evals.report import show, table
-from evals.runner import resumable
 from llm import open_model
 from llm.endpoint import CONCURRENCY
 from play.perform import Journal

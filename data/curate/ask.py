@@ -8,8 +8,8 @@ from pathlib import Path
 from common.files import read_text
 from data.prompts import fill
 from engine.params import SamplingParams
+from evals.benchmarks import Ask, ask_all
 from evals.rubric import TRAILING_COMMA, digest, writable
-from evals.runner import ask_all, make_ask
 
 _SECTIONS = re.compile(r"^== (\w+)\n(.*?)\n*(?=^== |\Z)", re.MULTILINE | re.DOTALL)
 PROMPTS = dict(_SECTIONS.findall(read_text(Path(__file__).with_name("prompts.txt"))))
@@ -67,7 +67,7 @@ class Question:
         messages = [{"role": "user", "content": content}]
         options = {"max_tokens": self.max_tokens, "json_schema": self.schema}
         params = SamplingParams(heat, seed=seed + self.tries, **options)
-        return make_ask(self.label, digest(messages, vars(params)), "curator", messages, params)
+        return Ask(self.label, digest(messages, vars(params)), "curator", messages, params)
 
     def take(self, reply):
         if reply.error is not None:
