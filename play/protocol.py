@@ -20,6 +20,8 @@ from engine.params import SamplingParams
 from llm.reply import Reply
 from play.replies import clean_reply, parse_next_speaker
 
+HUMAN = "human"  # the finish reason of a line that a person wrote
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -83,9 +85,12 @@ class NobodySpoke(SceneFailed):
 
 
 class Performance:
-    """One scene being played: its transcript so far, who speaks, and how the turn came to the speaker."""
+    """One scene being played: its transcript so far, who speaks, and how the turn came to the speaker.
 
-    def __init__(self, scene, protocol):
+    messages: those of an earlier performance, from which this one goes on.
+    """
+
+    def __init__(self, scene, protocol, messages=()):
         self.protocol = protocol
         self.scene = scene if protocol.motivations else replace(scene, motivations={})
         self.cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
@@ -96,6 +101,30 @@ class Performance:
         self.speaker = self.cast[0]
         self.decision = {"name": self.speaker}  # the answer the next-speaker model reads before the next turn
         self.error = None  # of the last reply that failed
+        # where `play` begins: the round, whether its turn has been played, whether the scene is over
+        self.round, self.turn_over, self.ended = 0, False, False
+        for message in messages:
+            self.replay(message)
+
+    def replay(self, message):
+        """Takes a message of an earlier performance over. A spoken one is its role's, whoever was named."""
+        self.messages.append(message)
+        if message["role"] == NEXT_SPEAKER:
+            name, index = message["content"], self.round
+            self.round, self.turn_over, self.ended = index + 1, False, name == END_CHAT
+            if not self.ended:
+                self.speaker = name if name in self.cast else self.draw_speaker(index)
+                self.ended = self.speaker is None
+            self.decision = {"name": self.speaker}
+            return
+        self.round += self.turn_over  # two turns without a decision between them
+        if message["role"] != self.speaker:
+            self.speaker = message["role"]
+            self.decision = {"name": self.speaker}
+        self.turn_over, self.ended = True, False
+        if message["content"]:
+            turn = {"character": self.speaker, "message": message["content"]}
+            self.dialogue.append({**turn, "decision": self.decision})
 
     def play(self):
         """A coroutine that plays the scene and returns `(messages, stats)`.
@@ -106,11 +135,12 @@ class Performance:
         `reasoning`, if any, which no chat holds. stats count turns: `empty`, `fallbacks` (next speakers drawn
         at random), `original`.
         """
-        for index in range(self.protocol.max_rounds):
-            if index < len(self.originals):
-                yield self.original_turn(self.originals[index])
-            else:
-                yield from self.turn(index)
+        for index in range(self.round, 0 if self.ended else self.protocol.max_rounds):
+            if index > self.round or not self.turn_over:
+                if index < len(self.originals):
+                    yield self.original_turn(self.originals[index])
+                else:
+                    yield from self.turn(index)
             if index == self.protocol.max_rounds - 1 or not (yield from self.choose_next_speaker(index)):
                 break
         if self.stats["empty"] and len(self.dialogue) == self.stats["original"]:
@@ -134,8 +164,9 @@ class Performance:
             filters = dict(min_p=self.protocol.min_p, repetition_penalty=self.protocol.repetition_penalty)
             params = SamplingParams(temperature, max_tokens=self.protocol.max_tokens, **filters)
             reply = yield from self.ask(role, chat, params, f"{index}.{attempt}")
-            content = clean_reply(reply.text, self.speaker, self.cast)
-            if content:
+            is_human = reply.finish_reason == HUMAN
+            content = reply.text.strip() if is_human else clean_reply(reply.text, self.speaker, self.cast)
+            if content or is_human:
                 break
         self.stats["empty"] += not content
         if content or not self.protocol.silence_passes:
@@ -227,6 +258,7 @@ class Performance:
 def recorded(reply):
     """What a transcript's message keeps of a reply besides its content."""
     kept = {} if reply.probabilities is None else {"probabilities": reply.probabilities}
+    kept |= {"human": True} if reply.finish_reason == HUMAN else {}
     return {**kept, "reasoning": reply.reasoning} if reply.reasoning else kept
 
 
