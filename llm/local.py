@@ -49,6 +49,8 @@ class Request:
     own_tokens: int  # those of ids that this model sampled
     tag: str  # opens reasoning at the end of the prompt; "" if nothing does
     room: int = 0  # tokens added to params.max_tokens for reasoning
+    raw: bool = False  # token ids that the engine continues as they are
+    continuation: list | None = None  # of a raw request: ids that are only scored
     sequences: list | None = None  # the engine's
 
     @property
@@ -98,14 +100,24 @@ class Local(Model):
         self.enqueue(future, request)
         return future
 
+    def complete(self, ids, params, continuation=None):
+        """Enqueues token ids to be continued as they are, or only to be scored with these ids after them;
+        returns the Future of the engine's Completion, RequestRefused if it does not fit."""
+        future, request = Future(), Request(ids, params, 0, "", raw=True, continuation=continuation)
+        future.add_done_callback(self.remove)
+        self.enqueue(future, request)
+        return future
+
     def enqueue(self, future, request):
         """Gives a request to the engine; if the engine refuses it, the Reply has the error."""
-        request.room = 0 if request.constrained else self.reasoning_tokens
+        request.room = 0 if request.constrained or request.raw else self.reasoning_tokens
         try:
             params = replace(request.params, max_tokens=request.params.max_tokens + request.room)
-            request.sequences = self.engine.add(request.ids, params)
+            request.sequences = self.engine.add(request.ids, params, request.raw, request.continuation)
             self.running[future] = request
         except RequestRefused as error:
+            if request.raw:
+                raise
             future.set_result(Reply("", "error", len(request.ids), error=f"{self.name}: {error}"))
 
     def step(self):
@@ -115,8 +127,8 @@ class Local(Model):
         for future, request in list(self.running.items()):
             if completion := self.engine.completion(request.sequences):
                 del self.running[future]
-                reply = reply_of(completion, request)
-                if needs_room(reply) and not request.room:
+                reply = completion if request.raw else reply_of(completion, request)
+                if not request.raw and needs_room(reply) and not request.room:
                     self.reasoning_tokens = REASONING_TOKENS
                     self.enqueue(future, request)
                 else:
@@ -125,7 +137,8 @@ class Local(Model):
     def spoken(self, future):
         """What a running reply says so far, in whole characters, without reasoning."""
         request = self.running[future]
-        return spoken_so_far(request.tag + request.sequences[0].text)
+        text = request.sequences[0].settled
+        return text if request.raw or request.constrained else spoken_so_far(request.tag + text)
 
     def remove(self, future):
         """Takes a cancelled request out of the engine."""

@@ -16,6 +16,7 @@ LEVELS = [
     {"llm"},
     {"play"},
     {"evals"},
+    {"serving"},
     {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench", "benchmark"},
 ]
 SCRIPTS = LEVELS[-1]
