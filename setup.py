@@ -37,6 +37,7 @@ setup(
         "jinja2",  # the report
         "matplotlib",  # loss.png
         "nltk",  # BLEU
+        "pillow",  # the picture of a character card
         "rich",  # the terminal
     ],
     extras_require={

@@ -9,7 +9,8 @@ from conftest import ROOT
 LEVELS = [
     {"common"},
     {"kernels"},
-    {"data.records", "data.scenes", "data.brackets", "data.prompts", "data.chats", "data.packing"},
+    {"data.records", "data.scenes", "data.brackets", "data.prompts", "data.chats", "data.packing"}
+    | {"data.cards"},
     {"model", "tokenizer", "text"},
     {"data.channels", "data.general", "data.store", "data.stream", "checkpoint"},
     {"engine", "training"},
@@ -17,7 +18,8 @@ LEVELS = [
     {"play"},
     {"evals"},
     {"serving"},
-    {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench", "benchmark"},
+    {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench", "benchmark"}
+    | {"data.cards.__main__"},
 ]
 SCRIPTS = LEVELS[-1]
 
