@@ -39,8 +39,9 @@ class Worker:
         self.thread.start()
 
     def submit(self, name, messages, params, opening="", on_text=None):
-        """The Job of a model's Reply, as in Model.submit. on_text(job) is called on the worker's thread after
-        each step that changed the text so far. Busy, or KeyError for an unknown name."""
+        """The Job of a model's Reply, as in Model.submit. on_text(job), which must not raise, is called on the
+        worker's thread when the job has started, and after each step that changed its text. Busy if there is
+        no place for it."""
         model = self.models[name]
         return self.start(model, lambda: model.submit(messages, params, opening), on_text)
 
@@ -67,6 +68,8 @@ class Worker:
             if model.local:
                 job.request = model.running.get(inner)
                 self.watched[job] = model, inner, on_text
+                if on_text:
+                    on_text(job)
             inner.add_done_callback(lambda inner: self.end(job, inner))
             job.add_done_callback(lambda job: self.calls.put(inner.cancel))
 
@@ -99,7 +102,7 @@ class Worker:
                 if text != job.text:
                     job.text = text
                     if on_text:
-                        on_text(job)  # must not raise
+                        on_text(job)
 
     def step(self, model):
         try:

@@ -18,8 +18,8 @@ LEVELS = [
     {"play"},
     {"evals"},
     {"serving"},
-    {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench", "benchmark"}
-    | {"data.cards.__main__"},
+    {"generate", "simulate", "judge", "train", "serve"}
+    | {"data.show", "checkpoint.__main__", "bench", "benchmark", "data.cards.__main__"},
 ]
 SCRIPTS = LEVELS[-1]
 
