@@ -120,10 +120,11 @@ def plays_in(contents):
 def plays_of_text(name, data):
     """The plays of a file: saved ones of a transcript, else the scenes of a book or a test file."""
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory, "file.jsonl")
+        is_saved = is_transcript(data)
+        path = Path(directory, "file.jsonl" if is_saved else "file.json")
         path.write_bytes(data)
         try:
-            if is_transcript(data):
+            if is_saved:
                 return [offer(*performance) for performance in read_performances(path)]
             return [offer(scene) for scene in load_scenes(path)]
         except UsageError as error:
