@@ -54,11 +54,14 @@ function addLine(message, index) {
   const acts = { Retry: () => branch(before), Edit: () => edit(index), "Go on from here": () => branch([...before, message]) };
   fill(line, message.role, message.content);
   summary.setAttribute("aria-label", `Change this line of ${message.role}`);
-  tools.append(summary, ...Object.entries(acts).map(([text, act]) => {
+  const menu = make("div", "menu");
+  menu.append(...Object.entries(acts).map(([text, act]) => {
     const button = make("button", "", text);
-    button.addEventListener("click", act);
+    button.addEventListener("click", () => { tools.open = false; act(); });
     return button;
   }));
+  tools.name = "tools"; // one open at a time
+  tools.append(summary, menu);
   item.append(line, tools);
   $("script").append(item);
 }
@@ -76,7 +79,7 @@ function show() {
 function update() {
   const play = now(), asked = !stream && play.asked, changed = play.messages[edited];
   $("go").textContent = stream ? "Stop" : "Go on";
-  $("go").hidden = !stream && Boolean(play.over || asked);
+  $("go").hidden = !stream && Boolean(play.over || asked || changed);
   $("curtain").hidden = !play.over;
   $("judge").disabled = $("save").disabled = Boolean(stream) || !play.messages.length;
   $("versions").hidden = versions.length < 2;
@@ -118,6 +121,7 @@ function branch(messages) {
 function edit(index) {
   stop();
   edited = index;
+  tell("");
   update();
   $("line").value = now().messages[index].content;
   $("line").focus();
@@ -153,6 +157,7 @@ async function goOn(line = null) {
 }
 
 function follow(play, event) { // one event of the server's stream
+  const page = document.documentElement, atEnd = page.scrollHeight - page.clientHeight - page.scrollTop < 100;
   if (event.settings) play.settings = event.settings;
   if (event.text) fill($("speaking"), event.name, event.text);
   if (event.message) {
@@ -161,13 +166,14 @@ function follow(play, event) { // one event of the server's stream
     $("speaking").replaceChildren();
     if (event.message.role !== DECISION) $("spoken").textContent = $("script").lastChild.firstChild.innerText;
   }
+  if (atEnd) page.scrollTop = page.scrollHeight;
   if (!event.stats) return;
   for (const [name, count] of Object.entries(event.stats)) play.stats[name] = (play.stats[name] ?? 0) + count;
   play.asked = event.asked;
   const paused = turns(play.messages) + 1 >= play.settings.max_rounds && play.messages.at(-1).content !== END;
   play.over = !event.error && !event.asked && !paused;
-  if (event.error || event.asked) tell(event.error ?? `It is your turn, ${event.asked}.`);
-  else if (paused) tell(`A pause after ${turns(play.messages) + 1} turns.`);
+  if (event.error) tell(event.error);
+  else if (paused && !event.asked) tell(`A pause after ${turns(play.messages) + 1} turns.`);
 }
 
 // ---- what can be played
