@@ -46,9 +46,9 @@ def parse_args():
 def open_models(args):
     """{name: model} of the command line; a model with several names is loaded once."""
     first = args.model or str(default_actor())
-    name = Path(first.removeprefix("openai:")).name.removesuffix(".gguf") if args.model else "coser"
+    own = Path(first).resolve().name.removesuffix(".gguf") if args.model else "coser"
     models, opened = {}, {}
-    for name, given, spec in [(name, "=", first), *(alias.partition("=") for alias in args.alias)]:
+    for name, given, spec in [(own, "=", first), *(alias.partition("=") for alias in args.alias)]:
         if not (name and given and spec):
             raise UsageError(f"--alias {name}: write NAME=M")
         place = os.path.realpath(spec) if os.path.exists(spec) else spec

@@ -120,6 +120,8 @@ def find(worker, asked):
     if asked.model not in worker.models:
         message = f"the model {asked.model!r} is not served; there are {', '.join(worker.models)}"
         raise Refused(404, message, "model", "model_not_found")
+    if 2 * asked.n * max(1, len(asked.prompts)) > worker.capacity:
+        raise Refused(400, f"more than {worker.capacity // 2} choices in one request", "n")
     return worker.models[asked.model]
 
 
@@ -248,8 +250,6 @@ def encode(model, asked):
 
 def start(worker, asked, choices, on_change):
     """Gives choices their jobs; none is left running if there is no place for one."""
-    if len(choices) * 2 > worker.capacity:
-        raise Refused(400, f"more than {worker.capacity // 2} choices in one request", "n")
     try:
         for c in choices:
             params = asked.params_of(c.index % asked.n)

@@ -20,7 +20,11 @@ def head(chat, name, model, stream):
     """What a reply, or every piece of a streamed one, begins with."""
     prefix, kind = NAMES[chat]
     head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind + ".chunk" * (chat and stream)}
-    return head | {"created": int(time.time()), "model": name, "system_fingerprint": model.identity}
+    return head | {
+        "created": int(time.time()),
+        "model": name,
+        "system_fingerprint": f"coser {model.identity}",
+    }
 
 
 def choice(chat, index, text, logprobs=None, finish_reason=None, reasoning=""):

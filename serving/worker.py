@@ -39,7 +39,7 @@ class Worker:
         self.thread.start()
 
     def submit(self, name, messages, params, opening="", on_text=None):
-        """The Job of a model's Reply, as in Model.submit. on_text(job), which must not raise, is called on the
+        """The Job of a model's Reply, as in Model.submit. on_text(job) must not raise; it is called on the
         worker's thread when the job has started, and after each step that changed its text. Busy if there is
         no place for it."""
         model = self.models[name]
@@ -68,9 +68,9 @@ class Worker:
             if model.local:
                 job.request = model.running.get(inner)
                 self.watched[job] = model, inner, on_text
-                if on_text:
-                    on_text(job)
             inner.add_done_callback(lambda inner: self.end(job, inner))
+            if on_text and not inner.done():
+                on_text(job)
             job.add_done_callback(lambda job: self.calls.put(inner.cancel))
 
         job.add_done_callback(self.forget)
