@@ -43,6 +43,7 @@ def parse_args():
     add("--tokenizer", help="train: a tokenizer's directory (default: the bundled one, 4k tokens)")
     add("--seq-len", type=int, default=8192, help="train: tokens in a packed row (default: 8192)")
     add("--rows", type=int, default=1, help="train: packed rows in a step (default: 1)")
+    add("--lora", type=int, metavar="RANK", help="train: adapters alone, the peer's by PEFT")
     add("--compile", action="store_true", help="train: compile each block of ours")
     add("--toy", action="store_true", help="tiny shapes: to try the benchmark, not to measure")
     add("--json", metavar="FILE", help="write the line of JSON to a file too")

@@ -15,7 +15,7 @@ from checkpoint import DTYPES
 from common import terminal
 from common.files import UsageError
 from data.brackets import BracketParser
-from data.cards import read_card
+from data.cards import VISITOR, read_card
 from data.chats import perspective
 from data.scenes import cast_member, find_scenes, load_stage
 from engine.cpu import fast_bf16
@@ -23,7 +23,7 @@ from engine.engine import Engine  # noqa: F401 (generate.Engine is a contract)
 from engine.params import Completion, SamplingParams
 from llm.local import as_sampled, default_actor, load_engine, turn_markers
 from llm.reply import open_tag, split_reasoning, spoken_so_far
-from play.roles import VISITOR, CardRole, SceneRole, insert
+from play.roles import CardRole, SceneRole, insert
 from play.stage import STYLES
 from text.chat import CHAT_FORMATS
 

@@ -2,6 +2,7 @@
 
     torchrun train.py                                            the stage actor, on the bundled scenes
     torchrun --nproc_per_node 8 train.py --model DIR --data BOOK.json ... --out DIR
+    python train.py --model DIR --evaluate                       held-out loss by channel
 
 `--out DIR` holds `log.jsonl` (a line for each step), `loss.png`, checkpoints `step-N/` and at the end
 `final/`, a Hugging Face directory (with --lora, one of PEFT). Ctrl-C and SIGTERM save and exit; `--resume`
@@ -11,6 +12,7 @@ a run of which a rank died continues by itself; no rank outlives its torchrun.
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import time
@@ -81,6 +83,8 @@ def parse_args():
     add("--out", default=files.OUT / "stage", help="directory of the run (default: out/stage)")
     add("--resume", action="store_true", help="continue from the last good checkpoint in --out, if any")
     add("--dry-run", nargs="?", type=int, const=WORLD_SIZE, metavar="RANKS", help="only print the plan")
+    text = "train nothing: print the held-out loss of --model, by channel, as JSON"
+    add("--evaluate", action="store_true", help=text)
     add("--epochs", type=float, help=f"passes over the data {default('epochs')}")
     add("--max-steps", type=int, help="stop after this many steps, whatever --epochs says")
     add("--seq-len", type=int, help=f"tokens in a packed row {default('seq_len')}")
@@ -144,6 +148,8 @@ def main():
     config, tokenizer, directory = open_model(args)
     args.recompute = args.recompute or costs.choose_recompute(config, args)
     stream = open_stream(args, args.data, tokenizer)
+    if args.evaluate:
+        return evaluate_only(args, tokenizer, directory, stream)
     world = args.dry_run or WORLD_SIZE
     check_rows(args, world, len(stream.rows))
     begun = find_checkpoints(args.out) or (Path(args.out) / "log.jsonl").exists()
@@ -191,7 +197,7 @@ def train(args, config, tokenizer, directory, stream, steps, device):
             line = next_step(model, optimizer, stream, progress, steps, args, device)
             step = progress["step"]
             if rows and (step % args.eval_every == 0 or step in (1, steps)):
-                line["eval_loss"] = evaluate(model, rows, args, device)
+                line |= evaluate(model, rows, args, device, tokenizer)
                 if opening:
                     line["sample"] = sample(model, opening, tokenizer, args.seed, device)
             failure = log.write(line) if log else None
@@ -209,6 +215,21 @@ def train(args, config, tokenizer, directory, stream, steps, device):
     if log:
         log.draw()
         terminal.note(f"the trained actor is in {out / 'final'}, its loss curve in {out / 'loss.png'}")
+
+
+def evaluate_only(args, tokenizer, directory, stream):
+    """Prints the held-out loss of a trained model, an adapter included, as one JSON object."""
+    if args.lora or directory is None:
+        raise UsageError("--evaluate measures a trained model: give --model DIR, without --lora")
+    device = start_ranks()
+    rows, _ = choose_held_out(stream.held_out(), args.eval_rows, args.seq_len)
+    if not rows:
+        raise UsageError(f"{args.data[0]}: no held-out scene in it")
+    model = checkpoint.load_model(directory, device, checkpoint.DTYPES[args.dtype])
+    line = evaluate(model, rows, args, device, tokenizer)
+    if RANK == 0:
+        print(json.dumps({"model": str(args.model), "rows": len(rows) * WORLD_SIZE, **line}))
+    dist.destroy_process_group()
 
 
 def next_step(model, optimizer, stream, progress, steps, args, device):

@@ -1,4 +1,5 @@
-"""A training step of ours on packed rows, against transformers on the same rows or on padded batches."""
+"""A training step of ours on packed rows, against transformers on the same rows or on padded batches; with
+--lora of adapters alone, against PEFT."""
 
 import functools
 import multiprocessing
@@ -15,12 +16,14 @@ import torch.nn.functional as F
 
 from bench.figures import seconds
 from bench.models import SHAPES, config_of, in_transformers, randomise
+from checkpoint import DTYPES, build_model
 from common.files import UsageError
 from data.packing import IGNORE
 from data.scenes import STAGE
 from data.stream import Stream
 from tokenizer import STAGE_TOKENIZER, load_tokenizer
 from training import costs
+from training.lora import add_adapters
 from training.parallel import shard_model, start_ranks
 from training.step import make_optimizer, train_step
 
@@ -36,7 +39,7 @@ def measure(args):
         raise UsageError(f"train takes --model {', '.join(SHAPES)} (random weights), --peer transformers")
     tokenizer = load_tokenizer(Path(args.tokenizer or STAGE_TOKENIZER))
     sides = ["ours", "transformers, packed"][: 1 + bool(args.peer)]
-    sides += ["transformers, padded"] * (bool(args.peer) and tokenizer.vocab_size < 100_000)
+    sides += ["transformers, padded"] * (bool(args.peer) and tokenizer.vocab_size < 100_000 and not args.lora)
     with ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
         workers = {side: stack.enter_context(ProcessPoolExecutor(1, spawn)) for side in sides}
@@ -71,8 +74,17 @@ def open_side(args, side):
     options.recompute = "full" if cuda else "none"
     options.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     rows = Stream([args.data or STAGE], tokenizer, args.seq_len).take(args.rows)[:]
-    model = randomise(shard_model(config, device, options))
+    if args.lora:  # the frozen base is kept in the dtype of compute
+        model = randomise(build_model(config, device, DTYPES[options.dtype]))
+    else:
+        model = randomise(shard_model(config, device, options))
     if side == "ours":
+        if args.lora:
+            options.lora = args.lora
+            add_adapters(model, args.lora, 2 * args.lora)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.zero_()
         optimizer = make_optimizer(model, options)
         run = functools.partial(train_step, model, optimizer, rows, options, device)
     else:
@@ -81,7 +93,10 @@ def open_side(args, side):
             documents = [document for row in batches for document in split(row)]
             batches = [padded(documents[i : i + 8]) for i in range(0, len(documents), 8)]
         with tempfile.TemporaryDirectory() as directory:
-            run = peer_step(in_transformers(model, f"{directory}/model"), batches, options)
+            peer = in_transformers(model, f"{directory}/model")
+        if args.lora:
+            peer = with_peft(peer, args.lora)
+        run = peer_step(peer, batches, options)
         del model
     opened = run, sum(row["used"].item() for row in rows), device
 
@@ -130,11 +145,19 @@ def padded(documents):
     return {"input_ids": pad(ids), "labels": pad(labels, padding_value=IGNORE), "attention_mask": mask}
 
 
+def with_peft(model, rank):
+    """The model under PEFT's adapters, of the same rank, scale and layers as ours."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
 def peer_step(model, batches, options):
     """One optimiser step of transformers, its gradient accumulated over batches."""
     model.train()
     betas, decay = (0.9, 0.95), options.weight_decay
-    optimizer = torch.optim.AdamW(model.parameters(), options.lr, betas, weight_decay=decay, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, options.lr, betas, weight_decay=decay, fused=True)
     batches = [{name: part.to(model.device) for name, part in batch.items()} for batch in batches]
     supervised = sum((batch["labels"] != IGNORE).sum() for batch in batches)
 

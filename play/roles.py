@@ -3,10 +3,8 @@
 from dataclasses import replace
 
 from data import prompts
-from data.cards import part_of, staged
+from data.cards import VISITOR, part_of, staged
 from data.chats import system_prompt
-
-VISITOR = "Visitor"  # who speaks to a character
 
 
 class SceneRole:

@@ -100,6 +100,13 @@ def test_training_against_transformers(bench):
     assert all(0.05 < row["peak GiB"] < 8 and row["tok/s"] > 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_training_of_adapters_against_peft(bench):
+    rows = rows_of(bench("train", *TOY, "--seq-len", 512, "--peer", "transformers", "--lora", 4))
+    assert [row["side"] for row in rows] == ["ours", "transformers, packed"]
+    assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
+
+
 def test_simulation_says_the_same_as_transformers(bench):
     options = ("--model", "135m", "--scenes", 2, "--max-rounds", 3, "--turn", 6)
     ours, peer = rows_of(bench("simulate", *TOY, *options, "--peer", "transformers"))

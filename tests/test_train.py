@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 import os
 import pty
 import random
@@ -31,6 +32,8 @@ from data.packing import make_row
 from data.scenes import STAGE
 from data.stream import Stream
 from kernels.attention import attention_torch
+from llm.local import BUNDLED_ACTOR
+from tokenizer import load_tokenizer
 from training import parallel
 from training import step as training_step
 from training.log import Log
@@ -256,6 +259,41 @@ def test_training_lowers_the_loss_and_leaves_a_hugging_face_directory(small, tmp
     _, info = transformers.AutoModelForCausalLM.from_pretrained(out / "final", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
+
+
+def test_held_out_loss_by_channel_against_transformers():
+    actor = BUNDLED_ACTOR
+    options = ("--seq-len", 2048, "--eval-rows", 2, "--dtype", "float32")
+    process = launch("--model", actor, "--evaluate", *options)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    line = json.loads(out)
+    tokenizer = load_tokenizer(actor)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(actor, dtype=torch.float32)
+    losses, sizes = {name: [] for name in CHANNELS}, dict.fromkeys(CHANNELS, 0)
+    for row in Stream([STAGE], tokenizer, 2048).held_out()[:2]:
+        starts = (row["positions"][: row["used"]] == 0).nonzero().flatten().tolist()
+        for start, end in zip(starts, [*starts[1:], row["used"]], strict=True):
+            with torch.inference_mode():
+                logits = peer(row["tokens"][None, start:end]).logits[0]
+            document = (row[name][start:end].tolist() for name in ("targets", "channels"))
+            for place, (target, channel) in enumerate(zip(*document, strict=True)):
+                if target >= 0:
+                    name = CHANNELS[channel - 1]
+                    losses[name].append(-logits[place].log_softmax(-1)[target].item())
+                    sizes[name] += len(tokenizer.decode([target]).encode()) * (target not in tokenizer.names)
+    for name in (name for name in CHANNELS if losses[name]):
+        nats, count = sum(losses[name]), len(losses[name])
+        assert line[f"eval_loss_{name}"] == pytest.approx(nats / count, rel=1e-4)
+        bits = nats / math.log(2) / sizes[name]
+        # torn characters decode to three bytes
+        assert line[f"eval_bits_per_byte_{name}"] == pytest.approx(bits, rel=0.01)
+    total = sum(map(sum, losses.values()))
+    assert line["eval_loss"] == pytest.approx(total / sum(map(len, losses.values())), rel=1e-4)
+
+
+def test_only_a_trained_model_can_be_evaluated():
+    assert "give --model DIR, without --lora" in finish(launch("--evaluate"), 2)
 
 
 def same_run(whole, other, rel=0.0):

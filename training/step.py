@@ -139,14 +139,32 @@ def find_opening(rows):
 
 
 @torch.no_grad()
-def evaluate(model, rows, args, device):
-    """Mean loss (nats per supervised token) over the rows of all ranks; None if it is not finite."""
-    loss = supervised = 0
+def evaluate(model, rows, args, device, tokenizer):
+    """Held-out loss over the rows of all ranks, as values for the log.
+
+    `eval_loss` is in nats per supervised token (None if it is not finite), `eval_bits_per_byte` in bits per
+    byte of the supervised text, which compares models of different tokenizers (an end-of-turn token costs
+    bits and has no bytes); both also by channel, as `eval_loss_thought`.
+    """
+    lengths = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(model.config.vocab_size)])
+    sums = torch.zeros(3, len(CHANNELS), dtype=torch.float64)  # nats, tokens, bytes
     for row in rows:
-        loss += loss_sum(model, stack([row], device, trim=not args.compile))[0].item()
-        supervised += (row["targets"] != IGNORE).sum().item()
-    loss, supervised = sum_over_ranks([loss, supervised], device)
-    return loss / max(1, supervised) if math.isfinite(loss) else None
+        nats = loss_sum(model, stack([row], device, trim=not args.compile))[1]
+        learnt = row["targets"] != IGNORE
+        channels = row["channels"][learnt].long() - 1
+        weights = torch.ones(len(channels)), lengths[row["targets"][learnt].long()].float()
+        counts = [torch.bincount(channels, part, len(CHANNELS)) for part in weights]
+        sums += torch.stack([nats.double().cpu(), *counts])
+    nats, tokens, sizes = torch.tensor(sum_over_ranks(sums.flatten(), device)).view(3, -1).tolist()
+    if not math.isfinite(sum(nats)):
+        return {"eval_loss": None}
+    line = {"eval_loss": sum(nats) / max(1, sum(tokens))}
+    line["eval_bits_per_byte"] = sum(nats) / math.log(2) / max(1, sum(sizes))
+    for name, loss, count, size in zip(CHANNELS, nats, tokens, sizes, strict=True):
+        if count:
+            line[f"eval_loss_{name}"] = loss / count
+            line[f"eval_bits_per_byte_{name}"] = loss / math.log(2) / max(1, size)
+    return line
 
 
 class SampleCache:

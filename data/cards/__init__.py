@@ -17,7 +17,7 @@ from data.scenes import ENVIRONMENT, Scene
 
 __all__ = ["Card", "Part", "card_of", "part_of", "read_card", "scene_of", "staged", "write_card"]
 
-USER = "Visitor"  # whom `{{user}}` is where nobody is named
+VISITOR = "Visitor"  # who `{{user}}` is where nobody is named
 LONGEST_NAME = 100  # characters
 UNTITLED = "an untitled story"
 MOST_GREETINGS, MOST_EXAMPLES = 5, 3  # of an exported character
@@ -53,7 +53,7 @@ def name_of(card):
     return name
 
 
-def part_of(card, user=USER, heard=(), examples=True, actions=False, count=lambda text: len(text) // 4):
+def part_of(card, user=VISITOR, heard=(), examples=True, actions=False, count=lambda text: len(text) // 4):
     """The Part of a card.
 
     user: the name of whom it talks with. heard: the texts so far, which are searched for the lorebook's keys.
@@ -62,13 +62,13 @@ def part_of(card, user=USER, heard=(), examples=True, actions=False, count=lambd
     """
     name = name_of(card)
     macros, acted = Macros(name, user), with_actions if actions else str
-    fields = ("description", "personality", "scenario")
-    macros.fields |= {field: macros.expand(getattr(card, field)).strip() for field in fields}
     text = macros.fields
+    for field in ("personality", "scenario", "description"):  # macros themselves, of the ones after them
+        text[field] = macros.expand(getattr(card, field)).strip()
     lore = called_up(card.book, heard, macros, count)
     before, after, where = ([said for place, said in lore if place == at] for at in PLACES)
     profile = [*before, text["description"], text["personality"], *after]
-    talk = re.sub(r"(?im)^[^\S\n]*<start>[^\S\n]*$", "", macros.expand(card.mes_example)).strip()
+    talk = re.sub(r"(?im)^[^\S\n]*<start>[^\S\n]*", "", macros.expand(card.mes_example)).strip()
     if talk and examples:
         profile.append(f"How {name} talks, for example:\n\n{acted(talk)}")
     greetings = [macros.expand(greeting).strip() for greeting in (card.first_mes, *card.alternate_greetings)]
@@ -112,7 +112,7 @@ def scene_of(cards, scenario=None, user=None, actions=False):
     names = [name_of(card) for card in cards]
     if len(set(names)) < len(names) or user in names:
         raise UsageError(f"two of the scene's characters have the same name ({', '.join(names)}); rename one")
-    users = [user] * len(cards) if user else [*names[1:], names[0]] if len(cards) > 1 else [USER]
+    users = [user] * len(cards) if user else [*names[1:], names[0]] if len(cards) > 1 else [VISITOR]
     begun = [part_of(card, other).scenario for card, other in zip(cards, users, strict=True)]
     first = part_of(cards[0], users[0], actions=actions).greetings[:1]
     heard = [scenario or "\n".join(begun), *first]

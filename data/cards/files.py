@@ -101,7 +101,8 @@ def _json_of_png(data, where):
             raise UsageError(f"{where}: a PNG with a damaged chunk; download it again")
         if kind in (b"tEXt", b"zTXt", b"iTXt"):
             keyword, _, content = data[position + 8 : end - 4].partition(b"\0")
-            texts.setdefault(keyword.decode("latin-1").lower(), (kind, content))
+            if (keyword := keyword.decode("latin-1").lower()) in KEYWORDS:
+                texts.setdefault(keyword, (kind, content))
         position = end
     found = [texts[keyword] for keyword in KEYWORDS if keyword in texts]
     if not found:
@@ -193,7 +194,9 @@ def _card_of(value, where):
             content = [item for item in content if isinstance(item, str)]
         if isinstance(content, type(getattr(card, name))):
             setattr(card, name, content)
-        if any(len(text) > LONGEST for text in ([content] if isinstance(content, str) else content or ())):
+        else:
+            content = ""
+        if any(len(text) > LONGEST for text in ([content] if isinstance(content, str) else content)):
             raise UsageError(f"{where}: `{key}` has more than {LONGEST:,} characters")
     if not (card.name.strip() or card.nickname.strip()):
         raise UsageError(f"{where}: no character card (it has no `name`)")

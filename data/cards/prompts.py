@@ -49,7 +49,7 @@ class Macros:
             elif part == "}}" and len(open_macros) > 1:
                 body = "".join(open_macros.pop())
                 value = self.value(body, scanning, fields)
-                open_macros[-1].append(self.counted("{{" + body + "}}" if value is None else value))
+                open_macros[-1].append("{{" + body + "}}" if value is None else self.counted(value))
             elif part[:1] == "<" and (value := self.fields.get(part[1:-1].lower())) is not None:
                 open_macros[-1].append(self.counted(value))
             else:
@@ -149,18 +149,17 @@ def decorators(content):
 
     A line `@@@name value` counts where the one above it does not, being unknown or without a proper value.
     """
-    found, understood, end = {}, True, 0
-    for match in re.finditer(r"[^\S\n]*(?:(@@@?)(\w+)[^\S\n]*([^\n]*))?(?:\n|\Z)", content):
-        if match.start() != end or (not match[1] and match.end() == end):
-            break
-        end = match.end()
-        if not match[1] or (match[1] == "@@@" and understood):
-            continue
-        value = DECORATORS.get(match[2], lambda text: None)(match[3].strip())
-        understood = value is not None
-        if understood:
-            found.setdefault(match[2], value)
-    return found, content[end:].strip()
+    found, understood, lines = {}, True, content.split("\n")
+    for number, line in enumerate(lines):
+        match = re.fullmatch(r"(@@@?)(\w+)\b(.*)", line.strip())
+        if line.strip() and not match:
+            return found, "\n".join(lines[number:]).strip()
+        if match and not (match[1] == "@@@" and understood):
+            value = DECORATORS.get(match[2], lambda text: None)(match[3].strip())
+            understood = value is not None
+            if understood:
+                found.setdefault(match[2], value)
+    return found, ""
 
 
 def called_up(book, heard, macros, count):
@@ -169,7 +168,8 @@ def called_up(book, heard, macros, count):
     heard: the texts of its messages, the latest last. count: text -> number of tokens. Of entries beyond the
     lorebook's token budget those of the lowest priority are left out.
     """
-    search, found, waiting = Search(heard, macros), [], entries_of(book)
+    search, entries, found = Search(heard, macros), entries_of(book), []
+    waiting = entries
     for _ in range(ROUNDS if book.get("recursive_scanning") is True else 1):
         new = [entry for entry in waiting if entry.constant or search.finds(entry)]
         if not new:
@@ -177,15 +177,15 @@ def called_up(book, heard, macros, count):
         chosen = {id(entry) for entry in new}
         found, waiting = found + new, [entry for entry in waiting if id(entry) not in chosen]
         search.add(new)
-    budget, kept = _number(book.get("token_budget"), 0), []
+    budget, kept = _number(book.get("token_budget"), 0), {}
     left = budget if budget > 0 else TOKEN_BUDGET
     for entry in sorted(found, key=lambda entry: -entry.priority):
-        text = macros.expand(entry.content)
+        text = macros.expand(entry.content).strip()
         left -= count(text)
         if left < 0:
             break
-        kept.append((entry, text))
-    return [(entry.place, text) for entry, text in sorted(kept, key=lambda pair: pair[0].order)]
+        kept[id(entry)] = text
+    return [(entry.place, kept[id(entry)]) for entry in entries if id(entry) in kept]
 
 
 class Search:
