@@ -136,11 +136,12 @@ class Performance:
         at random), `original`.
         """
         for index in range(self.round, 0 if self.ended else self.protocol.max_rounds):
-            if index > self.round or not self.turn_over:
-                if index < len(self.originals):
-                    yield self.original_turn(self.originals[index])
-                else:
-                    yield from self.turn(index)
+            if self.turn_over:  # in the earlier performance
+                self.turn_over = False
+            elif index < len(self.originals):
+                yield self.original_turn(self.originals[index])
+            else:
+                yield from self.turn(index)
             if index == self.protocol.max_rounds - 1 or not (yield from self.choose_next_speaker(index)):
                 break
         if self.stats["empty"] and len(self.dialogue) == self.stats["original"]:
