@@ -44,8 +44,9 @@ setup(
     extras_require={
         "bench": ["transformers", "xllamacpp"],  # the peers of bench.py
         "serve": ["starlette", "uvicorn"],
+        "retrieval": ["bm25s"],  # simulate.py --retrieve
         "test": [
-            *("hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"),
+            *("bm25s", "hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"),
             *("openai", "starlette", "uvicorn"),  # of the server
             "playwright",  # of the page; the browser is Debian's chromium
         ],

@@ -33,6 +33,7 @@ from llm.endpoint import CONCURRENCY
 from llm.local import default_actor
 from play.perform import SIDE_BY_SIDE, Journal, perform
 from play.protocol import PROTOCOLS, Protocol
+from play.retrieval import Retrieval
 from play.session import Session
 from play.session import play as play_session
 from play.stage import Stage
@@ -75,6 +76,10 @@ def parse_args():
     add("--script", action="store_true", help=f"write {SCRIPT} as well, the scenes to be read")
     add("--max-rounds", type=int, default=20, metavar="N", help="(default: %(default)s)")
     add("--continue-from", type=int, default=0, metavar="K", help="begin with the first K original messages")
+    add("--retrieve", metavar="S:N[+...]", help="remind actors of N pieces of raw, experience, conversation")
+    add("--book", metavar="FILE", help="with --retrieve: the book of the scenes, or a directory of books")
+    add("--text", metavar="FILE", help="with raw: the whole text, or JSON lines with `title` and `content`")
+    add("--retrieve-leaky", action="store_true", help="from the scene and later plots too, as the release")
     add("--without-thoughts", action="store_true", help="actors are asked for no thoughts, and see none")
     add("--thoughts", choices=["show", "hide"], help="on the screen (default: show; with --play hide)")
     watching = f"0 is greedy (default: 0, as published; {WATCHING} where no --actor is named)"
@@ -105,10 +110,15 @@ def parse_args():
         raise UsageError("give --scene NAME or FILE, or --list to see the bundled scenes")
     if args.continue_from < 0:
         raise UsageError(f"--continue-from must be at least 0, not {args.continue_from}")
-    if args.next_speaker_eval and (args.resume or args.script):
-        raise UsageError("--resume and --script belong to --scene; --next-speaker-eval plays nothing")
-    if args.play and (args.resume or args.next_speaker_eval or args.protocol != "paper"):
-        raise UsageError("--play goes with --scene and the paper's protocol, not with --resume")
+    if args.next_speaker_eval and (args.resume or args.script or args.retrieve):
+        only = "--resume, --script and --retrieve"
+        raise UsageError(f"{only} belong to --scene; --next-speaker-eval plays nothing")
+    if bool(args.retrieve) != bool(args.book) or (args.retrieve_leaky and not args.retrieve):
+        raise UsageError("give --retrieve and --book FILE together; --retrieve-leaky goes with them")
+    if args.text and "raw" not in (args.retrieve or ""):
+        raise UsageError("--text FILE is for --retrieve raw:N")
+    if args.play and (args.resume or args.retrieve or args.next_speaker_eval or args.protocol != "paper"):
+        raise UsageError("--play goes with --scene and the paper's protocol, not with --resume or --retrieve")
     if args.resume and not args.out:
         raise UsageError("--resume needs --out DIR, the run to go on with")
     for name in ("limit", "max_rounds", "side_by_side", "concurrency", "requests_per_minute"):
@@ -132,8 +142,12 @@ def main():
     scenes = find_scenes(args.scene, args.limit)
     session = person(scenes, protocol, args.play) if args.play else None
     out = Path(args.out) if args.out else default_directory(args.scene, vars(args))
+    retrieval = None
+    if args.retrieve:
+        retrieval = Retrieval(args.retrieve, scenes, args.book, args.text, args.retrieve_leaky)
     models = open_roles(args, ROLES, out / ANSWERS)
     settings = settings_of(models, scenes, args.protocol, protocol)
+    settings |= retrieval.settings if retrieval else {}
     settings |= {"human": session.human} if session else {}
     with locked(make_dir(out)):
         transcripts = Transcripts(out, settings, models, args.resume)
@@ -141,7 +155,7 @@ def main():
             play_along(session, models, transcripts, args)
         else:
             with resumable(transcripts, len(scenes)):
-                play_scenes(scenes, models, protocol, transcripts, args)
+                play_scenes(scenes, models, protocol, transcripts, args, retrieval)
         transcripts.complete(scenes, args.script)
     summarise(transcripts, models)
 
@@ -212,7 +226,7 @@ def play_along(session, models, transcripts, args):
         raise UsageError(f"{error}; what was played is in {transcripts.directory}")
 
 
-def play_scenes(scenes, models, protocol, transcripts, args):
+def play_scenes(scenes, models, protocol, transcripts, args, retrieval=None):
     """Plays the scenes without a transcript: a single one on the terminal, several behind a progress bar."""
     missing = transcripts.missing(scenes)
     stage = Stage(missing[0], args.thoughts == "show") if len(scenes) == 1 and missing else None
@@ -233,7 +247,7 @@ def play_scenes(scenes, models, protocol, transcripts, args):
 
         handlers = on_message, transcripts.add_finished, transcripts.add_failed, on_reply
         on_text, journal = stage and stage.on_text, Journal(transcripts.directory / REPLIES)
-        perform(missing, models, protocol, *handlers, on_text, journal, args.side_by_side)
+        perform(missing, models, protocol, *handlers, on_text, journal, args.side_by_side, retrieval)
     if failed := transcripts.failed:
         raise UsageError(f"{len(failed)} scene(s) could not be finished; the first: {failed[0]['error']}")
 
@@ -251,6 +265,8 @@ def summarise(transcripts, models):
         terminal.note(f"the answers of the endpoints are kept in {where / ANSWERS}")
     elif total["least"]:
         tokens += f" ({total['prefilled'] / total['least']:.3f} of the least possible)"
+    if "retrieved" in total:
+        tokens += f"; about {total['retrieved']:,} tokens of prompts were retrieved"
     count = f"{len(transcripts.finished)} scene(s) in {where / TRANSCRIPTS}"
     terminal.note(f"{count}: {tokens}. Next: python judge.py {where}")
 

@@ -6,6 +6,8 @@ The words are ours; what varies, and how often, follows the CoSER release. A tem
 
 import re
 
+from data.brackets import remove_thoughts
+
 OPENERS = (
     "You are {character} from {book}.",
     "Play {character} from {book}.",
@@ -72,6 +74,39 @@ NEXT_SPEAKER = (
     "and speaks too. Answer with one name from this list and nothing else: {cast}. Answer random when "
     "anyone could be next, and <END CHAT> when the scene has come to its end.\n\nThe scene:\n{scenario}"
 )
+
+# What an actor is reminded of at a turn (play/retrieval.py): in front of the messages that it answers.
+RETRIEVED = "===What You Remember===\n\n{passages}\n\n===The Scene Goes On===\n\n"
+RETRIEVED_FROM = {
+    "raw": "From the book",
+    "experience": "What {character} has lived through",
+    "conversation": "A conversation before this one",
+}
+EXPERIENCE = "{summary}\n{character}'s part in it: {own_part}"
+CONVERSATION = "What happened: {summary}\nWhere: {scenario}\nAbout: {topic}\n\n{dialogue}"
+
+
+def experience(summary, character, own_part):
+    """What a character remembers of a plot: its summary, and its own part where the book tells it."""
+    return EXPERIENCE.format(summary=summary, character=character, own_part=own_part) if own_part else summary
+
+
+def conversation(scene):
+    """What a character remembers of a conversation: no thoughts, its own neither."""
+    lines = [f"{turn['character']}: {remove_thoughts(turn['message'])}" for turn in scene.dialogues]
+    fields = dict(summary=scene.plot_summary, scenario=scene.scenario, topic=scene.topic)
+    return CONVERSATION.format(**fields, dialogue="\n".join(lines))
+
+
+def retrieved(passages, character):
+    """The text that reminds a character of passages, dicts with `source` and `text`."""
+    parts = []
+    for source, heading in RETRIEVED_FROM.items():
+        texts = [passage["text"] for passage in passages if passage["source"] == source]
+        for number, text in enumerate(texts, 1):
+            numbered = f" ({number})" if len(texts) > 1 else ""
+            parts.append(f"{heading.format(character=character)}{numbered}:\n{text}")
+    return RETRIEVED.format(passages="\n\n".join(parts))
 
 
 def actor(scene, character, options, concise=False):

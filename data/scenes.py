@@ -176,15 +176,19 @@ def _file_scenes(path, report):
             yield scene
 
 
+def split_plot_index(book):
+    """The number of a book's first held-out plot: what it says, else 90% of its plots come before."""
+    split = book.get("split_plot_index")
+    return split if isinstance(split, int) else int(0.9 * len(book["plots"]))
+
+
 def _book_scenes(value, stem, where, report, separator):
     head = {name: value.get(name) for name in ("title", "character_datasets", "split_plot_index")}
     book = Record(mend_surrogates(head, where, report) | {"plots": value["plots"]}, where, report, separator)
     title, profiles = _title(book, "title", stem), _profiles(book, "character_datasets")
-    default = int(0.9 * len(value["plots"]))
-    split = value.get("split_plot_index", default)
-    if not isinstance(split, int):
+    split = split_plot_index(value)
+    if value.get("split_plot_index", split) != split:
         book.note("repaired: `split_plot_index` that is no number, the last tenth of plots held out")
-        split = default
     for i_p, plot in book.records("plots"):
         used = {name: plot.value.get(name) for name in ("summary", "key_characters", "conversation")}
         plot.value = mend_surrogates(used, plot.where, report)

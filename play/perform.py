@@ -23,20 +23,26 @@ class TokenCounts:
 
     def __init__(self):
         self.prefilled = self.decoded = self.cached = 0
-        self.last_calls = {}  # agent: (its last Reply, the run in which it came)
+        self.last_calls = {}  # agent: (its last Reply, the run in which it came, the Call)
 
-    def add(self, agent, reply, run):
-        """Counts an agent's reply, which came in this run (Journal.run)."""
+    def add(self, call, reply, run, changing=None):
+        """Counts the reply to a call, which came in this run (Journal.run).
+
+        changing: the model, if chats do not only grow at their end (see Performance.remind).
+        """
         if reply.error is not None:
             return
-        cached = cached_tokens(reply, run, *self.last_calls.get(agent, (None, run)))
-        self.last_calls[agent] = reply, run
+        before, run_before, call_before = self.last_calls.get(call.agent, (None, run, None))
+        cached = cached_tokens(reply, run, before, run_before)
+        if changing and run != run_before and reply.ids is not None:
+            cached = min(cached, tokens_in_common(changing, call_before, before, call))
+        self.last_calls[call.agent] = reply, run, call
         self.prefilled += reply.prompt_tokens - cached
         self.cached += cached
         self.decoded += reply.completion_tokens
 
     def stats(self):
-        least = sum(reply.prompt_tokens - reply.own_tokens for reply, _ in self.last_calls.values())
+        least = sum(reply.prompt_tokens - reply.own_tokens for reply, *_ in self.last_calls.values())
         return dict(prefilled=self.prefilled, decoded=self.decoded, cached=self.cached, least=least)
 
 
@@ -52,6 +58,13 @@ def cached_tokens(reply, run, before, run_before):
         not_computed = kept == len(before.ids) and before.finish_reason == "length"
         left = min(before.prompt_tokens + kept - not_computed, reply.prompt_tokens - 1)
     return left if run != run_before else min(reply.cached_tokens, left)
+
+
+def tokens_in_common(model, call_before, reply_before, call):
+    """How many tokens the prompt of a call begins with that an earlier call and its reply began with too."""
+    left = model.prompt(call_before.messages, call_before.opening)[0] + reply_before.ids
+    pairs = zip(left, model.prompt(call.messages, call.opening)[0], strict=False)
+    return next((i for i, (old, new) in enumerate(pairs) if old != new), len(left))
 
 
 @dataclass(eq=False)
@@ -110,12 +123,13 @@ def _nothing(*_):
 
 
 def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_failure=_nothing,
-            on_reply=_nothing, on_text=None, journal=None, side_by_side=SIDE_BY_SIDE):  # fmt: skip
+            on_reply=_nothing, on_text=None, journal=None, side_by_side=SIDE_BY_SIDE,
+            retrieval=None):  # fmt: skip
     """Plays scenes, at most side_by_side at once; each goes on as soon as its own reply has come.
 
     models: {role: model}. on_message(scene, message) at each spoken message; on_end(scene, messages, stats,
     seconds) or on_failure(scene, messages so far, error) once for each scene; on_reply(reply) at each reply
-    of a model; on_text(call, text) with the growing text of a turn by a local model.
+    of a model; on_text(call, text) with the growing text of a turn by a local model. retrieval: a Retrieval.
     """
     scenes, journal, calls = iter(scenes), journal or Journal(), {}  # {Future: LiveScene}
 
@@ -133,7 +147,7 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
                         calls[future] = live
                         return
                     reply, run = kept
-                    live.tokens.add(step.agent, reply, run)
+                    live.tokens.add(step, reply, run, retrieval and models[step.role])
                 else:
                     live.messages.append(step)
                     on_message(live.scene, step)
@@ -162,14 +176,14 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
     try:
         while True:
             while len(calls) < side_by_side and (scene := next(scenes, None)):
-                advance(LiveScene(scene, Performance(scene, protocol).play()), None)
+                advance(LiveScene(scene, Performance(scene, protocol, retrieval).play()), None)
             if not calls:
                 return
             replies = wait_for_replies()
             journal.keep(replies, errors=not protocol.silence_passes)
             for live, reply in replies:
                 on_reply(reply)
-                live.tokens.add(live.call.agent, reply, journal.run)
+                live.tokens.add(live.call, reply, journal.run, retrieval and models[live.call.role])
             for answered in replies:
                 advance(*answered)
     finally:

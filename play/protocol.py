@@ -90,14 +90,16 @@ class Performance:
     messages: those of an earlier performance, from which this one goes on.
     """
 
-    def __init__(self, scene, protocol, messages=()):
-        self.protocol = protocol
+    def __init__(self, scene, protocol, retrieval=None, messages=()):
+        self.protocol, self.retrieval = protocol, retrieval
         self.scene = scene if protocol.motivations else replace(scene, motivations={})
         self.cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
         self.originals = scene.dialogues[: protocol.continue_from]
         self.messages = []  # the transcript
         self.dialogue = []  # what agents read: {character, message, sampled ids, decision}
         self.stats = dict.fromkeys(("empty", "fallbacks", "original"), 0)
+        if retrieval:
+            self.stats["retrieved"] = 0
         self.speaker = self.cast[0]
         self.decision = {"name": self.speaker}  # the answer the next-speaker model reads before the next turn
         self.error = None  # of the last reply that failed
@@ -132,8 +134,9 @@ class Performance:
         It yields a Call, to be sent the Reply, and each spoken message as a dict. messages: `{role, content}`
         in order, next-speaker decisions included as role NSP; a decision has the model's `answer` where it
         named nobody who could be next, and `probabilities` where it chose; both kinds have the model's
-        `reasoning`, if any, which no chat holds. stats count turns: `empty`, `fallbacks` (next speakers drawn
-        at random), `original`.
+        `reasoning`, if any, which no chat holds, a turn the passages `retrieved` for it. stats count turns:
+        `empty`, `fallbacks` (next speakers drawn at random), `original`; with retrieval also the prompt
+        tokens that were `retrieved`, estimated by their share of the prompts' characters.
         """
         for index in range(self.round, 0 if self.ended else self.protocol.max_rounds):
             if self.turn_over:  # in the earlier performance
@@ -161,21 +164,38 @@ class Performance:
     def turn(self, index):
         role = "environment" if self.speaker == ENVIRONMENT else "actor"
         chat = agents_chat(self.scene, self.speaker, self.dialogue, self.protocol.thoughts)
+        passages, share = self.remind(chat) if self.retrieval and role == "actor" else ([], 0)
         for attempt, temperature in enumerate((self.protocol.temperature, self.protocol.retry_temperature)):
             filters = dict(min_p=self.protocol.min_p, repetition_penalty=self.protocol.repetition_penalty)
             params = SamplingParams(temperature, max_tokens=self.protocol.max_tokens, **filters)
             reply = yield from self.ask(role, chat, params, f"{index}.{attempt}")
+            if passages:
+                self.stats["retrieved"] += round(share * reply.prompt_tokens)
             is_human = reply.finish_reason == HUMAN
             content = reply.text.strip() if is_human else clean_reply(reply.text, self.speaker, self.cast)
             if content or is_human:
                 break
         self.stats["empty"] += not content
         if content or not self.protocol.silence_passes:
-            yield self.say(content, reply)
+            yield self.say(content, reply, passages)
 
-    def say(self, content, reply):
+    def remind(self, chat):
+        """Puts passages of the book into the speaker's chat; returns them and their share of its characters.
+
+        They stand in front of the last user turn, and in no later chat: all before it is the same from turn
+        to turn, so the prefix cache has it. (The release writes them into the system prompt.)
+        """
+        passages = self.retrieval.find(self.scene, self.speaker, chat[1:])
+        text = prompts.retrieved(passages, self.speaker) if passages else ""
+        last = next(message for message in reversed(chat) if message["role"] == "user")
+        last["content"] = text + last["content"]
+        return passages, len(text) / sum(len(message["content"]) for message in chat)
+
+    def say(self, content, reply, passages=()):
         """The message of the current speaker, which all agents read from now on."""
         self.messages.append({"role": self.speaker, "content": content, **recorded(reply)})
+        if passages:
+            self.messages[-1]["retrieved"] = passages
         if content:
             turn = {"character": self.speaker, "message": content, "sampled": sampled_ids(reply)}
             self.dialogue.append({**turn, "decision": self.decision})

@@ -45,7 +45,7 @@ class Session:
 
     def performance(self):
         """A Performance that goes on from the messages."""
-        return Performance(self.scene, self.protocol, self.messages)
+        return Performance(self.scene, self.protocol, messages=self.messages)
 
     def is_asked(self, step):
         """Whether a step of the Performance is a Call for the person's line; answer with `line`."""
@@ -116,7 +116,7 @@ def go_on(session, performance, tokens, models, stage, lines):
             reply = line(text)
         elif isinstance(step, Call):
             reply = answer(models[step.role], step, stage)
-            tokens.add(step.agent, reply, 1)
+            tokens.add(step, reply, 1)
         elif not (step.get("human") and sys.stdin.isatty() and terminal.stdout.is_terminal):  # it was typed
             stage.on_message(step)
 

@@ -113,7 +113,8 @@ def plays_in(contents):
         scene = scene_of(cards, user=None if len(cards) > 1 else VISITOR, actions=True)
         first = [{"role": turn["character"], "content": turn["message"]} for turn in scene.dialogues]
         first = [message for message in first if message["role"] != ENVIRONMENT]
-        plays.append(offer(replace(scene, dialogues=[]), first))
+        settings = {"human": VISITOR} if len(cards) == 1 else {}
+        plays.append(offer(replace(scene, dialogues=[]), first, settings))
     return plays[:MOST_SCENES]
 
 
@@ -184,7 +185,7 @@ async def events(worker, model, session, settings, said):
                 finally:
                     job.cancel()
                 answer = job.result()
-                tokens.add(step.agent, answer, 1)
+                tokens.add(step, answer, 1)
     except (SceneFailed, UsageError) as failure:
         step, error = None, str(failure)
     except Busy:

@@ -76,7 +76,7 @@ def test_a_longer_limit_goes_on_where_the_shorter_one_paused():
     scene, short, long = make_scene(), Protocol(max_rounds=3, seed=4), Protocol(max_rounds=8, seed=4)
     paused, _ = play(Performance(scene, short))
     whole, _ = play(Performance(scene, long))
-    assert len(paused) < len(whole) and play(Performance(scene, long, paused))[0] == whole
+    assert len(paused) < len(whole) and play(Performance(scene, long, messages=paused))[0] == whole
 
 
 def test_the_release_is_read_too():
