@@ -1,6 +1,6 @@
 """Scores performances: BLEU and ROUGE-L against the original, and the flaws that a judge model finds.
 
-    python judge.py out/plays/DIR                                       BLEU and ROUGE-L
+    python judge.py out/plays/DIR                                       BLEU, ROUGE-L, figures of the plays
     python judge.py out/plays/DIR --judge openai:gpt-4o --html r.html   flaws in four dimensions, and a report
     python judge.py out/plays/DIR --versus out/plays/OTHER              the same scenes, played by another
     python judge.py --table out/plays/*                                 leaderboard, for every length weight
@@ -24,6 +24,7 @@ from evals import page, report
 from evals.calibrate import calibrate, calibration_text
 from evals.judging import ANSWERS, judge_run, open_judge
 from evals.metrics import LENGTH_WEIGHT, bleu, rouge_l, score_flaws  # noqa: F401 (judge.bleu and so on)
+from evals.plays import play_figures
 from evals.rubric import digest, load_rubric
 from evals.verdicts import VERDICTS, read_performances, read_verdicts, rescore
 
@@ -84,7 +85,7 @@ def judge_performances(args):
     if args.html:
         make_dir(Path(args.html).parent)
     lines = judge_run(performances, out, args, model, rubric)
-    summary = report.summarise(lines) | {"out": str(out)}
+    summary = report.summarise(lines) | {"plays": play_figures(performances), "out": str(out)}
     if others:
         summary["versus"] = {"name": args.versus, "rows": report.compare_runs(lines, others)}
     if args.html:

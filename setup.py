@@ -43,8 +43,8 @@ setup(
     ],
     extras_require={
         "bench": ["transformers", "xllamacpp"],  # the peers of bench.py
-        "serve": ["starlette", "uvicorn"],
         "retrieval": ["bm25s"],  # simulate.py --retrieve
+        "serve": ["starlette", "uvicorn"],
         "test": [
             *("bm25s", "hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"),
             *("openai", "starlette", "uvicorn"),  # of the server

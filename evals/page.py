@@ -44,6 +44,7 @@ def html(lines, performances, summary):
         summary=summary,
         rows=rows,
         dots=dict(zip(rows, dots, strict=True)),
+        plays=summary["plays"],
         metrics={label: row for label, row in summary["rows"].items() if label in METRICS},
         against=short(versus["name"]),
         versus=versus["rows"],

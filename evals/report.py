@@ -183,6 +183,13 @@ def summary_text(summary):
     yield f"{summary['scenes']} scene(s), {judge}, length weight {summary['length_weight']}"
     rows = [(label, number(r["mean"]), interval(r), r["scenes"]) for label, r in summary["rows"].items()]
     yield table(("", "mean", "95% interval", "scenes"), rows)
+    if "plays" in summary:
+        rows = [
+            (label, *(cell for row in sides.values() for cell in (number(row["mean"]), interval(row))))
+            for label, sides in summary["plays"].items()
+        ]
+        yield ""
+        yield table(("the plays", "played", "95% interval", "original", "95% interval"), rows)
     if summary["repeats"]:
         means = " ".join(map(number, summary["repeats"]["means"]))
         yield f"means of the repeats: {means}, standard deviation {summary['repeats']['deviation']:.2f}"

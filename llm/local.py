@@ -19,6 +19,7 @@ from engine.params import RequestRefused, SamplingParams
 from llm.reply import REASONING_TOKENS, Model, Reply, needs_room, open_tag, split_reasoning, spoken_so_far
 from tokenizer import load_tokenizer
 
+LONG = 2**13  # characters of a text whose ids are not kept
 BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"  # 4M parameters, from nothing
 SHIPPED_ACTOR = ROOT / "data" / "stage" / "smollm2"  # a LoRA adapter
 
@@ -76,7 +77,8 @@ class Local(Model):
         self.reasoning_tokens = 0
         self.running = {}  # {Future: Request}
         # a chat's turns are rendered again at each of its calls
-        self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)
+        cached = functools.lru_cache(2**15)(self.tokenizer.encode)
+        self.encode = lambda text: (cached if len(text) < LONG else self.tokenizer.encode)(text)
         sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
         self.as_sampled = functools.lru_cache(2**15)(sampled)
 

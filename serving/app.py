@@ -155,12 +155,8 @@ class Choice:
 
     def __init__(self, index, model, asked, ids=(), echo=""):
         self.index, self.model, self.asked, self.ids, self.echo = index, model, asked, ids, echo
-        self.job = self.scored = None
+        self.job, self.scored, self.jobs = None, None, []
         self.text, self.tokens = "", 0  # what has been taken
-
-    @property
-    def jobs(self):
-        return [job for job in (self.scored, self.job) if job]
 
     @property
     def done(self):
@@ -171,8 +167,26 @@ class Choice:
         return self.job.result() if self.job and self.job.done() else None
 
     @property
-    def finish_reason(self):
-        return self.result.finish_reason if self.result else "length"
+    def ending(self):
+        """(finish reason, reasoning) of a choice that is done."""
+        return getattr(self.result, "finish_reason", "length"), getattr(self.result, "reasoning", "")
+
+    def start(self, worker, on_change):
+        asked, params = self.asked, self.asked.params_of(self.index % self.asked.n)
+        if asked.chat:
+            self.job = worker.submit(asked.model, asked.messages, params, asked.opening, on_change)
+        elif asked.generates:
+            self.job = worker.complete(asked.model, self.ids, params, on_change)
+        self.jobs += [self.job] * (self.job is not None)
+        if asked.echo and params.logprobs:
+            self.scored = worker.complete(asked.model, self.ids[:1], params, on_change, self.ids[1:])
+            self.jobs.insert(0, self.scored)
+        for job in self.jobs:
+            job.add_done_callback(on_change)
+
+    def cancel(self):
+        for job in self.jobs:
+            job.cancel()
 
     def take(self):
         """(text, log-probabilities or None) beyond what was taken before."""
@@ -183,9 +197,8 @@ class Choice:
         added, offset, self.text = text[len(self.text) :], len(self.text), text
         tokens = self.token_list()[self.tokens :] if self.asked.params.logprobs else []
         self.tokens += len(tokens)
-        return added, replies.logprobs(
-            self.asked.chat, self.model.tokenizer, tokens, offset
-        ) if tokens else None
+        logprobs = replies.logprobs(self.asked.chat, self.model.tokenizer, tokens, offset)
+        return added, logprobs if tokens else None
 
     def token_list(self):
         """[(id, log-probability, likeliest)] of what there is so far, without what a stop string may cut."""
@@ -207,17 +220,14 @@ class Choice:
                 raise Refused(500, f"the model failed ({type(error).__name__})")
             size = len(self.ids) if error else getattr(job.result(), "prompt_tokens", 0)
             error = error or getattr(job.result(), "error", None)
+            message = str(error).removeprefix(f"{self.model.name}: ")  # which may be a path
             if error and not self.model.local:
-                raise Refused(502, error)
+                raise Refused(502, message)
             if error and size >= self.model.engine.max_sequence_tokens:
                 what = "messages" if self.asked.chat else "prompt"
-                raise Refused(400, message_of(error, self.model), what, "context_length_exceeded")
+                raise Refused(400, message, what, "context_length_exceeded")
             if error:
-                raise refusal(message_of(error, self.model))
-
-
-def message_of(error, model):
-    return str(error).removeprefix(f"{model.name}: ")  # which may be a path
+                raise refusal(message)
 
 
 async def chat(request):
@@ -248,28 +258,6 @@ def encode(model, asked):
     return [(own, text * asked.echo) for own, text in zip(ids, texts, strict=True)]
 
 
-def start(worker, asked, choices, on_change):
-    """Gives choices their jobs; none is left running if there is no place for one."""
-    try:
-        for c in choices:
-            params = asked.params_of(c.index % asked.n)
-            if asked.chat:
-                c.job = worker.submit(asked.model, asked.messages, params, asked.opening, on_change)
-                continue
-            if asked.echo and params.logprobs:
-                c.scored = worker.complete(asked.model, c.ids[:1], params, on_change, c.ids[1:])
-            if asked.generates:
-                c.job = worker.complete(asked.model, c.ids, params, on_change)
-    except Busy:
-        cancel(choices)
-        raise Refused(503, "too many requests are in progress", headers={"Retry-After": "2"}) from None
-
-
-def cancel(choices):
-    for job in [job for choice in choices for job in choice.jobs]:
-        job.cancel()
-
-
 async def answer(request, asked, model, choices):
     """The response with these choices; whatever ends it before they do cancels them."""
     loop, changed = asyncio.get_running_loop(), asyncio.Event()
@@ -280,36 +268,31 @@ async def answer(request, asked, model, choices):
 
     async def leave():  # after the body the only message is that the client has gone
         await request.receive()
-        cancel(choices)
+        for choice in choices:
+            choice.cancel()
 
-    start(request.app.state.worker, asked, choices, on_change)
-    for job in [job for choice in choices for job in choice.jobs]:
-        job.add_done_callback(on_change)
-    leaving, streams = asyncio.create_task(leave()), False
+    leaving, streams, opened = asyncio.create_task(leave()), False, False
     try:
+        for choice in choices:
+            choice.start(request.app.state.worker, on_change)
         while not (streams or all(choice.done for choice in choices)):
             await changed.wait()
             changed.clear()
-            for choice in choices:
-                choice.check()
             streams = asked.stream
         for choice in choices:
             choice.check()
-    except BaseException:
-        cancel(choices)
-        raise
+        opened = streams
+    except Busy:
+        raise Refused(503, "too many requests are in progress", headers={"Retry-After": "2"}) from None
     finally:
         leaving.cancel()
+        for choice in choices if not opened else ():
+            choice.cancel()
     head = replies.head(asked.chat, asked.model, model, asked.stream)
-    if asked.stream:
-        pieces = events(asked, choices, changed, head)
-        return StreamingResponse(
-            pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
-    whole = []
-    for c in choices:
-        reasoning = getattr(c.result, "reasoning", "")
-        whole.append(replies.choice(asked.chat, c.index, *c.take(), c.finish_reason, reasoning))
+    if streams:
+        pieces, headers = events(asked, choices, changed, head), {"Cache-Control": "no-cache"}
+        return StreamingResponse(pieces, headers=headers, media_type="text/event-stream")
+    whole = [replies.choice(asked.chat, choice.index, *choice.take(), *choice.ending) for choice in choices]
     return reply(head | {"choices": whole, "usage": replies.usage(asked, choices)})
 
 
@@ -318,9 +301,8 @@ async def events(asked, choices, changed, head):
     blank = {"usage": None} if asked.include_usage else {}
 
     def chunk(choice, delta, *rest):
-        return replies.event(
-            head | {"choices": [replies.piece(asked.chat, choice.index, delta, *rest)]} | blank
-        )
+        piece = replies.piece(asked.chat, choice.index, delta, *rest)
+        return replies.event(head | {"choices": [piece]} | blank)
 
     try:
         for choice in choices if asked.chat else ():
@@ -337,9 +319,10 @@ async def events(asked, choices, changed, head):
                 if text or logprobs:
                     yield chunk(choice, {"content": text}, logprobs)
                 if done:
-                    if reasoning := getattr(choice.result, "reasoning", ""):
+                    reason, reasoning = choice.ending
+                    if reasoning:
                         yield chunk(choice, {"reasoning_content": reasoning})
-                    yield chunk(choice, {}, None, choice.finish_reason)
+                    yield chunk(choice, {}, None, reason)
                     running.remove(choice)
         if asked.include_usage:
             yield replies.event(head | {"choices": [], "usage": replies.usage(asked, choices)})
@@ -347,4 +330,5 @@ async def events(asked, choices, changed, head):
     except Refused as error:
         yield replies.event({"error": error.error, "choices": []})
     finally:
-        cancel(choices)
+        for choice in choices:
+            choice.cancel()
