@@ -16,9 +16,8 @@ from pathlib import Path
 from common import terminal
 from common.files import UsageError, make_dir
 from evals import cross_mr, in_character, life_choice
-from evals.benchmark_report import report
-from evals.in_character_rating import METHODS
-from evals.runner import GENERATION, LIKELIHOOD, open_models, resumable, settings_of
+from evals.benchmarks import GENERATION, LIKELIHOOD, open_models, report, resumable, settings_of
+from evals.in_character import METHODS
 from llm.endpoint import CONCURRENCY
 from play.perform import Journal
 from play.transcripts import REPLIES, claim, locked

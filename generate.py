@@ -208,7 +208,8 @@ def main():
         terminal.note(f"chat format {engine.tokenizer.chat_format_reason}")
     if args.chat:
         if card:
-            role = CardRole(card, lambda text: len(engine.tokenizer.encode(text)), args.star_actions)
+            seed = time.time() if args.seed is None else args.seed
+            role = CardRole(card, lambda text: len(engine.tokenizer.encode(text)), args.star_actions, seed)
         chat(engine, params, stats, role)
     else:
         text = "\n".join(terminal.lines("", keep=True)) if args.prompt == "-" else args.prompt

@@ -50,7 +50,7 @@ class Address:
     def __init__(self, concurrency, per_minute):
         self.slots = asyncio.Semaphore(concurrency)
         self.interval, self.next_start = 60 / per_minute if per_minute else 0, 0.0
-        self.changes = {}  # model -> {parameter: its change, see request.changed}
+        self.changes = {}  # model -> {parameter: its new name, None if left out}
 
     @classmethod
     def at(cls, url, *limits):
@@ -233,9 +233,7 @@ class Endpoint(Model):
         if status in (401, 403, 404):
             raise UsageError(f"{self.name} at {self.url} refused: {trouble}")
         if status in (400, 422) and (change := change_for(body, f"{parameter} {words}")):
-            name, how = change
-            tried = name in self.changes and changed(body, self.changes) == body
-            self.learn(name, None if tried else how, trouble)
+            self.learn(*change, trouble)
             return None
         if status not in (408, 409, 425, 429) and status < 500:
             return self.failure(f"refused: {trouble}")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from common.files import UsageError
 from data import prompts
 from data.cards import VISITOR, part_of, staged
 from data.chats import system_prompt
@@ -24,12 +25,14 @@ class SceneRole:
 class CardRole:
     """The character of a card. Its lorebook is searched anew in every turn.
 
-    count: text -> number of tokens. actions: read `*waves*` as `(waves)`.
+    count: text -> number of tokens. actions: read `*waves*` as `(waves)`. seed: of the macros that draw.
     """
 
-    def __init__(self, card, count, actions=False):
-        self.card, self.options = card, dict(user=VISITOR, count=count, actions=actions)
+    def __init__(self, card, count, actions=False, seed=0):
+        self.card, self.options = card, dict(user=VISITOR, count=count, actions=actions, seed=seed)
         part = part_of(card, **self.options)
+        if part.name == VISITOR:
+            raise UsageError(f"the card's character is called {VISITOR}, as whoever talks with it; rename it")
         self.character, self.greetings = part.name, part.greetings
         self.introduction = f"from a character card. {part.scenario}"
 

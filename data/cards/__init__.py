@@ -45,23 +45,29 @@ class Part:
         return self.macros.expand(self.system_prompt, original=original).strip() or original
 
 
-def name_of(card):
-    """What a card's character is called in a scene: one line. UsageError for a name with another meaning."""
-    name = " ".join((card.nickname.strip() or card.name).split())[:LONGEST_NAME].strip()
+def stage_name(name):
+    """A name as a scene can have it: in one line. UsageError for one with another meaning."""
+    name = " ".join(name.split())[:LONGEST_NAME].strip()
     if name in (ENVIRONMENT, NEXT_SPEAKER, END_CHAT, "random"):
         raise UsageError(f"a character cannot be called {name}, which has a meaning of its own; rename it")
     return name
 
 
-def part_of(card, user=VISITOR, heard=(), examples=True, actions=False, count=lambda text: len(text) // 4):
+def name_of(card):
+    return stage_name(card.nickname.strip() or card.name)
+
+
+def part_of(
+    card, user=VISITOR, heard=(), examples=True, actions=False, count=lambda text: len(text) // 4, seed=0
+):
     """The Part of a card.
 
     user: the name of whom it talks with. heard: the texts so far, which are searched for the lorebook's keys.
     examples: whether the profile has the example dialogue. actions: read `*waves*` as `(waves)`. count: text
-    -> number of tokens, for the lorebook's budget.
+    -> number of tokens, for the lorebook's budget. seed: of the macros that draw.
     """
     name = name_of(card)
-    macros, acted = Macros(name, user), with_actions if actions else str
+    macros, acted = Macros(name, user, seed), with_actions if actions else str
     text = macros.fields
     for field in ("personality", "scenario", "description"):  # macros themselves, of the ones after them
         text[field] = macros.expand(getattr(card, field)).strip()
@@ -109,7 +115,7 @@ def scene_of(cards, scenario=None, user=None, actions=False):
     card's character, or, of a single card, a visitor who is not in the scene. UsageError for two characters
     of one name, or without anything to begin with.
     """
-    names = [name_of(card) for card in cards]
+    names, user = [name_of(card) for card in cards], user and stage_name(user)
     if len(set(names)) < len(names) or user in names:
         raise UsageError(f"two of the scene's characters have the same name ({', '.join(names)}); rename one")
     users = [user] * len(cards) if user else [*names[1:], names[0]] if len(cards) > 1 else [VISITOR]

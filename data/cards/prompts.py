@@ -26,18 +26,21 @@ LONGEST_REGEX, MOST_REPEATS, SECONDS = 500, 1000, 1.0  # of a regex key; SECONDS
 class Macros:
     """Expands the macros of a card's texts, once: what a macro is replaced by is not searched for macros.
 
-    char, user: the two names; `random` and `roll` draw from the first as seed. Unknown macros stay as they
-    are. UsageError where the replacements are too long.
+    char, user: the two names. seed: of what `random` and `roll` draw, the same in a text every time; `pick`
+    does not depend on it. Unknown macros stay as they are. UsageError where the replacements are too long.
     """
 
-    def __init__(self, char, user):
+    def __init__(self, char, user, seed=0):
         now = datetime.now()
         self.fields = {"char": char, "bot": char, "user": user, "newline": "\n"}
         self.fields |= {"time": f"{now:%H:%M}", "date": f"{now:%Y-%m-%d}"}
-        self.rng, self.written = random.Random(char), 0
+        self.seed, self.written = seed, 0  # characters
 
     def expand(self, text, scanning=False, **fields):
         """The text as prompts have it, or (scanning) as it is searched for keys: with the hidden ones."""
+        if "{{" not in text and "<" not in text:
+            return text.replace("\r\n", "\n")
+        rng = random.Random(f"{self.seed}|{text}")
         parts = re.split(r"\{\{trim\}\}", text.replace("\r\n", "\n"), flags=re.IGNORECASE)
         last = len(parts) - 1
         parts = [part.lstrip("\n") if i else part for i, part in enumerate(parts)]
@@ -48,7 +51,7 @@ class Macros:
                 open_macros.append([])
             elif part == "}}" and len(open_macros) > 1:
                 body = "".join(open_macros.pop())
-                value = self.value(body, scanning, fields)
+                value = self.value(body, rng, scanning, fields)
                 open_macros[-1].append("{{" + body + "}}" if value is None else self.counted(value))
             elif part[:1] == "<" and (value := self.fields.get(part[1:-1].lower())) is not None:
                 open_macros[-1].append(self.counted(value))
@@ -62,7 +65,7 @@ class Macros:
             raise UsageError(f"the card's macros write more than {LONGEST:,} characters")
         return value
 
-    def value(self, body, scanning, fields):
+    def value(self, body, rng, scanning, fields):
         """What `{{body}}` is replaced by; None where it is no macro."""
         if body.startswith("//"):
             return ""
@@ -71,11 +74,11 @@ class Macros:
         if not colon:
             return {**self.fields, **fields}.get(name) if not argument else None
         if name in ("random", "pick"):
-            rng = self.rng if name == "random" else random.Random(f"{self.fields['char']}|{body}")
+            rng = rng if name == "random" else random.Random(f"{self.fields['char']}|{body}")
             options = argument.split("::") if "::" in argument else re.split(r"(?<!\\),", argument)
             return rng.choice(options).replace("\\,", ",").strip()
         if name == "roll" and (dice := re.fullmatch(r"(?:(\d{1,3})?d)?0*([1-9]\d{0,8})", argument, re.I)):
-            return str(sum(self.rng.randint(1, int(dice[2])) for _ in range(int(dice[1] or 1))))
+            return str(sum(rng.randint(1, int(dice[2])) for _ in range(int(dice[1] or 1))))
         values = {"reverse": argument[::-1], "hidden_key": argument if scanning else "", "comment": ""}
         return values.get(name)
 
@@ -193,8 +196,8 @@ class Search:
     that, nothing is found."""
 
     def __init__(self, heard, macros):
-        self.macros, self.messages = macros, [macros.expand(text, scanning=True) for text in heard]
-        self.recalled, self.texts = [], {}  # (scan depth, case-sensitive) -> what is searched
+        self.macros, self.messages, self.recalled = macros, list(heard), []
+        self.texts = {}  # (scan depth, case folded) -> what is searched
         self.left, self.seconds = MOST_SEARCHED, SECONDS
 
     def add(self, entries):
@@ -224,6 +227,8 @@ class Search:
 
     def has_match(self, pattern, text, case_sensitive):
         """Whether a pattern, plain or as `/pattern/flags`, is found; False if it is invalid or slow."""
+        if len(pattern) > LONGEST_REGEX or self.seconds <= 0:
+            return False
         started, flags = time.monotonic(), 0 if case_sensitive else regex.IGNORECASE
         if slashed := re.fullmatch(r"/(.+)/([a-z]*)", pattern, re.DOTALL):
             pattern, letters = slashed.groups()
@@ -232,7 +237,7 @@ class Search:
         # compiling writes repeats out: `a{99}{99}{99}` would take minutes
         counts = re.findall(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}", pattern)
         repeats = math.prod(int(n) for pair in counts for n in pair if n.strip("0"))
-        if len(pattern) > LONGEST_REGEX or repeats > MOST_REPEATS or self.seconds <= 0:
+        if repeats > MOST_REPEATS:
             return False
         try:
             return regex.search(pattern, text, flags, timeout=self.seconds / 4) is not None
