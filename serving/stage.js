@@ -275,6 +275,7 @@ async function judge() {
       flaws.map((flaw) => make("li", "", `${name}, ${flaw.type} (${flaw.severity}): ${flaw.instance}`))));
     $("verdict").hidden = false;
     $("verdict-title").focus();
+    $("verdict").scrollIntoView();
     tell(rows.length ? "" : "Nothing to compare with: the scene has no original, and the server no judge.");
   } catch (error) {
     tell(error.message);

@@ -524,6 +524,8 @@ def test_a_play_by_keyboard_alone(page, tmp_path):
     page.keyboard.press("Enter")
     page.wait_for_selector("#scores tr")
     assert page.evaluate("document.activeElement.id") == "verdict-title"
+    place = "document.activeElement.getBoundingClientRect().bottom"
+    assert page.evaluate(f"{place} < document.querySelector('footer').getBoundingClientRect().top")
     tab_to(page, "#save")
     with page.expect_download() as download:
         page.keyboard.press("Enter")
