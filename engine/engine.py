@@ -21,7 +21,7 @@ import torch
 from common.files import UsageError
 from engine.cache import TableCache, ViewCache, allocate_cache
 from engine.constrain import Grammar, Vocabulary, advance, cost
-from engine.cpu import PackedTransformer
+from engine.cpu import packed
 from engine.params import Completion, RequestRefused, SamplingParams
 from engine.sample import sample
 from engine.scheduler import Scheduler
@@ -34,7 +34,7 @@ class Engine:
     """Generates text for many prompts at once, and scores given text.
 
     model: a Transformer in eval mode, any dtype and device. On a CPU the engine runs a packed twin of it (see
-    cpu.py), made here; with `consume` it takes the model apart for it, so that no weight is held twice.
+    cpu.py), made here if the model is not one already.
     tokenizer: None where only ids go in and out. max_batch: sequences that run at once. max_step_tokens:
     tokens of prompts in a step; longer prompts are prefilled in chunks. cache_tokens: size of the key/value
     cache, by default most of a GPU's free memory, or a quarter of the machine's (at most 8 GiB, taken only as
@@ -49,7 +49,6 @@ class Engine:
         max_step_tokens=4096,
         cache_tokens=None,
         page_size=16,
-        consume=False,
     ):
         pages = 1 if cache_tokens is None else cache_tokens // max(page_size, 1)
         if min(max_batch, max_step_tokens, page_size, pages) < 1:
@@ -60,7 +59,8 @@ class Engine:
         parameter = next(model.parameters())
         self.device = parameter.device
         self.use_tables = self.device.type != "cpu"  # attend by block tables, with the paged kernel
-        self.model = PackedTransformer(model, consume) if self.device.type == "cpu" else model
+        self.model = model if self.use_tables else packed(model)
+        self.dtype = getattr(self.model, "dtype", parameter.dtype)  # of the weights; of the cache: kv.dtype
         self.kv = allocate_cache(self.config, parameter.dtype, self.device, page_size, cache_tokens)
         self.max_sequence_tokens = min(self.config.max_position_embeddings, self.kv.shape[1] * page_size)
         # a model's may be padded
