@@ -270,7 +270,7 @@ def encode(model, body):
 
 
 async def answer(request, body, model, choices):
-    """The response with these choices; their jobs are cancelled when it is complete or the client has gone."""
+    """The response with these choices; their jobs are cancelled once it is complete or the client gone."""
     loop, changed, worker = asyncio.get_running_loop(), asyncio.Event(), request.app.state.worker
 
     def on_change(job):

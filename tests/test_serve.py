@@ -642,7 +642,7 @@ def test_a_client_that_leaves_before_the_first_event(served, monkeypatch):
 
 def test_messages_without_number_are_read_in_no_time(served):
     begun = time.process_time()
-    body = read_chat({"messages": [{"role": "user", "content": "a"}] * 200_000})
+    body = read_chat({"messages": [{"role": "user", "content": "a"}] * 500_000})
     assert time.process_time() - begun < 3 and len(body.messages) == 1
 
 
