@@ -132,13 +132,13 @@ def test_openai_client_whole_and_streamed(client, local, temperature):
 def test_the_shape_of_a_stream(served):
     """Every event has choices; the role comes first, the finish reason alone and last, then the usage."""
     found = events(
-        served.ask(stream=True, max_tokens=9, temperature=0, stream_options={"include_usage": True})
+        served.ask(stream=True, max_tokens=90, temperature=0, stream_options={"include_usage": True})
     )
     *pieces, usage = found
     assert usage["choices"] == [] and usage["usage"]["total_tokens"] > 9
     assert all(len(event["choices"]) == 1 and event["usage"] is None for event in pieces)
     first, *middle, last = [event["choices"][0] for event in pieces]
-    assert first["delta"] == {"role": "assistant", "content": ""} and len(middle) > 3
+    assert first["delta"] == {"role": "assistant", "content": ""} and len(middle) > 1
     assert all(set(choice["delta"]) == {"content"} and choice["finish_reason"] is None for choice in middle)
     assert last["delta"] == {} and last["finish_reason"] in ("stop", "length")
     assert not any("usage" in event for event in events(served.ask(stream=True, max_tokens=2)))
