@@ -2,56 +2,48 @@
 
 python generate.py --prompt "The ferry"                     the stage actor continues a text
 python generate.py --chat --character "Hanne Brod"          meet a character of a bundled scene
+python generate.py --chat --character CARD.png              meet a character card's
 python generate.py --model DIR --chat
 """
 
 import time
 from dataclasses import dataclass, replace
 
-import torch
-
-from checkpoint import DTYPES
 from common import terminal
 from common.files import UsageError
-from data import prompts
 from data.brackets import BracketParser
-from data.chats import perspective, system_prompt
-from data.scenes import find_scenes, load_stage
-from engine.cpu import fast_bf16
+from data.cards import VISITOR, read_card
+from data.chats import perspective
+from data.scenes import cast_member, find_scenes, load_stage
+from engine.cpu import DTYPES, fast_bf16
 from engine.engine import Engine  # noqa: F401 (generate.Engine is a contract)
 from engine.params import Completion, SamplingParams
 from llm.local import as_sampled, default_actor, load_engine, turn_markers
 from llm.reply import open_tag, split_reasoning, spoken_so_far
+from play.roles import CardRole, SceneRole, insert
 from play.stage import STYLES
 from text.chat import CHAT_FORMATS
 
-VISITOR = "Visitor"  # who speaks to a character
+CARDS = (".png", ".json", ".charx")
 HELP = """/help          this text
 /system TEXT   a new system text from here on; without TEXT none
-/retry         another answer to the last line
+/retry         another answer to the last line; before the first one, another greeting of a card's
 Ctrl-C         ends an answer and keeps what there is of it; an empty line ends the chat"""
 
 
 @dataclass
 class Exchange:
-    """A line and the reply to it; completion: None where Ctrl-C cut the reply short."""
+    """A line and the reply to it; completion: None where Ctrl-C cut the reply short. line: None where the
+    reply is a greeting."""
 
-    line: str
+    line: str | None
     reply: str = ""
     completion: Completion | None = None
 
 
 def find_character(name, spec=None):
-    """(scene, full name) of a character of the bundled scenes or of a file's (see find_scenes).
-
-    name: the full name, or the beginning of any of its words, in upper or lower case.
-    """
-    scenes = find_scenes(spec) if spec else list(load_stage().values())
-    cast = {character: scene for scene in reversed(scenes) for character in scene.major_characters}
-    for character in sorted(cast):
-        if any(word.lower().startswith(name.lower()) for word in (character, *character.split())):
-            return cast[character], character
-    raise UsageError(f"--character {name}: not in the cast, which is {', '.join(sorted(cast))}")
+    """(scene, full name) of a character of the bundled scenes or of a file's (see find_scenes)."""
+    return cast_member(name, find_scenes(spec) if spec else list(load_stage().values()))
 
 
 def show(pieces, stats="", tag=None):
@@ -90,40 +82,70 @@ def show(pieces, stats="", tag=None):
 def messages_of(exchanges, character=None):
     """The user and assistant messages of exchanges, without the last reply; as a character perceives them."""
     pairs = [((VISITOR, exchange.line), (character, exchange.reply)) for exchange in exchanges]
-    turns = [turn for pair in pairs for turn in pair][:-1]
+    turns = [turn for pair in pairs for turn in pair if turn[1] is not None][:-1]
     if character:
         return perspective([{"character": who, "message": text.strip()} for who, text in turns], character)
     return [{"role": "user" if who else "assistant", "content": text} for who, text in turns]
 
 
-def chat(engine, params, stats, scene=None, character=None):
+def prompt_of(tokenizer, exchanges, role=None, system=None, examples=True):
+    """The token ids that the last line is answered after. system: in place of the role's own."""
+    character = role and role.character
+    messages, notes = messages_of(exchanges, character), []
+    for message, exchange in zip(messages[1::2], exchanges[:-1], strict=True):
+        if exchange.completion:  # the tokens as sampled are the ones in the cache
+            sampled = (message["content"], f"{character}:" if character else "", exchange.completion.ids)
+            message["ids"], _ = as_sampled(tokenizer.decode, tokenizer.encode, *sampled)
+    if role:
+        heard = [text for exchange in exchanges for text in (exchange.line, exchange.reply) if text]
+        told, notes = role.told(heard, examples)
+        system = told if system is None else system
+    for depth, text in notes:
+        insert(messages, depth, text)
+    if system:
+        messages = [{"role": "system", "content": system}, *messages]
+    return tokenizer.render(messages, add_generation_prompt=True)[0]
+
+
+def greet(role, number):
+    """The exchange of a role's greeting, shown; an empty list where it has none."""
+    if not role or not role.greetings:
+        return []
+    text = role.greetings[number % len(role.greetings)]
+    terminal.put(f"{role.character}:", "bold")
+    for part, channel in BracketParser().feed(f" {text}\n"):
+        terminal.put(part, STYLES[channel])
+    return [Exchange(None, text)]
+
+
+def chat(engine, params, stats, role=None):
     """Reads lines from stdin and prints replies, until an empty line or the end of input: of the model as it
-    is, or of one character of a scene, to whom the visitor is one more speaker on stage."""
-    tokenizer, exchanges, retries, system, opening = engine.tokenizer, [], 0, None, ""
-    if character:
-        terminal.note(f"{character}, from {scene.book}. {scene.scenario}\n")
-        system, opening = system_prompt(scene, character, prompts.AT_PLAY, concise=True), f"{character}:"
+    is, or of a role, to whom the visitor is one more speaker on stage."""
+    tokenizer, retries, system, opening = engine.tokenizer, 0, None, ""
+    if role:
+        terminal.note(f"{role.character}, {role.introduction}\n")
+        opening = f"{role.character}:"
+    exchanges = greet(role, 0)
     params = replace(params, stop_ids=(*params.stop_ids, *turn_markers(tokenizer)))
     for line in terminal.lines("you> "):
         command, _, argument = line.partition(" ")
         if command == "/retry" and exchanges:
             line, retries = exchanges.pop().line, retries + 1
+            if line is None:
+                exchanges = greet(role, retries)
+                continue
         elif command == "/system":
-            system = argument.strip() or None
+            system = argument.strip()
             terminal.note(f"system: {system or 'none'}")
             continue
         elif line.startswith("/"):
             answers = {"/help": HELP, "/retry": "nothing has been said yet"}
             terminal.note(answers.get(command, f"{command}: no such command; /help lists them"))
             continue
-        messages = messages_of([*exchanges, Exchange(line)], character)
-        for message, exchange in zip(messages[1::2], exchanges, strict=True):
-            if exchange.completion:  # the tokens as sampled are the ones in the cache
-                sampled = (message["content"], opening, exchange.completion.ids)
-                message["ids"], _ = as_sampled(tokenizer.decode, tokenizer.encode, *sampled)
-        if system:
-            messages = [{"role": "system", "content": system}, *messages]
-        ids, _ = tokenizer.render(messages, add_generation_prompt=True)
+        said = [*exchanges, Exchange(line)]
+        ids = prompt_of(tokenizer, said, role, system)
+        if role and len(ids) + params.max_tokens > engine.max_sequence_tokens:
+            ids = prompt_of(tokenizer, said, role, system, examples=False)
         tag = open_tag(tokenizer.decode(ids[-16:]))
         seed = params.seed if params.seed is None else params.seed + retries
         stream = engine.stream(ids + tokenizer.encode(opening), replace(params, seed=seed))
@@ -140,8 +162,13 @@ def parse_args():
     add("--model", help="checkpoint directory or Hub id (default: the last stage actor, else the bundled)")
     add("--prompt", help="a text to continue; - reads it from stdin")
     add("--chat", action="store_true", help="chat with the model, line by line")
-    add("--character", help="with --chat: whom to meet, of the bundled scenes or of --scene")
+    add("--character", help="with --chat: whom to meet, of the bundled scenes or of --scene; or a card")
     add("--scene", help="with --character: a bundled scene, or FILE, FILE:INDEX of a book or test file")
+    add(
+        "--star-actions",
+        action="store_true",
+        help="read a card's *waves* as (waves), the form of actions here",
+    )
     add("--stats", action="store_true", help="print speed, dtype and cached tokens after each answer")
     add("--max-tokens", type=int, default=200, help="default: 200")
     add("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
@@ -149,28 +176,38 @@ def parse_args():
     add("--top-k", type=int, default=0, help="default: 0, which keeps all tokens")
     add("--stop", nargs="*", action="extend", default=[], help="strings that end the text")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
-    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU or a CPU with AMX, else float32")
+    add("--dtype", choices=DTYPES, help="default: as fits processor and memory; int8 is fast on a CPU")
     add("--seed", type=int)
     args = parser.parse_args()
     if args.chat == (args.prompt is not None):
         raise UsageError("give either --prompt TEXT or --chat")
     if (args.character and not args.chat) or (args.scene and not args.character):
         raise UsageError("--character goes with --chat, and --scene with --character")
+    if (args.scene and is_card(args.character)) or (args.star_actions and not is_card(args.character)):
+        raise UsageError("--scene goes with the name of a character, --star-actions with the file of a card")
     return args
+
+
+def is_card(character):
+    return bool(character) and character.lower().endswith(CARDS)
 
 
 def main():
     args = parse_args()
     stop = tuple(filter(None, args.stop))
     params = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_tokens, stop, args.seed)
-    met = find_character(args.character, args.scene) if args.character else ()
-    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or fast_bf16() else "float32")
-    stats = f" in {dtype}" if args.stats else ""
+    card = read_card(args.character) if is_card(args.character) else None
+    role = SceneRole(*find_character(args.character, args.scene)) if args.character and not card else None
+    dtype = args.dtype or ("bfloat16" if fast_bf16() else None)
     engine = load_engine(args.model or default_actor(), dtype, args.chat_format)
+    stats = f" in {str(engine.dtype).removeprefix('torch.')}" if args.stats else ""
     if args.stats:
         terminal.note(f"chat format {engine.tokenizer.chat_format_reason}")
     if args.chat:
-        chat(engine, params, stats, *met)
+        if card:
+            seed = time.time() if args.seed is None else args.seed
+            role = CardRole(card, lambda text: len(engine.tokenizer.encode(text)), args.star_actions, seed)
+        chat(engine, params, stats, role)
     else:
         text = "\n".join(terminal.lines("", keep=True)) if args.prompt == "-" else args.prompt
         bos = [] if engine.tokenizer.bos_id is None else [engine.tokenizer.bos_id]

@@ -22,10 +22,10 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from checkpoint import DTYPES
 from common import terminal
 from common.files import UsageError, make_dir, write_whole
 from data.scenes import find_scenes, load_stage
+from engine.cpu import DTYPES
 from engine.params import SamplingParams
 from evals.next_speaker import evaluate_next_speaker
 from llm import open_model
@@ -57,7 +57,7 @@ def parse_args():
     add("--next-speaker", metavar="M", help="who names the next speaker (default: the actor)")
     add("--next-speaker-mode", choices=["text", "choices"], default="text", help="choices: by probability")
     add("--chat-format", choices=CHAT_FORMATS, help="of checkpoints (default: what each says)")
-    add("--dtype", choices=DTYPES, help="of checkpoints (default: bfloat16 on a GPU, else float32)")
+    add("--dtype", choices=DTYPES, help="of checkpoints (default: as fits; int8 is fast on a CPU)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="release: as the paper's code plays")
     add("--out", metavar="DIR", help="directory of the results (default: a new one under out/plays)")
     add("--resume", action="store_true", help="with --out: go on with an interrupted run")

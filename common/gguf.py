@@ -76,38 +76,31 @@ class Tensor:
 
 
 class Header:
-    """Reads the values of a file's header one after the other. ValueError if one would end past the end of
-    the file."""
+    """Reads the values of a file's header one after the other. struct.error where one would end past the end
+    of the file."""
 
     def __init__(self, data):
         self.data, self.at = data, 0
 
-    def take(self, size):
-        if size > len(self.data) - self.at:
-            raise ValueError("the file ends within its header")
-        self.at += size
-        return self.data[self.at - size : self.at]
-
-    def numbers(self, code, count):
-        return list(struct.unpack(f"<{count}{code}", self.take(struct.calcsize(f"<{count}{code}"))))
-
-    def number(self, code):
-        return self.numbers(code, 1)[0]
+    def read(self, form):
+        """The values of a struct form: "3I" are three of 32 bits."""
+        values = struct.unpack_from(f"<{form}", self.data, self.at)
+        self.at += struct.calcsize(f"<{form}")
+        return values
 
     def string(self):
-        return self.take(self.number("Q")).decode()
+        [length] = self.read("Q")
+        return self.read(f"{length}s")[0].decode()
 
-    def value(self, kind):
-        if kind == STRING:
-            return self.string()
-        if kind in SCALARS:
-            return self.number(SCALARS[kind])
-        kind, count = (self.number("I"), self.number("Q")) if kind == ARRAY else (kind, 0)
-        if kind == STRING:
-            return [self.string() for _ in range(count)]
-        if kind in SCALARS:
-            return self.numbers(SCALARS[kind], count)
-        raise ValueError(f"a value of unknown type {kind}")
+    def value(self):
+        """A value of the metadata, behind its type."""
+        [kind] = self.read("I")
+        if kind == ARRAY:
+            kind, count = self.read("IQ")
+            if kind == STRING:
+                return [self.string() for _ in range(count)]
+            return list(self.read(f"{count}{SCALARS[kind]}"))
+        return self.string() if kind == STRING else self.read(SCALARS[kind])[0]
 
 
 @dataclass
@@ -137,20 +130,14 @@ def read_gguf(path):
             read = _read_part(part)
         except FileNotFoundError:
             raise UsageError(f"{part}: no such file") from None
-        except (ValueError, struct.error, OverflowError) as error:
+        except (ValueError, KeyError, struct.error, OverflowError) as error:
             raise UsageError(f"{part}: not a whole GGUF file ({error}); copy or download it again") from None
-        if whole is None:
-            whole = read
-        elif twice := sorted(whole.tensors.keys() & read.tensors):
-            raise UsageError(f"{part}: {twice[0]} is in another part as well; download the parts again")
+        whole = whole or read
         whole.tensors |= read.tensors
     count = whole.metadata.get("split.count", len(parts))
-    if type(count) is not int:
-        raise UsageError(f"{path}: split.count is {count!r}, not a number of parts")
     if count not in (0, len(parts)):
-        raise UsageError(
-            f"{path}: one of {count} parts, which must be named NAME-00001-of-{count:05d}.gguf and so on"
-        )
+        hint = "they must be named NAME-00001-of-0000N.gguf and so on"
+        raise UsageError(f"{path}: one of {count!r} parts (split.count), but {len(parts)} here; {hint}")
     return whole
 
 
@@ -158,27 +145,21 @@ def _read_part(path):
     gguf = package()
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         head, size = Header(data), len(data)
-        if head.take(4) != b"GGUF":
-            raise ValueError("it does not start with GGUF")
-        if (version := head.number("I")) not in (2, 3):
-            raise ValueError(f"version {version} is not supported, only 2 and 3")
-        tensors, values = head.number("Q"), head.number("Q")
-        metadata, infos, found = {}, {}, {}
+        magic, version, tensors, values = head.read("4sIQQ")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError("it does not start with GGUF and version 2 or 3")
+        metadata, infos, found = {}, [], {}
         for _ in range(values):
             key = head.string()
-            if key in metadata:
-                raise ValueError(f"{key} is there twice")
-            metadata[key] = head.value(head.number("I"))
+            metadata[key] = head.value()
         for _ in range(tensors):
-            name, dims = head.string(), head.number("I")
-            if name in infos or not 1 <= dims <= 4:
-                raise ValueError(f"tensor {name} is there twice, or has {dims} dimensions")
-            infos[name] = tuple(head.numbers("Q", dims)[::-1]), head.number("I"), head.number("Q")
+            name, [dims] = head.string(), head.read("I")
+            infos.append((name, head.read(f"{dims}Q")[::-1], *head.read("IQ")))
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1:
         raise ValueError(f"general.alignment {alignment!r}")
     begin = -(-head.at // alignment) * alignment
-    for name, (shape, kind, offset) in infos.items():
+    for name, shape, kind, offset in infos:
         try:
             kind = gguf.GGMLQuantizationType(kind)
             block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -187,7 +168,7 @@ def _read_part(path):
             label = getattr(kind, "name", kind)
             problem = f"tensor {name} is of type {label}, which gguf cannot dequantise"
             raise UsageError(f"{path}: {problem}") from None
-        if math.prod(shape) < 1 or shape[-1] % block or (block > 1 and len(shape) == 1):
+        if not 1 <= len(shape) <= 4 or math.prod(shape) < 1 or shape[-1] % block or len(shape) < 2 <= block:
             raise ValueError(f"tensor {name} of shape {shape} and type {kind.name}")
         if begin + offset + math.prod(shape) // block * block_bytes > size:
             raise ValueError(f"tensor {name} ends past the end of the file")

@@ -147,6 +147,18 @@ def find_scenes(spec, limit=None, which="0"):
     return scenes[:limit]
 
 
+def cast_member(name, scenes):
+    """(scene, full name) of one of the major characters of some scenes.
+
+    name: the full name, or the beginning of any of its words, in upper or lower case.
+    """
+    cast = {character: scene for scene in reversed(scenes) for character in scene.major_characters}
+    for character in sorted(cast):
+        if any(word.lower().startswith(name.lower()) for word in (character, *character.split())):
+            return cast[character], character
+    raise UsageError(f"--character {name}: not in the cast, which is {', '.join(sorted(cast))}")
+
+
 # ---- reading -----------------------------------------------------------------------------------------------
 
 

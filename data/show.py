@@ -2,11 +2,9 @@
 
     python -m data.show books/ --tokenizer DIR               statistics
     python -m data.show books/ --tokenizer DIR --chat 12     document 12 of the epoch, coloured by channel
-    python -m data.show books/ --sharegpt sft.json           the same chats for LLaMA-Factory
     python -m data.show books/ --test-scenes held_out.json   the held-out scenes, for simulate.py
 
-LLaMA-Factory finds the rows through this entry of its `dataset_info.json`: {"coser": {"file_name":
-"sft.json", "formatting": "sharegpt", "columns": {"messages": "conversations", "system": "system"}}}
+Books are files or directories of them; without any it shows the bundled stories.
 """
 
 import json
@@ -38,7 +36,6 @@ def parse_args():
     add("--chat", type=int, metavar="N", help="show document N, from 0; general data is after the scenes")
     add("--seq-len", type=int, default=16_384, help="tokens in a packed row (default: 16384, the paper's)")
     add("--epoch", type=int, default=0, help="epoch whose draw of prompts is shown (default: 0)")
-    add("--sharegpt", metavar="FILE", help="write the epoch's chats (no --mix) in LLaMA-Factory's format")
     add("--test-scenes", metavar="FILE", help="write the held-out scenes as a test file")
     add_data_flags(parser)
     args = parser.parse_args()
@@ -112,44 +109,23 @@ def show(tokenizer, ids, channels):
         terminal.put("\n")
 
 
-def sharegpt(chat):
-    """A chat as a row of LLaMA-Factory's sharegpt format: the turns, with the system text beside them."""
-    names = {"user": "human", "assistant": "gpt"}
-    system, *turns = chat.messages
-    turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in turns]
-    return {"conversations": turns, "system": system["content"]}
-
-
-def export(args):
-    """Writes --test-scenes and --sharegpt, and prints what reading repaired and dropped."""
-    if args.test_scenes:
-        scenes = all_scenes(args, report := Report(args.strict))
-        scenes = [to_test_scene(scene) for scene in scenes if scene.tag != "train"]
-        if not scenes:
-            hint = "--held-out-books 0.1 holds out a tenth of the books"
-            raise UsageError(f"{args.paths[0]}: no held-out scene in it; {hint}")
-        with write_whole(args.test_scenes) as file:
-            json.dump(scenes, file, ensure_ascii=False, indent=1)
-        note = f"{len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one"
-        terminal.note(note)
-    if args.sharegpt:
-        scenes, number = all_scenes(args, report := Report(args.strict)), 0
-        with write_whole(args.sharegpt) as file:  # row by row, so that they need not fit in memory
-            for number, chat in enumerate((chat for scene in scenes for chat in chats_of(scene, args)), 1):
-                file.write(("[\n" if number == 1 else ",\n") + json.dumps(sharegpt(chat), ensure_ascii=False))
-            if not number:
-                hint = "no training scene in it (all are held out); give a book as well"
-                raise UsageError(f"{args.paths[0]}: {hint}")
-            file.write("\n]\n")
-        terminal.note(f"{args.sharegpt}: {number:,} chats of epoch {args.epoch}")
-    for line in report.lines():
-        terminal.note(line)
+def write_test_scenes(args):
+    """Writes --test-scenes, and prints what reading repaired and dropped."""
+    scenes = all_scenes(args, report := Report(args.strict))
+    scenes = [to_test_scene(scene) for scene in scenes if scene.tag != "train"]
+    if not scenes:
+        hint = "--held-out-books 0.1 holds out a tenth of the books"
+        raise UsageError(f"{args.paths[0]}: no held-out scene in it; {hint}")
+    with write_whole(args.test_scenes) as file:
+        json.dump(scenes, file, ensure_ascii=False, indent=1)
+    note = f"{len(scenes)} held-out scenes; python simulate.py --scene {args.test_scenes}:0 plays one"
+    terminal.note("\n".join([note, *report.lines()]))
 
 
 def main():
     args = parse_args()
-    if args.test_scenes or args.sharegpt:
-        export(args)
+    if args.test_scenes:
+        write_test_scenes(args)
         if args.chat is None:
             return
     tokenizer = load_tokenizer(args.tokenizer, args.chat_format)

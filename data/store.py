@@ -4,8 +4,8 @@ The documents of a source are in `cache/KEY/`. KEY is a hash of the files' bytes
 and the code, so a store is never stale. It is built in `KEY.tmp/` and renamed when complete; of several
 processes that need it one builds and the others wait. Any part of the cache may be deleted at any time.
 
-Workers tokenise large sources, and `prepare` builds a store ahead of time in a background process. Both are
-spawned, since a process with CUDA and NCCL threads must not fork, and end with the process that started them.
+Worker processes tokenise large sources: all of CoSER's books (277 MB) take 44 s of one core, once an epoch.
+They are spawned, since a process with CUDA and NCCL threads must not fork.
 """
 
 import contextlib
@@ -16,9 +16,11 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 from array import array
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -39,7 +41,7 @@ from tokenizer import load_tokenizer
 SHIFT = 28  # a stored token is its id, with its channel above these bits
 INDEXED = 1 + len(CHANNELS)  # numbers for each document: where it ends, its supervised tokens of each channel
 PROCESSES = 16  # at most
-BYTES_PER_PROCESS = 2**24  # of source files: 2 to 6 s of work, about what starting a process costs
+BYTES_PER_PROCESS = 2**24  # of source files: 3 to 6 s of work, about what starting a process costs
 # what decides which tokens a source gives
 CODE = (*sorted(ROOT.glob("data/*.py")), *sorted(ROOT.glob("text/*.py")), ROOT / "tokenizer.py")
 SPAWN = multiprocessing.get_context("spawn")
@@ -69,7 +71,7 @@ class SceneSource:
                 yield done, scene
 
     def documents(self, tokenizer, scene):
-        """The documents (ids, channels) of an item."""
+        """[(ids, channels)] of an item."""
         chats = scene_to_chats(scene, self.epoch, **self.options)
         return [label(tokenizer, chat.messages, chat.character, chat.parts) for chat in chats]
 
@@ -137,15 +139,15 @@ class Store:
         return tokens & (2**SHIFT - 1), (tokens >> SHIFT).astype(np.int8)
 
 
-def open_store(cache, key, source, tokenizer, strict=False, background=False):
-    """The Store of a source, built if it is absent. background: by this process alone, without progress."""
+def open_store(cache, key, source, tokenizer, strict=False):
+    """The Store of a source, built if it is absent."""
     path, partial = make_dir(cache) / key, Path(cache) / f"{key}.tmp"
     while not path.is_dir():
         with _lock(partial) as locked:
             if locked:
                 try:
                     if not path.is_dir():
-                        build_store(partial, source, tokenizer, Report(strict), background)
+                        build_store(partial, source, tokenizer, Report(strict))
                         os.rename(partial, path)
                 finally:
                     shutil.rmtree(partial, ignore_errors=True)
@@ -168,18 +170,17 @@ def _lock(partial):
         yield locked
 
 
-def build_store(path, source, tokenizer, report, background=False):
+def build_store(path, source, tokenizer, report):
     """Tokenises a source into the files of a store. The bytes do not depend on the number of processes."""
-    processes = 1 if background else min(PROCESSES, os.cpu_count() or 1, size(source) // BYTES_PER_PROCESS)
-    results = _tokenise(source, tokenizer, report)
+    processes = min(PROCESSES, os.cpu_count() or 1, size(source) // BYTES_PER_PROCESS)
     if processes > 1:
         results = _tokenise_in_processes(processes, source, tokenizer, report)
-    progress = contextlib.nullcontext(lambda *_: None)
-    if not background:
-        description = TextColumn("{task.description}", markup=False)
-        columns = description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-        progress = terminal.reporting(100, "percent", *columns)
-    index, total = array("q"), 0
+    else:
+        items = source.items(tokenizer, report)
+        results = ((done, _stored_documents(source, tokenizer, item)) for done, item in items)
+    description = TextColumn("{task.description}", markup=False)
+    columns = description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    progress, index, total = terminal.reporting(100, "percent", *columns), array("q"), 0
     with contextlib.closing(results), progress as update, open(path / "tokens", "wb") as file:
         for done, documents in results:
             for tokens in documents:
@@ -194,14 +195,34 @@ def build_store(path, source, tokenizer, report, background=False):
     write_json(path / "report.json", {"counts": report, "examples": report.examples})
 
 
-def _tokenise(source, tokenizer, report, first=0, step=1):
-    """Yields (share done, stored documents) for every `step`-th item of a source, from `first` on."""
-    for done, item in itertools.islice(source.items(tokenizer, report), first, None, step):
-        documents = source.documents(tokenizer, item)
-        yield done, [ids | channels.astype(np.uint32) << SHIFT for ids, channels in documents]
+def _stored_documents(source, tokenizer, item):
+    """The documents of an item in the form in which a store keeps them, uint32 [tokens] each."""
+    return [ids | channels.astype(np.uint32) << SHIFT for ids, channels in source.documents(tokenizer, item)]
 
 
-# ---- other processes ---------------------------------------------------------------------------------------
+# ---- worker processes --------------------------------------------------------------------------------------
+
+
+def _tokenise_in_processes(number, source, tokenizer, report):
+    """Yields (share done, stored documents) of each item, in order. This process reads, workers tokenise."""
+    pool = ProcessPoolExecutor(number, SPAWN, _start_worker, (source, tokenizer.file, tokenizer.chat_format))
+    items, waiting, others = source.items(tokenizer, report), deque(), {*multiprocessing.active_children()}
+    try:
+        while True:
+            for done, item in itertools.islice(items, 4 * number - len(waiting)):
+                with _signals_blocked():  # this may start a process
+                    waiting.append((done, pool.submit(_work, item)))
+            if not waiting:
+                return
+            done, future = waiting.popleft()
+            yield done, future.result()
+    except BrokenProcessPool:
+        problem = f"tokenising {source.name}: a process ended early (out of memory?); try again"
+        raise UsageError(problem) from None
+    finally:
+        for process in {*multiprocessing.active_children()} - others:
+            process.kill()  # a broken pool would send SIGTERM, which is blocked, and wait
+        pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -216,77 +237,20 @@ def _signals_blocked():
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _start(target, *args):
-    process = SPAWN.Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
+_worker = None  # in a worker process: (source, tokenizer)
 
 
-def _end_with_parent(end):
-    """Calls `end` when the process that started this one is gone, even if it was killed."""
+def _start_worker(source, *reopen):
+    """Begins a worker process, which ends with the process that started it, even if that is killed."""
+    global _worker
 
-    def wait():
+    def end_with_parent():
         multiprocessing.parent_process().join()
-        end()
+        os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _tokenise_in_processes(number, source, tokenizer, report):
-    """`_tokenise`, by processes that each read the whole source and tokenise every `number`-th item."""
-    receivers, processes, reopen = [], [], (tokenizer.file, tokenizer.chat_format)
-    try:
-        with _signals_blocked():
-            for first in range(number):
-                receiver, sender = SPAWN.Pipe(duplex=False)
-                processes.append(_start(_worker, sender, source, reopen, report.strict, first, number))
-                receivers.append(receiver)
-                sender.close()
-        for receiver in itertools.cycle(receivers):
-            try:
-                done, documents = receiver.recv()
-            except EOFError:
-                problem = f"tokenising {source.name}: a process ended early (out of memory?); try again"
-                raise UsageError(problem) from None
-            if isinstance(done, UsageError):
-                raise done
-            if done is None:
-                counts, report.examples = documents
-                report.update(counts)
-                return
-            yield done, documents
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _worker = source, load_tokenizer(*reopen)
 
 
-def _worker(sender, source, reopen, strict, first, step):
-    """Sends the results of `_tokenise`, then (None, the report) or (a UsageError, None)."""
-    _end_with_parent(lambda: os._exit(1))
-    report = Report(strict)
-    try:
-        for result in _tokenise(source, load_tokenizer(*reopen), report, first, step):
-            sender.send(result)
-        sender.send((None, (dict(report), report.examples)))
-    except UsageError as error:
-        sender.send((error, None))
-
-
-def prepare(cache, key, source, tokenizer, strict):
-    """Starts building a store in a background process, unless it is there or its source is small.
-
-    `open_store` waits for it, or builds the store itself if that process failed.
-    """
-    if size(source) >= BYTES_PER_PROCESS and not (Path(cache) / key).is_dir():
-        with _signals_blocked():
-            _start(_prepare, cache, key, source, (tokenizer.file, tokenizer.chat_format), strict)
-
-
-def _prepare(cache, key, source, reopen, strict):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # removes what is half built
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-    _end_with_parent(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    os.nice(10)
-    with contextlib.suppress(UsageError, OSError):  # they are reported where the store is opened
-        open_store(cache, key, source, load_tokenizer(*reopen), strict, background=True)
+def _work(item):
+    return _stored_documents(*_worker, item)

@@ -4,8 +4,7 @@
     rows = stream.take(48)[rank::world]        # the rows of this rank, made only now
     stream.load(json.loads(saved))             # saved: json.dumps(stream.state())
 
-Documents come from the cache of tokenised data (data/store.py). While an epoch is read, the next one is
-tokenised in the background.
+Documents come from the cache of tokenised data (data/store.py).
 """
 
 import json
@@ -14,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common import files, terminal
+from common import files
 from common.files import UsageError
 from data.brackets import CHANNELS
 from data.packing import best_fit, make_row, split_long
 from data.records import Report
 from data.scenes import data_files
-from data.store import CODE, GeneralSource, SceneSource, digest, open_store, prepare
+from data.store import CODE, GeneralSource, SceneSource, digest, open_store
 
 HELD_OUT = 2**31  # the number of the held-out scenes as a source
 LONGEST_ROW = 2**24  # tokens
@@ -119,7 +118,7 @@ class Stream:
         self.content = digest(*self.files)
         # of all that is read, whatever the code
         self.identity = digest(self.content, *self.mix, tokenizer.file, tokenizer.chat_format)
-        self.stores, self.report, self.prepared = {}, Report(), None
+        self.stores, self.report = {}, Report()
         if not training:
             return
         for source in range(0, -1 - len(mix), -1):
@@ -246,17 +245,9 @@ class Stream:
         while len(taken) < number:
             if self.at == len(self.rows):
                 self.begin(self.next)
-            self.prepare_next()
             taken.append(self.rows[self.at])
             self.at += 1
         return Batch(self, taken)
-
-    def prepare_next(self):
-        """Has the next epoch tokenised in the background, by the first rank of a machine."""
-        epoch = self.start["epoch"] + 1
-        if self.prepared != epoch and terminal.is_first_rank():
-            self.prepared = epoch
-            prepare(self.cache, *self.source(epoch), self.tokenizer, self.strict)
 
     def state(self):
         """Where the stream is, as JSON takes it."""

@@ -65,7 +65,6 @@ def compare_with_recorded(judged, recorded):
     return {
         "models": {name: agreement(of_model) for name, of_model in (by_model | {"pooled": pooled}).items()},
         "better_of_two": {label: better_of_two(pairs, key) for label, key in keys.items()},
-        "length": length_bias(pooled),
         "controls": compare_runs(judged["original"], judged["shuffled"]).get("Average"),
         **count_verdicts([line for lines in judged.values() for line in lines]),
     }
@@ -79,24 +78,11 @@ def _scored_pairs(lines, others):
     return {scene: (line, others[scene]) for scene, line in lines.items() if scene in others}
 
 
-def _columns(pairs):
-    """The scores of the first lines of pairs, and those of the second."""
-    return [[pair[side]["score"] for pair in pairs] for side in (0, 1)]
-
-
 def agreement(pairs):
     """{scenes, spearman, mean, recorded}: rank correlation over scenes and the two means."""
-    judge, recorded = _columns(pairs)
+    judge, recorded = ([pair[side]["score"] for pair in pairs] for side in (0, 1))
     means = {"mean": mean(judge), "recorded": mean(recorded)}
     return {"scenes": len(pairs), "spearman": spearman(judge, recorded)} | means
-
-
-def length_bias(pairs):
-    """Rank correlation of the number of messages with both scores and with their difference."""
-    turns, (judge, recorded) = [line["turns"] for line, _ in pairs], _columns(pairs)
-    difference = [round(x - y, 9) for x, y in zip(judge, recorded, strict=True)]
-    scores = {"judge": judge, "recorded": recorded, "difference": difference}
-    return {name: spearman(turns, values) for name, values in scores.items()}
 
 
 def better_of_two(pairs, key):
@@ -125,9 +111,6 @@ def calibration_text(summary):
     shares = summary["better_of_two"].items()
     rows = [(name, number(r["share"], ".1%"), interval(r, ".1%"), r["pairs"]) for name, r in shares]
     yield table(("", "agrees", "95% interval", "pairs"), rows)
-    yield "\nrank correlation with the number of messages"
-    rows = [(name, number(value)) for name, value in summary["length"].items()]
-    yield table(("score", "Spearman"), rows)
     if controls := summary["controls"]:
         original, mixed, difference = (number(controls[name]) for name in ("ours", "theirs", "difference"))
         spread = interval(controls, "+.2f")

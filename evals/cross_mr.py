@@ -7,94 +7,57 @@ since some names of characters differ. In the raw file a space after the letter 
 ones give away.
 """
 
-import re
 from pathlib import Path
 
 from common.files import UsageError, read_json
 from evals import multiple_choice
-from evals.benchmark_prompts import CROSS_MR
-from evals.benchmark_report import note_left_out, published
-from evals.multiple_choice import LETTERS, read_question, shuffled
+from evals.benchmark_prompts import CROSS_MR as PROMPTS
+from evals.benchmarks import published
 from evals.shapes import check
 
 QUESTIONS_FILE, PROFILES_FILE = "motivation_dataset.json", "truth_persona_all_dimension.json"
-PROMPTS = CROSS_MR
-
-
-def cheat(options, right):
-    """The chance to pick the right one of raw options by the only space after a letter, else by guessing."""
-    spaced = [bool(re.match(r"\s*[A-Z]\.\s", option)) for option in options]
-    return float(spaced[right]) if sum(spaced) == 1 else 1 / len(options)
-
-
-def read_profiles(file):
-    """{title: {name: profile}} of all books."""
-    books = read_json(file, list)
-    try:
-        check(books, [{"title": str, "persona": dict}], "book")
-        profiles = {}
-        for book in books:
-            check(book["persona"], {name: {"summary": str} for name in book["persona"]}, book["title"])
-            own = {name: persona["summary"].strip() for name, persona in book["persona"].items()}
-            profiles[book["title"]] = own
-    except ValueError as error:
-        raise UsageError(f"{file}: not the profiles of CroSS: {error}") from None
-    return profiles
-
-
-def find_profile(profiles, name):
-    """(name, profile) of a character; the profile of a book's only character, whatever its name there."""
-    if name not in profiles and len(profiles) == 1:
-        [(name, profile)] = profiles.items()
-        return name, profile
-    return name, profiles.get(name)
-
-
-def entries(file):
-    """(book, name, entry) of each question of the file."""
-    for book, characters in read_json(file).items():
-        if not isinstance(characters, dict) or not all(isinstance(x, list) for x in characters.values()):
-            raise UsageError(
-                f"{file}: {book!r} is not {{character: [question]}}, so this is no file of CroSS"
-            )
-        for name, questions in characters.items():
-            for entry in questions:
-                yield book, name, entry
 
 
 def files(args):
     return [Path(args.data) / QUESTIONS_FILE, Path(args.data) / PROFILES_FILE]
 
 
+def read_files(args):
+    """({book: {character: [question]}}, {title: {character: {"summary": profile}}})."""
+    questions, profiles = files(args)
+    books, titles = read_json(questions), read_json(profiles, list)
+    try:
+        check([*books.values()], [dict], QUESTIONS_FILE)
+        for characters in books.values():
+            check([*characters.values()], [list], QUESTIONS_FILE)
+        check(titles, [{"title": str, "persona": dict}], PROFILES_FILE)
+        for book in titles:
+            check([*book["persona"].values()], [{"summary": str}], f"{PROFILES_FILE}, {book['title']}")
+    except ValueError as error:
+        raise UsageError(f"{args.data}: not the files of CroSS: {error}") from None
+    return books, {book["title"]: book["persona"] for book in titles}
+
+
+def entries(args):
+    """What `load_questions` takes, of each question of the file."""
+    books, profiles = read_files(args)
+    asked = [(book, name, entry) for book in books for name in books[book] for entry in books[book][name]]
+    for number, (book, name, entry) in enumerate(asked, 1):
+        where, known = f"question {number}, {name} in {book}", profiles.get(book, {})
+        if name not in known and len(known) == 1:  # the only character of the book, whatever its name
+            [name] = known
+        yield where, str(number), book, name, known[name]["summary"] if name in known else None, entry
+
+
 def load(args):
-    """(questions, [(name, reason)] of those left out), all of the file, in its order."""
-    questions_file, profiles_file = files(args)
-    profiles, questions, left_out = read_profiles(profiles_file), [], []
-    for number, (book, name, entry) in enumerate(entries(questions_file), 1):
-        try:
-            display, profile = find_profile(profiles.get(book, {}), name)
-            if args.profile != "none" and profile is None:
-                raise ValueError("an unknown character, without a profile")
-            if args.profile != "none" and not profile:
-                raise ValueError("an empty profile")
-            question = read_question(entry, str(number), book, display, profile or "")
-            raw = entry["Multiple Choice Question"]["Options"]
-            question.cheat = cheat(
-                raw, LETTERS.index(entry["Multiple Choice Question"]["Correct Answer"].strip())
-            )
-            questions.append(shuffled(question, args.seed))
-        except ValueError as error:
-            left_out.append((f"question {number}, {name} in {book}", str(error)))
-    note_left_out(left_out, len(questions) + len(left_out), "questions")
-    return questions, left_out
+    return multiple_choice.load_questions(entries(args), args)
 
 
 def run(questions, models, journal, args):
     """(results for `report`, items of the page)."""
-    rows = published({"accuracy": "cross_mr"}, {"accuracy": (445, "questions")})
-    results, items = multiple_choice.results(questions, PROMPTS, models, journal, args, rows)
-    results["notes"] += [
+    rows = published({"accuracy": ("cross_mr", "questions")})
+    note = (
         "published: reasons, then the choice; the profile given is not stated; `questions` stands where the "
         "figure is a share of 445"
-    ]
-    return results, items
+    )
+    return multiple_choice.results(questions, PROMPTS, models, journal, args, rows, note)

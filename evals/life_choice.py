@@ -9,12 +9,9 @@ from pathlib import Path
 
 from common.files import UsageError, read_json
 from evals import multiple_choice
-from evals.benchmark_prompts import LIFE_CHOICE
-from evals.benchmark_report import note_left_out, published
-from evals.multiple_choice import read_question, shuffled
+from evals.benchmark_prompts import LIFE_CHOICE as PROMPTS
+from evals.benchmarks import published
 from evals.shapes import check
-
-PROMPTS = LIFE_CHOICE
 
 
 def files(args):
@@ -22,35 +19,27 @@ def files(args):
     return [file / "data.json" if file.is_dir() else file]
 
 
-def load(args):
-    """(questions, [(name, reason)] of those left out), all of the file, in its order."""
+def entries(args):
+    """What `load_questions` takes, of each question of the file."""
     [file] = files(args)
     books = read_json(file, list)
     try:
         check(books, [[dict]], "book")
     except ValueError as error:
         raise UsageError(f"{file}: not a list of books, each a list of characters: {error}") from None
-    questions, left_out = [], []
     for number, book in enumerate(books, 1):
         for place, entry in enumerate(book, 1):
-            try:
-                check(entry, {"character_name": str, "input_text": str}, "character")
-                if args.profile != "none" and not entry["input_text"].strip():
-                    raise ValueError("an empty profile")
-                texts = f"book {number}", entry["character_name"], entry["input_text"]
-                questions.append(shuffled(read_question(entry, f"{number}.{place}", *texts), args.seed))
-            except ValueError as error:
-                name = str(entry.get("character_name", "nobody"))[:60]
-                left_out.append((f"book {number}, character {place} ({name})", str(error)))
-    note_left_out(left_out, len(questions) + len(left_out), "questions")
-    return questions, left_out
+            name, title = entry.get("character_name"), f"book {number}"
+            where = f"{title}, character {place} ({str(name)[:60]})"
+            yield where, f"{number}.{place}", title, name, entry.get("input_text"), entry
+
+
+def load(args):
+    return multiple_choice.load_questions(entries(args), args)
 
 
 def run(questions, models, journal, args):
     """(results for `report`, items of the page)."""
-    rows = published({"accuracy": "life_choice"}, {})
-    results, items = multiple_choice.results(questions, PROMPTS, models, journal, args, rows)
-    results["notes"] += [
-        "published: not comparable; neither the number of questions nor what the models were given is known"
-    ]
-    return results, items
+    rows = published({"accuracy": ("life_choice", "questions")})
+    note = "published: not comparable; neither the number of questions nor the models' input is known"
+    return multiple_choice.results(questions, PROMPTS, models, journal, args, rows, note)

@@ -3,15 +3,17 @@
 import json
 import random
 import re
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
+from common.files import UsageError
 from data.prompts import fill
 from engine.params import SamplingParams
 from evals.benchmark_prompts import ANSWER, CHOOSE
-from evals.benchmark_report import note_errors, percent
+from evals.benchmarks import GENERATION, LIKELIHOOD, Ask, ask_all, note_errors, note_left_out, percent
 from evals.report import short
-from evals.runner import GENERATION, LIKELIHOOD, ask_all, compute_all, make_ask
 from evals.shapes import check
+from llm.reply import Reply
 
 LETTERS = "ABCD"
 SHAPE = {"Scenario": str, "Question": str, "Options": [str], "Correct Answer": str}
@@ -28,7 +30,8 @@ _LETTER = re.compile(rf"[\s*_\"'(\[]*([{LETTERS}])[\s*_\"'.)\]]*")
 class Question:
     """A question; `right` is the index of the right one of its options, which have no letters.
 
-    key: unique in the file. cheat: the chance to find the right option by its form in the raw file.
+    key: unique in the file. cheat: the chance to find the right option by the only space after a letter in
+    the raw file, else by a guess.
     """
 
     key: str
@@ -39,7 +42,7 @@ class Question:
     text: str
     options: list
     right: int
-    cheat: float | None = None
+    cheat: float
 
 
 def without_letters(options):
@@ -51,22 +54,48 @@ def without_letters(options):
     )
 
 
-def read_question(entry, key, book, character, profile):
-    """A Question from the object that both data files hold. ValueError says why it cannot be asked."""
+def load_questions(entries, args):
+    """(questions, [(where, reason)] of those left out), in the order of the file.
+
+    entries: (where, key, book, character, profile, entry) of each; profile None: not in the file. where: for
+    messages. entry: the object that both data files hold.
+    """
+    questions, left_out = [], []
+    for where, key, book, character, profile, entry in entries:
+        try:
+            if args.profile == "none":
+                profile = profile or ""
+            elif profile is None:
+                raise ValueError("an unknown character, without a profile")
+            check([character, profile], [str], "character")
+            if args.profile != "none" and not profile.strip():
+                raise ValueError("an empty profile")
+            questions.append(shuffled(read_question(key, book, character, profile, entry), args.seed))
+        except ValueError as error:
+            left_out.append((where, str(error)))
+    note_left_out(left_out, len(questions) + len(left_out), "questions")
+    return questions, left_out
+
+
+def read_question(key, book, character, profile, entry):
+    """A Question. ValueError says why it cannot be asked."""
     check(entry, {"Multiple Choice Question": SHAPE}, "question")
     entry = entry["Multiple Choice Question"]
     if len(entry["Options"]) != len(LETTERS):
         raise ValueError(f"{len(entry['Options'])} options in place of {len(LETTERS)}")
-    options, right = without_letters(entry["Options"]), entry["Correct Answer"].strip()
-    if right not in [*LETTERS]:
-        raise ValueError(f"the right answer {right[:20]!r} is not among its options")
+    options, letter = without_letters(entry["Options"]), entry["Correct Answer"].strip()
+    if letter not in [*LETTERS]:
+        raise ValueError(f"the right answer {letter[:20]!r} is not among its options")
     if not all(options) or len({option.casefold() for option in options}) < len(options):
         raise ValueError("two equal options" if all(options) else "an empty option")
     if not (entry["Question"].strip() and character.strip()):
         raise ValueError("an empty question" if character.strip() else "a character without a name")
     texts = book, character, profile, entry["Scenario"], entry["Question"]
     "".join([*texts, *options]).encode()  # a ValueError where there is half a surrogate pair
-    return Question(key, *(text.strip() for text in texts), options, LETTERS.index(right))
+    right = LETTERS.index(letter)
+    spaced = [bool(re.match(r"\s*[A-Z]\.\s", option)) for option in entry["Options"]]
+    cheat = float(spaced[right]) if sum(spaced) == 1 else 1 / len(options)
+    return Question(key, *(text.strip() for text in texts), options, right, cheat)
 
 
 def shuffled(question, seed):
@@ -103,7 +132,7 @@ def generate(questions, templates, profile, model, journal, args):
         )
         more = {"options": options, "letters": ", ".join(LETTERS)}
         messages = conversation(question, templates, profile, CHOOSE, **more)
-        asks.append(make_ask(question.key, f"{GENERATION} {profile}", "actor", messages, params))
+        asks.append(Ask(question.key, f"{GENERATION} {profile}", "actor", messages, params))
     replies = ask_all(asks, model, journal, f"{GENERATION}, profile: {profile}")
     note_errors(replies, "answers")
     way = f"{GENERATION} (reasons, then the choice), profile: {profile}"
@@ -113,19 +142,34 @@ def generate(questions, templates, profile, model, journal, args):
     ]
 
 
-def score(questions, templates, profile, model, journal):
-    """Chooses the likeliest option as an answer; the options are not shown.
+class Likelihoods:
+    """A model for `ask_all` that answers a question with the scores of its options, which are not shown.
 
-    Yields, for each question, an answer by each of LIKELIHOODS: the log-probability of an option, that per
-    token, and its gain over the prompt without scenario and question (pointwise mutual information).
+    For each of LIKELIHOODS: the log-probability of an option as the answer, that per token, and its gain over
+    the prompt without scenario and question (pointwise mutual information). The Reply's text is their JSON.
     """
 
-    def compute(one):
-        question = by_key[one.key]
-        asked = conversation(question, templates, profile, ANSWER)
-        alone = conversation(question, templates, profile, templates["alone"])
+    local = True
+
+    def __init__(self, model, templates, profile):
+        self.model, self.templates, self.profile = model, templates, profile
+
+    def submit(self, question, _):
+        future = Future()
+        try:
+            future.set_result(Reply(json.dumps(self.score(question)), "stop"))
+        except UsageError as error:
+            future.set_result(Reply("", "error", error=str(error)))
+        return future
+
+    def step(self):
+        pass
+
+    def score(self, question):
+        asked = conversation(question, self.templates, self.profile, ANSWER)
+        alone = conversation(question, self.templates, self.profile, self.templates["alone"])
         n, options = len(question.options), question.options
-        scores = model.score([asked] * n + [alone] * n, [""] * 2 * n, options * 2)
+        scores = self.model.score([asked] * n + [alone] * n, [""] * 2 * n, options * 2)
         with_question, without = scores[:n], scores[n:]
         return {
             "sum": [total for total, _ in with_question],
@@ -133,9 +177,12 @@ def score(questions, templates, profile, model, journal):
             "PMI": [total - base for (total, _), (base, _) in zip(with_question, without, strict=True)],
         }
 
-    by_key = {question.key: question for question in questions}
-    asks = [make_ask(question.key, f"{LIKELIHOOD} {profile}", "actor", [], None) for question in questions]
-    replies = compute_all(asks, compute, journal, f"{LIKELIHOOD}, profile: {profile}")
+
+def choose_likeliest(questions, templates, profile, model, journal):
+    """Chooses the likeliest option. Yields, for each question, an answer by each of LIKELIHOODS."""
+    asks = [Ask(question.key, f"{LIKELIHOOD} {profile}", "actor", question, None) for question in questions]
+    model = Likelihoods(model, templates, profile)
+    replies = ask_all(asks, model, journal, f"{LIKELIHOOD}, profile: {profile}")
     note_errors(replies, "likelihoods")
     for reply in replies:
         scores, answers = json.loads(reply.text) if reply.text else {}, []
@@ -153,7 +200,7 @@ def answer_all(questions, templates, model, journal, args):
     columns = []
     for profile in ("gold", "none") if args.profile == "both" else (args.profile,):
         if LIKELIHOOD in args.by:
-            columns.append(list(score(questions, templates, profile, model, journal)))
+            columns.append(list(choose_likeliest(questions, templates, profile, model, journal)))
         if GENERATION in args.by:
             answers = generate(questions, templates, profile, model, journal, args)
             columns.append([[answer] for answer in answers])
@@ -181,19 +228,20 @@ def rows(questions, answers, actor):
         yield row(f"{actor}: {first['way']}", questions, list(map(float, right)), parsed)
     yield row("baseline: a guess", questions, [1 / len(q.options) for q in questions])
     yield row("baseline: the first option", questions, [float(q.right == 0) for q in questions])
-    if all(question.cheat is not None for question in questions):
+    if any(question.cheat != 1 / len(question.options) for question in questions):
         name = "cheat: the option set apart in the raw file, else a guess"
         yield row(name, questions, [question.cheat for question in questions])
 
 
-def results(questions, templates, models, journal, args, published):
+def results(questions, templates, models, journal, args, published, note):
     """(results for `report`, items of the page) of the actor on the questions."""
     actor = models["actor"]
     answers = answer_all(questions, templates, actor, journal, args)
     books = len({question.book for question in questions})
     notes = [
         "accuracy: percent of all questions asked; a reply that makes no choice is wrong (`parsed`: share "
-        "that chose); 95% intervals: books drawn whole; `right at`: accuracy where that is the right letter"
+        "that chose); 95% intervals: books drawn whole; `right at`: accuracy where that is the right letter",
+        note,
     ]
     found = {
         "title": f"{args.benchmark}: {len(questions)} questions from {books} books, seed {args.seed}",

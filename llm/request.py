@@ -9,26 +9,18 @@ from llm.reply import Reply, split_reasoning
 
 LONGEST_TEXT = 2**15  # characters
 
-# what may be changed in a request; of a combination that a server refuses, the first of these is left out
-CHANGEABLE = ("response_format", "top_k", "min_p", "repetition_penalty", "top_p", "stop",
+# what may be left out of a request or renamed
+CHANGEABLE = ("response_format", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+              "frequency_penalty", "logit_bias", "top_p", "stop",
               "random_seed", "seed", "temperature", "max_completion_tokens", "max_tokens")  # fmt: skip
 NEW_NAMES = {"max_tokens": "max_completion_tokens", "seed": "random_seed"}
 
-# how servers word the range of a parameter, a refusal, a prompt that is too long, and a combination
-_NUMBER = r"[^\w-]*(-?(?:0|[1-9]\d*)(?:\.\d+)?)"
-_RANGE = rf"(?:between|range(?: [a-z_]+){{0,4}}|from|in){_NUMBER}\s*(?:and|to|\.\.+|,|-|\u2013){_NUMBER}"
-_HIGH = rf"(?:<=?|at most|less than(?: or equal to)?|max(?:imum)?\b(?: \w+){{0,2}}|up to){_NUMBER}"
-_LOW = rf"(?:>=|at least|greater than or equal to|min(?:imum)?\b(?: \w+){{0,2}}){_NUMBER}"
+# how servers word a refusal and a prompt that is too long
 _REFUSED = (
     r"support|recogni[sz]ed|unknown|unexpected|permitted|allowed|invalid|extra|deprecated|must|should|both"
     r"|expected|range|between|at (?:most|least)|m(?:ax|in)imum|\btoo\b|greater|less|available|compatible|[<>]"
 )
 _TOO_LONG = r"(?:maximum|exceeds?|model's)(?: \w+){0,2} context[ _]?(?:length|window|size)|prompt is too long"
-_COMBINED = r"\b(?:both|together|combin\w+|only one|simultaneously)\b"
-
-
-def _search(pattern, words):
-    return re.search(pattern, words, re.IGNORECASE)
 
 
 def request_body(model, messages, params):
@@ -36,7 +28,7 @@ def request_body(model, messages, params):
 
     UsageError names what a server cannot be asked for.
     """
-    for name in ("choices", "stop_ids", "logprobs"):
+    for name in ("choices", "stop_ids", "logprobs", "top_logprobs"):
         if getattr(params, name):
             raise UsageError(f"{name}: an endpoint cannot do this; leave it out or use a local model")
     defaults = vars(SamplingParams()) | {"temperature": None, "max_tokens": None}  # these two are always sent
@@ -54,66 +46,39 @@ def request_body(model, messages, params):
 
 
 def changed(body, changes):
-    """A body after {parameter: None (left out), its new name, or [low, high]}, in order."""
+    """A body after {parameter: its new name, or None where it is left out}, in order."""
     body = dict(body)
-    for name, change in changes.items():
+    for name, new_name in changes.items():
         if name in body:
             value = body.pop(name)
-            if isinstance(change, str):
-                body[change] = value
-            elif change:
-                body[name] = _narrowed(value, *change, wraps="seed" in name)
+            if new_name:
+                body[new_name] = value
     return body
 
 
 def change_for(body, words):
-    """(parameter, change) for a body that was refused in these words; None where no change can help."""
+    """(parameter, its new name, or None to leave it out) for a body that was refused in these words.
+
+    None where no change can help. A parameter that is out of range is left out, too: then the server's own
+    value holds.
+    """
 
     def place(name):
         found = re.search(rf"(?<!\w){name}(?!\w)", words)
         return found.start() if found else -1
 
     named = [name for name in CHANGEABLE if name in body and place(name) >= 0]
-    if not named or _search(_TOO_LONG, words) or not _search(_REFUSED, words):
+    too_long, refused = (re.search(pattern, words, re.IGNORECASE) for pattern in (_TOO_LONG, _REFUSED))
+    if not named or too_long or not refused:
         return None
-    if len(named) > 1 and _search(_COMBINED, words):
-        return named[0], None
     name = min(named, key=place)
-    new_name, limits = NEW_NAMES.get(name), _limits(words)
-    if new_name and (place(new_name) >= 0 or (name == "max_tokens" and not limits)):
-        return name, new_name
-    narrowed = limits and _narrowed(body[name], *limits, wraps="seed" in name)
-    return name, limits if narrowed not in (None, (), body[name]) else None
+    new_name = NEW_NAMES.get(name)
+    return name, new_name if name == "max_tokens" or (new_name and place(new_name) >= 0) else None
 
 
-def _limits(words):
-    """[low, high] that a server names, None for one that it does not; None where it names neither."""
-    if found := _search(_RANGE, words):
-        return [json.loads(found[1]), json.loads(found[2])]
-    low, high = (found and json.loads(found[1]) for found in (_search(_LOW, words), _search(_HIGH, words)))
-    return None if low is None and high is None else [low, high]
-
-
-def _narrowed(value, low, high, wraps):
-    """A value within a range: a tuple is cut, a seed wraps around (so that seeds still differ)."""
-    if isinstance(value, dict):
-        return None
-    if isinstance(value, tuple):
-        return value[:high] if isinstance(high, int) else None
-    if wraps and high is not None:
-        return value % (high + 1)
-    value = value if high is None else min(value, high)
-    return value if low is None else max(value, low)
-
-
-def describe(name, change):
+def describe(name, new_name):
     """A change in words."""
-    if isinstance(change, str):
-        return f"{name} is sent as {change}"
-    if change is None:
-        return f"{name} is left out"
-    sides = zip(("at least", "at most"), change, strict=True)
-    return f"{name} is kept " + " and ".join(f"{side} {limit}" for side, limit in sides if limit is not None)
+    return f"{name} is sent as {new_name}" if new_name else f"{name} is left out"
 
 
 # ---- answers -----------------------------------------------------------------------------------------

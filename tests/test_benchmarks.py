@@ -16,10 +16,10 @@ from conftest import ROOT, usage_error
 from test_llm import Script, Server
 
 import benchmark
-from evals import cross_mr, in_character, life_choice, multiple_choice, runner
-from evals import in_character_rating as rating
+from evals import benchmarks, cross_mr, in_character, life_choice, multiple_choice
+from evals import in_character as rating
 from evals.benchmark_prompts import DIMENSIONS, EXPERIMENTER, NO_ANSWER, PARTICIPANT
-from evals.in_character_scores import baselines, cells_of, page_items
+from evals.in_character import baselines, cells_of, page_items
 from llm.local import Local
 from llm.reply import Reply
 
@@ -100,7 +100,7 @@ def use(monkeypatch, say, **attributes):
     model.identity = "script"
     for name, value in attributes.items():
         setattr(model, name, value)
-    monkeypatch.setattr(runner, "open_model", lambda spec, **options: model)
+    monkeypatch.setattr(benchmarks, "open_model", lambda spec, **options: model)
     return model
 
 
@@ -200,9 +200,7 @@ def test_the_real_file_gives_nothing_away_any_more(shared):
     folder = shared / "cross_mr"
     questions, left_out = cross_mr.load(args_for(folder))
     assert (len(questions), len({q.book for q in questions}), left_out) == (445, 126, [])
-    raw = {
-        key: entry for key, (*_, entry) in enumerate(cross_mr.entries(folder / cross_mr.QUESTIONS_FILE), 1)
-    }
+    raw = {int(key): entry for _, key, *_, entry in cross_mr.entries(args_for(folder))}
     leaks = 0
     for q in questions:
         entry = raw[int(q.key)]["Multiple Choice Question"]
@@ -587,8 +585,8 @@ def test_bad_characters_are_named_and_left_out(script, personality, tmp_path, mo
 # ---- runs that are cut off ---------------------------------------------------------------------------------
 
 
-def killed(args, at):
-    """Runs the command line in a child that is killed with SIGKILL at its at-th write; whether it was."""
+def killed(args, at, main=benchmark.main):
+    """Runs a command line in a child that is killed with SIGKILL at its at-th write; whether it was."""
     pid = os.fork()
     if pid == 0:
         count, fsync = 0, os.fsync
@@ -607,7 +605,7 @@ def killed(args, at):
         os.dup2(null, 1), os.dup2(null, 2)
         sys.argv = ["benchmark.py", *map(str, args)]
         try:
-            benchmark.main()
+            main()
         except BaseException:
             os._exit(1)
         os._exit(0)

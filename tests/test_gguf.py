@@ -362,7 +362,7 @@ def test_split_files(tmp_path):
 def test_a_split_count_that_is_not_a_number(monkeypatch):
     read = common.gguf.GGUF(Path("model.gguf"), {"split.count": "two"}, {})
     monkeypatch.setattr(common.gguf, "_read_part", lambda path: read)
-    with pytest.raises(UsageError, match="split.count is 'two'"):
+    with pytest.raises(UsageError, match="one of 'two' parts"):
         common.gguf.read_gguf(read.path)
 
 

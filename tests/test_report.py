@@ -311,9 +311,6 @@ def test_calibration_of_a_judge_that_agrees(script, recording, monkeypatch):
             16 if name == "pooled" else 8
         )
     assert found["better_of_two"]["judge"]["share"] == 1 and found["better_of_two"]["BLEU"]["share"] < 1
-    assert (
-        found["length"]["judge"] == found["length"]["recorded"] != 0 and found["length"]["difference"] is None
-    )
     assert found["controls"]["difference"] == pytest.approx(25) and found["controls"]["wins"] == 1
     assert "controls passed" in text and "FAILED" not in text
 

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -671,7 +672,8 @@ def slow(*args):
     time.sleep(1)
     build(*args)
 data.store.build_store = slow
-data.store.BYTES_PER_PROCESS = 20_000
+data.store.BYTES_PER_PROCESS, data.store.PROCESSES = 20_000, 2
+data.store.os.cpu_count = lambda: 2
 # a shell that starts tests in the background has SIGINT ignored
 signal.signal(signal.SIGINT, signal.default_int_handler)
 tok = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
@@ -729,12 +731,24 @@ def test_every_process_is_started_with_signals_blocked():
         "import subprocess, data.store as store\n"
         "with store._signals_blocked():\n"
         "    for _ in range(2):\n"
-        "        store._start(subprocess.run, ['grep', '-h', 'SigBlk', '/proc/self/status']).join()\n"
+        "        args = (['grep', '-h', 'SigBlk', '/proc/self/status'],)\n"
+        "        process = store.SPAWN.Process(target=subprocess.run, args=args)\n"
+        "        process.start(), process.join()\n"
         "subprocess.run(['grep', 'SigBlk', '/proc/self/status'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     first, second, own = (int(line.split()[1], 16) for line in done.stdout.splitlines())
     assert (first, second, own) == (0x4002, 0x4002, 0)
+
+
+def descendants(pid):
+    """Processes that this one started, and those that they started."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            number, parent = int(file.parent.name), int(file.read_text().rpartition(")")[2].split()[1])
+            found += [number, *descendants(number)] if parent == pid else []
+    return found
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
@@ -749,11 +763,15 @@ def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stag
     process = child(books, cache)
     try:
         go(process)
-        while not list(cache.glob("*.tmp/tokens")):
+        while len(started := descendants(process.pid)) < 3:  # the resource tracker and two workers
             assert process.poll() is None
             time.sleep(0.005)
         process.send_signal(sign)
         assert process.wait(timeout=30)
+        deadline = time.monotonic() + 30
+        while alive := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
+            assert time.monotonic() < deadline, alive
+            time.sleep(0.05)
         for file in cache.glob("*.tmp/tokens"):
             with open(file) as lock:
                 for _ in range(100):
@@ -774,101 +792,20 @@ def test_a_build_that_is_stopped_leaves_nothing_that_counts(sign, tmp_path, stag
     assert {path.name for path in cache.iterdir()} == {path.name for path in (tmp_path / "other").iterdir()}
 
 
-PREPARING = """
-import pathlib, sys, time, data.store, data.stream, tokenizer
-data.store.BYTES_PER_PROCESS = 1
-data.store.PROCESSES = 1
-tok = tokenizer.load_tokenizer(tokenizer.STAGE_TOKENIZER)
-stream = data.stream.Stream([sys.argv[1]], tok, 2048, cache=sys.argv[2])
-stream.take(1)
-print("ready", flush=True)
-sys.stdin.readline()
-"""
-
-
-def descendants(pid):
-    """Processes that this one started, and those that they started."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            number, parent = int(file.parent.name), int(file.read_text().rpartition(")")[2].split()[1])
-            found += [number, *descendants(number)] if parent == pid else []
-    return found
-
-
-@pytest.mark.parametrize("sign", [None, signal.SIGKILL, signal.SIGTERM])
-def test_no_process_outlives_the_one_that_it_prepares_for(sign, tmp_path):
-    """The next epoch is being tokenised when its parent ends, is killed or gets a signal: nobody is left,
-    nothing that counts is there and, where the parent could still say so, nothing of what was half built."""
-    books, cache = tmp_path / "books", tmp_path / "cache"
-    books.mkdir()
-    for i in range(100):
-        book = json.loads((STAGE / "ward_c.json").read_text())
-        (books / f"{i}.json").write_text(json.dumps({**book, "title": f"book {i}"}))
-    process = child(books, cache, PREPARING)
-    try:
-        assert process.stdout.readline() == "ready\n"
-        deadline = time.monotonic() + 60
-        while not list(cache.glob("*.tmp/tokens")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        started = descendants(process.pid)
-        assert started
-        if sign:
-            os.killpg(process.pid, sign) if sign == signal.SIGTERM else process.kill()
-        else:
-            process.stdin.close()
-        process.wait(timeout=30)
-        while alive := [pid for pid in started if Path(f"/proc/{pid}").exists()]:
-            assert time.monotonic() < deadline, alive
-            time.sleep(0.05)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert [path.suffix for path in cache.iterdir()] == [""]
-
-
-def test_the_next_epoch_is_prepared_while_this_one_is_read(stream, tmp_path, monkeypatch, stage_tokenizer):
-    """A spawned process builds it once a row was taken; at the boundary nothing is left to build, and rows
-    are those of a stream that builds them itself. Small data, other ranks of the machine and `variants=all`
-    prepare nothing."""
-    alone = stream(cache=tmp_path / "alone")
-    expected = alone.take(len(alone.rows) + 3)
-    assert not multiprocessing.active_children()
-    many_processes(monkeypatch, 1)
-    stream(variants="all").take(1)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    stream().take(1)
-    assert not multiprocessing.active_children()
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    made = stream()
-    rows = list(made.take(2))
-    (process,) = multiprocessing.active_children()
-    process.join(60)
-    assert process.exitcode == 0
-    monkeypatch.delattr(data.store, "build_store")
-    rows += list(made.take(len(expected) - 2))
-    assert made.start["epoch"] == 1 and same(rows, list(expected))
-    made_there, made_here = (
-        {p.parent.name: p.read_bytes() for p in (tmp_path / name).glob("*/tokens")}
-        for name in ("cache", "alone")
-    )
-    assert made_here.items() <= made_there.items() and len(made_here) == 2
-
-
 def test_a_process_that_is_killed_is_a_usage_error(stream, monkeypatch):
     """As the system kills when memory is full: one line, and no store."""
     many_processes(monkeypatch, 2)
-    start = data.store._start
 
-    def killed(*args):
-        process = start(*args)
-        process.kill()
-        return process
+    def kill_the_first():
+        while not (started := multiprocessing.active_children()):
+            time.sleep(0.005)
+        started[0].kill()
 
-    monkeypatch.setattr(data.store, "_start", killed)
+    killer = threading.Thread(target=kill_the_first)
+    killer.start()
     with pytest.raises(UsageError, match="ended early"):
         stream()
+    killer.join()
 
 
 def test_workers_report_what_they_find(tmp_path, stream, monkeypatch):
@@ -965,25 +902,6 @@ def test_a_files_name_is_shown_as_it_is(stream, general, monkeypatch, tmp_path):
     assert "tokenising chats[bold].jsonl" in screen.getvalue()
 
 
-def test_sharegpt_rows_are_what_llama_factory_reads(inspect, shared, tmp_path):
-    """By its documented format: human and gpt by turns, human first, all of them text, the system text beside
-    them; read back, they are the chats, and the release's turns where its draw is ours."""
-    books = shared / "coser" / "books"
-    code, _, err = inspect(books, "--sharegpt", tmp_path / "sft.json", "--epoch", 2, "--variants", "all")
-    assert code == 0 and "chats" in err
-    rows = json.loads((tmp_path / "sft.json").read_text())
-    scenes = [scene for scene in load_scenes(books) if scene.tag == "train"]
-    chats = [chat for scene in scenes for chat in scene_to_chats(scene, 0, variants="all")]
-    for row in rows:
-        assert row.keys() == {"conversations", "system"} and isinstance(row["system"], str)
-        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (
-            len(row["conversations"]) // 2
-        )
-    assert [messages for messages, *_ in read_general(tmp_path / "sft.json", Report())] == [
-        chat.messages for chat in chats
-    ]
-
-
 def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
     """Those of the last plots; with books held out, all of theirs; read back equal. None to write is a usage
     error."""
@@ -992,14 +910,9 @@ def test_held_out_scenes_are_written_as_a_test_file(inspect, stage, tmp_path):
     odd = tmp_path / "[red]" / "book.json"
     odd.write_text(json.dumps({**json.loads((STAGE / "ward_c.json").read_text()), "character_datasets": 5}))
     assert f"epoch 0 of {odd}\n" in inspect(odd)[1]  # no markup
-    for export in ("--test-scenes", "--sharegpt"):
-        code, out, err = inspect(odd, export, tmp_path / "written.json")
-        assert (code, out) == (
-            0,
-            "",
-        ) and f"1 dropped: `character_datasets` that is not an object, the first at {odd}" in err
-    line = usage_error(inspect("--sharegpt", tmp_path / "none.json", "--held-out-books", 1))
-    assert "all are held out" in line and not (tmp_path / "none.json").exists()
+    code, out, err = inspect(odd, "--test-scenes", tmp_path / "written.json")
+    assert (code, out) == (0, "")
+    assert f"1 dropped: `character_datasets` that is not an object, the first at {odd}" in err
     assert inspect("--test-scenes", tmp_path / "held.json")[0] == 0
     assert load_scenes(tmp_path / "held.json") == held
     assert inspect("--test-scenes", tmp_path / "all.json", "--held-out-books", 1)[0] == 0

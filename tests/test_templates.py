@@ -153,6 +153,7 @@ NAMES = [
     "<end_of_turn>",
 ]
 PHI_NAMES = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TOO_MUCH = "too long or too much memory"
 CHAT = [
     {"role": "system", "content": "You are Kent."},
     {"role": "user", "content": "Lear: Who  are you?"},
@@ -296,7 +297,7 @@ def test_a_template_as_a_format(folder, template, names, eos, end):
 
 
 def test_a_long_chat_is_within_the_bounds(folder):
-    """The bounds grow with the number of messages."""
+    """A template of many characters, and a chat of many messages."""
     comment = "{# " + "x" * 9000 + " #}" + "{% if false %}" + "y" * 9000 + "{% endif %}"
     tok = load_tokenizer(
         folder(
@@ -334,21 +335,15 @@ def test_no_system_role(folder):
         (PHI3.replace("{{'<|system|>\n' + message['content'] + '<|end|>\n'}}", ""), "leaves out the system text"),
         (MISTRAL_V3.replace("eos_token", "'<|im_end|>'"), "leaves out|reorders"),
         (CHATML.replace("'<|im_end|>'", "'###'"), "no special token"),
+        (CHATML.replace("message['role']", "message['role'] + loop.index | string"), "depends on the others"),
         ("{% for m in messages %}", "endfor"),
-        ("{{ cycler('a') }}", "undefined"),
+        ("{{ cycler('a') }}", "leaves out"),
         ("{{ ''.__class__.__mro__ }}{{ messages.__class__() }}", "unsafe|undefined"),
-        ("{{ 'a' * 10**9 }}", "not supported"),
-        ("{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}", "too large"),
-        ("{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s.replace('a', ns.s) %}{% endfor %}", "replace"),
-        ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, "too long"),
+        ("{{ 'a' * 10**9 }}", TOO_MUCH),
+        ("{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}", TOO_MUCH),
+        ("{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4, TOO_MUCH),
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "."),
-        ("{% set ns = namespace(v=['a']) %}{% for i in range(99) %}{% set ns.v = [ns.v, ns.v] %}{% endfor %}{{ ns.v }}", "too large"),
-        ("{% set ns = namespace(v=(1, 2)) %}{% for i in range(99) %}{% set ns.v = (ns.v, ns.v) %}{% endfor %}{{ {ns.v: 1} }}", "too large"),
-        ("{% set ns = namespace(v=1) %}{% for i in range(99) %}{% set ns.v = dict(a=ns.v, b=ns.v) %}{% endfor %}{{ ns.v | tojson }}", "too large"),
-        ("{% set ns = namespace(v=1) %}{% for i in range(99) %}{% set ns.v = namespace(a=ns.v, b=ns.v) %}{% endfor %}{{ ns.v | upper }}", "namespace"),
-        ("{% set x = range(9999) | list | string %}{{ range(9999) | map(attribute='b', default=x) | list }}", "too large"),
-        ("{% set x = range(9999) | list | string %}{{ range(9999) | map(attribute='b', default=x) | join }}", "too long"),
-        ("{% set x, y = range(9000) | list, range(9000) | list %}{% for i in range(99999) %}{{ x == y }}{% endfor %}", "too long"),
+        ("{% set ns = namespace(v=['a']) %}{% for i in range(99) %}{% set ns.v = [ns.v, ns.v] %}{% endfor %}{{ ns.v }}", TOO_MUCH),
         ("x" * 100_001, "100,000"),
     ],
 )  # fmt: skip
@@ -360,6 +355,17 @@ def test_a_template_that_cannot_be_used(folder, template, why):
     assert "\n" not in str(refused.value) and time.process_time() - start < 10
     tok = load_tokenizer(directory, "chatml")
     assert tok.chat_format == "chatml" and tok.stop_ids[0] == tok.specials["<|im_end|>"]
+
+
+def test_what_a_template_refuses_its_format_refuses(folder):
+    """Here two messages in a row of the same role."""
+    twice = "{% for m in messages %}{% if loop.nextitem is defined and loop.nextitem.role == m.role %}"
+    tok = load_tokenizer(
+        folder(twice + "{{ raise_exception('twice') }}{% endif %}{% endfor %}" + PHI3, PHI_NAMES)
+    )
+    assert tok.chat_format == "template" and tok.render(CHAT)
+    with pytest.raises(ValueError, match="no user after user"):
+        tok.render([*CHAT, CHAT[1], CHAT[1]])
 
 
 def test_a_token_with_the_id_of_a_special_one(folder):
@@ -375,7 +381,7 @@ def test_a_token_with_the_id_of_a_special_one(folder):
 
 
 def test_a_long_conversation(folder):
-    """The bounds on a template grow with the number of messages."""
+    """It is put together from a few rendered ones."""
     tok = load_tokenizer(folder(CHATML), "template")
     chat = [{"role": ("user", "assistant")[i % 2], "content": "Hi"} for i in range(9999)]
     assert len(tok.render(chat)[0]) > 9999 * 4
