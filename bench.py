@@ -31,7 +31,8 @@ def parse_args():
     add("--rounds", type=int, default=5, help="counted rounds, after a warm-up (default: 5)")
     named = f"a checkpoint, or random weights: {', '.join(SHAPES)} (default: 8b on a GPU; on a CPU 135m, "
     add("--model", help=named + "to train stage, to simulate the bundled actor)")
-    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32")
+    dtypes = "default: bfloat16 on a GPU, else float32; int8: ours, beside a peer in float32"
+    add("--dtype", choices=["float32", "bfloat16", "int8"], help=dtypes)
     add("--batch", type=int, nargs="+", help="decode, prefill: prompts at once")
     add("--prompt", type=int, nargs="+", help="decode, prefill: tokens in each prompt")
     add("--new", type=int, default=32, help="decode: tokens generated for each prompt (default: 32)")
@@ -48,6 +49,8 @@ def parse_args():
     add("--toy", action="store_true", help="tiny shapes: to try the benchmark, not to measure")
     add("--json", metavar="FILE", help="write the line of JSON to a file too")
     args = parser.parse_args()
+    if args.dtype == "int8" and args.name not in ("decode", "prefill", "simulate"):
+        raise UsageError(f"--dtype int8 is for decode, prefill and simulate, not for {args.name}")
     for name, value in vars(args).items():
         if any(type(n) is int and n < 1 for n in (value if isinstance(value, list) else [value])):
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")

@@ -49,7 +49,7 @@ def parse_args():
     add("--seed", type=int, default=0, help="of the order of options and of retries (default: 0)")
     add("--max-tokens", type=int, default=512, metavar="N", help="of a reply (default: 512)")
     add("--chat-format", metavar="NAME", help="of checkpoints (default: what each says)")
-    add("--dtype", help="of checkpoints (default: bfloat16 on a GPU, else float32)")
+    add("--dtype", help="of checkpoints (default: as fits; int8 is fast on a CPU)")
     add("--concurrency", type=int, default=CONCURRENCY, metavar="N", help="requests at once (default: 8)")
     add("--requests-per-minute", type=float, metavar="N", help="to an endpoint (default: no limit)")
     args = parser.parse_args()

@@ -9,16 +9,13 @@ python generate.py --model DIR --chat
 import time
 from dataclasses import dataclass, replace
 
-import torch
-
-from checkpoint import DTYPES
 from common import terminal
 from common.files import UsageError
 from data.brackets import BracketParser
 from data.cards import VISITOR, read_card
 from data.chats import perspective
 from data.scenes import cast_member, find_scenes, load_stage
-from engine.cpu import fast_bf16
+from engine.cpu import DTYPES, fast_bf16
 from engine.engine import Engine  # noqa: F401 (generate.Engine is a contract)
 from engine.params import Completion, SamplingParams
 from llm.local import as_sampled, default_actor, load_engine, turn_markers
@@ -179,7 +176,7 @@ def parse_args():
     add("--top-k", type=int, default=0, help="default: 0, which keeps all tokens")
     add("--stop", nargs="*", action="extend", default=[], help="strings that end the text")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
-    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU or a CPU with AMX, else float32")
+    add("--dtype", choices=DTYPES, help="default: as fits processor and memory; int8 is fast on a CPU")
     add("--seed", type=int)
     args = parser.parse_args()
     if args.chat == (args.prompt is not None):
@@ -201,9 +198,9 @@ def main():
     params = SamplingParams(args.temperature, args.top_p, args.top_k, args.max_tokens, stop, args.seed)
     card = read_card(args.character) if is_card(args.character) else None
     role = SceneRole(*find_character(args.character, args.scene)) if args.character and not card else None
-    dtype = args.dtype or ("bfloat16" if torch.cuda.is_available() or fast_bf16() else "float32")
-    stats = f" in {dtype}" if args.stats else ""
+    dtype = args.dtype or ("bfloat16" if fast_bf16() else None)
     engine = load_engine(args.model or default_actor(), dtype, args.chat_format)
+    stats = f" in {str(engine.dtype).removeprefix('torch.')}" if args.stats else ""
     if args.stats:
         terminal.note(f"chat format {engine.tokenizer.chat_format_reason}")
     if args.chat:

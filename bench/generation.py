@@ -7,7 +7,7 @@ import torch
 import checkpoint
 from bench import machine
 from bench.figures import seconds
-from bench.models import LlamaCpp, Ours, Transformers, in_transformers, open_model
+from bench.models import LlamaCpp, Ours, Transformers, in_transformers, open_model, ours_in
 
 SIZES = {  # --batch and --prompt by default
     "toy": ([1, 2], [9]),
@@ -27,8 +27,8 @@ def measure(args):
     batches, lengths = SIZES["toy" if args.toy else f"decode, {args.device}" if decode else "prefill"]
     batches, lengths = args.batch or batches, args.prompt or lengths
     dtype, new = args.dtype or ("bfloat16" if cuda else "float32"), args.new if decode else 0
-    model = open_model(args, checkpoint.DTYPES[dtype])
-    sides, generator = {f"ours, {dtype}": Ours(model)}, torch.Generator().manual_seed(0)
+    model = open_model(args, checkpoint.DTYPES.get(dtype, torch.float32))
+    sides, generator = {f"ours, {dtype}": Ours(ours_in(model, dtype))}, torch.Generator().manual_seed(0)
     if args.peer == "transformers":
         with tempfile.TemporaryDirectory() as directory:
             peer = in_transformers(model, f"{directory}/model")

@@ -12,6 +12,7 @@ import torch
 
 import checkpoint
 from common.files import UsageError
+from engine.cpu import PackedTransformer
 from engine.engine import Engine
 from engine.params import SamplingParams
 from model import PRESETS, ModelConfig
@@ -57,8 +58,15 @@ def in_transformers(model, directory, tokenizer=None):
     return AutoModelForCausalLM.from_pretrained(directory, dtype=like.dtype).to(like.device).eval()
 
 
+def ours_in(model, dtype):
+    """The model for our side: as it is, or in int8."""
+    return PackedTransformer(model.config, model.get_parameter, torch.int8) if dtype == "int8" else model
+
+
 def bytes_read(model):
     """Bytes of weights that a decode step reads: all but an embedding table that is not also the head."""
+    if isinstance(model, PackedTransformer):
+        return model.bytes_read()
     config, weights = model.config, sum(parameter.nbytes for parameter in model.parameters())
     table = config.vocab_size * config.hidden_size * next(model.parameters()).itemsize
     return weights if config.tie_word_embeddings else weights - table

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from bench.models import SHAPES, LlamaCpp, in_transformers, open_model
+from bench.models import SHAPES, LlamaCpp, in_transformers, open_model, ours_in
 from data.scenes import load_scenes, load_stage
 from engine.engine import Engine
 from llm.local import BUNDLED_ACTOR, Local
@@ -98,21 +98,21 @@ def measure(args):
         return local
 
     ours()
-    model = open_model(args, dtype)
+    model = open_model(args, dtype)  # of the peer, in float32 beside ours in int8
     head = model.lm_head if hasattr(model, "lm_head") else model.model["embed_tokens"]
     head.weight.data[local.tokenizer.vocab_size :] = 0  # ids beyond the tokenizer's are never sampled
-    scenes = choose_scenes(args)
+    own, scenes = ours_in(model, args.dtype), choose_scenes(args)
     few = scenes[: args.peer_scenes]
     protocol = Protocol(max_rounds=args.max_rounds, retry_temperature=0.0)
     protocol = replace(protocol, max_tokens=args.turn or (60 if random else 512))
-    sides = {"ours": (lambda: ours(model), scenes, len(scenes))}
+    sides = {"ours": (lambda: ours(own), scenes, len(scenes))}
     if args.peer == "transformers":
         peer = with_transformers(local, model)
         sides["transformers, one by one"] = lambda: peer, few, 1
     elif args.peer:  # a new server each time, with an empty cache
         sides["llama.cpp, one by one"] = lambda: with_llama_cpp(local, args, context), few, 1
     else:
-        sides["ours, one by one"] = lambda: ours(model), few, 1
+        sides["ours, one by one"] = lambda: ours(own), few, 1
     for number in range(args.rounds + 1):
         rules, texts = protocol if number else replace(protocol, max_rounds=2), {}
         for side, (open_side, chosen, together) in sides.items():

@@ -1,22 +1,27 @@
 """The model that the engine runs on a CPU: weights packed for few rows, q/k/v and gate/up as one product
 each.
 
-    twin = PackedTransformer(model)              # shares embeddings and norms; the model stays as it was
+    PackedTransformer(config, read, torch.int8)           # read(name) -> that tensor of the checkpoint
+    packed(model)                                         # of a Transformer, whose norms it shares
 
-Every weight is in oneDNN's blocked layout. There a row's product has the same bits however many rows are
-multiplied with it, so a text does not depend on what else is in the batch; MKL's products of row-major and
-column-major weights do not have that property on AVX2. One row alone is the exception (oneDNN adds up more
-than 1,024 inputs in another order), so it is run twice. Without oneDNN, or where it refuses a dtype, plain
-`F.linear` serves and the property does not hold (`PackedLinear.blocked`). The two private operators of torch
-are called in this file and nowhere else.
+Weights are read one after the other and packed at once, so that a model never exists in another form. In
+float32 and bfloat16 they are in oneDNN's blocked layout. There a row's product has the same bits however many
+rows are multiplied with it, so a text does not depend on what else is in the batch; MKL's products of
+row-major and column-major weights do not have that property on AVX2. One row alone is the exception (oneDNN
+adds up more than 1,024 inputs in another order), so it is run twice. Without oneDNN, or where it refuses a
+dtype, plain `F.linear` serves and the property does not hold (`PackedLinear.blocked`). In int8 (int8.py) it
+holds by arithmetic. The two private operators of oneDNN are called in this file and nowhere else.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import MLP, Attention, Block, MixtureOfExperts, Transformer, rotate
+import checkpoint
+from engine.int8 import Int8Embedding, Int8Linear
+from model import MLP, Attention, Block, MixtureOfExperts, RMSNorm, Transformer, rotate
 
+DTYPES = checkpoint.DTYPES | {"int8": torch.int8}
 ROWS = 16  # the number of rows the blocked layout is chosen for: chosen for 1 it would be slow for more
 
 
@@ -30,15 +35,19 @@ def fast_bf16():
     return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
+def native_bf16():
+    """Whether oneDNN multiplies bfloat16 on this processor at all."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class PackedLinear(nn.Module):
     """x [..., C] -> [..., sum of the sizes]: linear layers that share their input, as one."""
 
-    def __init__(self, *layers):
+    def __init__(self, weights, bias=None):
         super().__init__()
-        weights = [layer.weight.detach() for layer in layers]
-        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        biases = [layer.bias.detach() for layer in layers if getattr(layer, "bias", None) is not None]
-        self.bias = torch.cat(biases) if biases else None
+        first, *others = weights
+        self.weight = torch.cat((first, *others)) if others else first
+        self.bias, self.nbytes = bias, self.weight.nbytes
         blocked = block_layout(self.weight)
         self.blocked = blocked is not None
         self.weight = blocked if self.blocked else self.weight
@@ -68,12 +77,12 @@ def block_layout(weight):
 class PackedAttention(Attention):
     """Attention with a cache; rotates queries and keys together."""
 
-    def __init__(self, attention):
+    def __init__(self, config, layer, weights):
         nn.Module.__init__(self)
-        self.head_dim, self.layer, self.window = attention.head_dim, attention.layer, attention.window
-        self.key_heads = attention.k_proj.out_features // self.head_dim
-        self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.o_proj = PackedLinear(attention.o_proj)
+        self.head_dim, self.layer, self.window = config.head_dim, layer, config.sliding_window
+        self.key_heads = config.num_key_value_heads
+        self.qkv = weights.linear("q_proj", "k_proj", "v_proj", bias=config.qkv_bias)
+        self.o_proj = weights.linear("o_proj")
 
     def forward(self, x, cos, sin, positions, cache, rows=None):
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [1, N, H + 2 K, D]
@@ -83,11 +92,11 @@ class PackedAttention(Attention):
 
 
 class PackedMLP(MLP):
-    """SwiGLU of an MLP's or an Expert's three layers."""
+    """SwiGLU of the layers of an MLP or an Expert, by their names."""
 
-    def __init__(self, gate, up, down):
+    def __init__(self, weights, gate, up, down):
         nn.Module.__init__(self)
-        self.gate_up, self.down = PackedLinear(gate, up), PackedLinear(down)
+        self.gate_up, self.down = weights.linear(gate, up), weights.linear(down)
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -95,45 +104,82 @@ class PackedMLP(MLP):
 
 
 class PackedMixtureOfExperts(MixtureOfExperts):
-    def __init__(self, experts):
+    def __init__(self, config, weights):
         nn.Module.__init__(self)
-        self.top_k, self.gate = experts.top_k, PackedLinear(experts.gate)
-        self.experts = nn.ModuleList(PackedMLP(e.w1, e.w3, e.w2) for e in experts.experts)
+        self.top_k = config.num_experts_per_tok
+        self.gate = PackedLinear([weights.tensor("gate.weight")])  # small, and it chooses
+        experts = (weights.below(f"experts.{number}") for number in range(config.num_local_experts))
+        self.experts = nn.ModuleList(PackedMLP(expert, "w1", "w3", "w2") for expert in experts)
 
 
 class PackedBlock(Block):
-    def __init__(self, block):
+    def __init__(self, config, layer, weights):
         nn.Module.__init__(self)
-        self.input_layernorm, self.post_attention_layernorm = (
-            block.input_layernorm,
-            block.post_attention_layernorm,
-        )
-        self.self_attn = PackedAttention(block.self_attn)
-        if hasattr(block, "block_sparse_moe"):
-            self.block_sparse_moe = PackedMixtureOfExperts(block.block_sparse_moe)
+        self.input_layernorm = weights.norm(config, "input_layernorm")
+        self.post_attention_layernorm = weights.norm(config, "post_attention_layernorm")
+        self.self_attn = PackedAttention(config, layer, weights.below("self_attn"))
+        if config.num_local_experts:
+            self.block_sparse_moe = PackedMixtureOfExperts(config, weights.below("block_sparse_moe"))
         else:
-            self.mlp = PackedMLP(block.mlp.gate_proj, block.mlp.up_proj, block.mlp.down_proj)
+            self.mlp = PackedMLP(weights.below("mlp"), "gate_proj", "up_proj", "down_proj")
+
+
+class Reader:
+    """Makes packed layers of the tensors whose names begin with `prefix`; read(name) -> tensor."""
+
+    def __init__(self, read, dtype, prefix=""):
+        self.read, self.dtype, self.prefix = read, dtype, prefix
+        self.kind = Int8Linear if dtype == torch.int8 else PackedLinear
+
+    def below(self, name):
+        return Reader(self.read, self.dtype, f"{self.prefix}{name}.")
+
+    def tensor(self, name):
+        """A tensor in the model's dtype, in float32 if that is int8."""
+        dtype = torch.float32 if self.dtype == torch.int8 else self.dtype
+        return self.read(self.prefix + name).detach().to(dtype)
+
+    def linear(self, *names, bias=False):
+        """The linear layers of these names as one, which are read one after the other."""
+        biases = torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
+        return self.kind((self.tensor(f"{name}.weight") for name in names), biases)
+
+    def norm(self, config, name):
+        norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        norm.weight = nn.Parameter(self.tensor(f"{name}.weight"), requires_grad=False)
+        return norm
 
 
 class PackedTransformer(Transformer):
-    """A twin of a Transformer that runs with a cache only. It sees no later change of the weights.
-
-    consume: takes the model apart while packing, so that no weight is held twice.
-    """
+    """A Transformer that runs with a cache only, its weights packed in `dtype`. It sees no later change of
+    them."""
 
     @torch.no_grad()
-    def __init__(self, model, consume=False):
+    def __init__(self, config, read, dtype):
         nn.Module.__init__(self)
-        self.config, parts, blocks = model.config, dict(model.model.items()), []
-        for block in parts["layers"]:
-            blocks.append(PackedBlock(block))
-            if consume:
-                block._modules.clear()
-        self.model = nn.ModuleDict({**parts, "layers": nn.ModuleList(blocks)})
-        tied = self.config.tie_word_embeddings
-        self.packed_head = PackedLinear(parts["embed_tokens"] if tied else model.lm_head)
-        if consume:
-            model._modules.clear()
+        self.config, self.dtype, weights = config, dtype, Reader(read, dtype)
+        table = weights.tensor("model.embed_tokens.weight")
+        if config.tie_word_embeddings:
+            self.packed_head = weights.kind([table])
+        embedding = Int8Embedding(table) if dtype == torch.int8 else nn.Embedding.from_pretrained(table)
+        del table
+        layers = weights.below("model.layers")
+        blocks = (PackedBlock(config, n, layers.below(n)) for n in range(config.num_hidden_layers))
+        parts = {"embed_tokens": embedding, "layers": nn.ModuleList(blocks)}
+        self.model = nn.ModuleDict(parts | {"norm": weights.norm(config, "model.norm")})
+        if not config.tie_word_embeddings:
+            self.packed_head = weights.linear("lm_head")
+
+    def bytes_read(self):
+        """Bytes of weights that a step reads."""
+        return sum(layer.nbytes for layer in self.modules() if isinstance(layer, (PackedLinear, Int8Linear)))
 
     def head(self, x, targets):
         return self.packed_head(x)
+
+
+def packed(model):
+    """The packed twin of a Transformer, which stays as it was; a PackedTransformer as it is."""
+    if isinstance(model, PackedTransformer):
+        return model
+    return PackedTransformer(model.config, model.get_parameter, next(model.parameters()).dtype)

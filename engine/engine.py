@@ -21,7 +21,7 @@ import torch
 from common.files import UsageError
 from engine.cache import TableCache, ViewCache, allocate_cache
 from engine.constrain import Grammar, Vocabulary, advance, cost
-from engine.cpu import PackedTransformer
+from engine.cpu import packed
 from engine.params import Completion, RequestRefused, SamplingParams
 from engine.sample import sample
 from engine.scheduler import Scheduler
@@ -34,7 +34,7 @@ class Engine:
     """Generates text for many prompts at once, and scores given text.
 
     model: a Transformer in eval mode, any dtype and device. On a CPU the engine runs a packed twin of it (see
-    cpu.py), made here; with `consume` it takes the model apart for it, so that no weight is held twice.
+    cpu.py), made here if the model is not one already.
     tokenizer: None where only ids go in and out. max_batch: sequences that run at once. max_step_tokens:
     tokens of prompts in a step; longer prompts are prefilled in chunks. cache_tokens: size of the key/value
     cache, by default most of a GPU's free memory, or a quarter of the machine's (at most 8 GiB, taken only as
@@ -49,7 +49,6 @@ class Engine:
         max_step_tokens=4096,
         cache_tokens=None,
         page_size=16,
-        consume=False,
     ):
         pages = 1 if cache_tokens is None else cache_tokens // max(page_size, 1)
         if min(max_batch, max_step_tokens, page_size, pages) < 1:
@@ -60,7 +59,8 @@ class Engine:
         parameter = next(model.parameters())
         self.device = parameter.device
         self.use_tables = self.device.type != "cpu"  # attend by block tables, with the paged kernel
-        self.model = PackedTransformer(model, consume) if self.device.type == "cpu" else model
+        self.model = model if self.use_tables else packed(model)
+        self.dtype = getattr(self.model, "dtype", parameter.dtype)  # of the weights; of the cache: kv.dtype
         self.kv = allocate_cache(self.config, parameter.dtype, self.device, page_size, cache_tokens)
         self.max_sequence_tokens = min(self.config.max_position_embeddings, self.kv.shape[1] * page_size)
         # a model's may be padded
@@ -103,31 +103,34 @@ class Engine:
             done = self.generate([prompt], params)[0]
             yield done.text
             return done
-        [sequence] = request = self.add(prompt, params)
-        sequence.goes_on, sequence.anchor = goes_on, sequence.anchor - goes_on
+        [sequence] = request = self.add(prompt, params, goes_on)
         shown = 0
         try:
             while sequence.finish_reason is None:
                 self.step()
-                text = sequence.text  # a stop string may have begun at its end
-                begun = (n for stop in params.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-                end = len(text) - max(begun, default=0)
-                if sequence.finish_reason is None and end > shown:
-                    yield text[shown:end]
-                    shown = end
+                text = sequence.settled
+                if len(text) > shown:
+                    yield text[shown:]
+                    shown = len(text)
             if len(sequence.text) > shown:
                 yield sequence.text[shown:]
         finally:  # the reader may have left
             self.cancel(request)
         return self.completion(request)
 
-    def add(self, prompt, params):
+    def add(self, prompt, params, goes_on=False, continuation=None):
         """Enqueues a prompt for the next steps; returns its request, a list of Sequences, for `completion`
         and `cancel`.
 
-        RequestRefused if the prompt cannot fit; other requests go on.
+        goes_on: see `stream`. continuation: ids after the prompt that are only scored. RequestRefused if the
+        prompt cannot fit; other requests go on.
         """
-        request = self.request(prompt, params)
+        if continuation is None:
+            request = self.request(prompt, params)
+        else:
+            request = [self.sequence(prompt, params, continuation)]
+        for sequence in request:
+            sequence.goes_on, sequence.anchor = goes_on, sequence.anchor - goes_on
         self.scheduler.waiting += [sequence for sequence in request if sequence.finish_reason is None]
         return request
 
@@ -170,6 +173,8 @@ class Engine:
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
             size = self.config.vocab_size
             raise RequestRefused(f"token ids {min(ids)} to {max(ids)}, but the vocabulary has {size}")
+        if unknown := [i for i in params.logit_bias or () if not 0 <= i < self.vocab_size]:
+            raise RequestRefused(f"logit_bias: {unknown[0]} is no token id below {self.vocab_size}")
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "big")
         max_length = len(ids) if scored else min(self.max_sequence_tokens, len(ids) + params.max_tokens)
         sequence = Sequence(ids, params, len(prompt), max_length, seed, scored)

@@ -3,36 +3,81 @@
 import functools
 import hashlib
 import os
+import re
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from checkpoint import DTYPES, find_model, load_config, load_model
+from checkpoint import find_model, load_config, load_model, open_weights
 from checkpoint.adapters import base_directory, is_adapter, tokenizer_directory
 from common import files, terminal
 from common.files import MANIFEST, ROOT, UsageError
 from common.gguf import parts_of
+from engine.cpu import DTYPES, PackedTransformer, native_bf16
 from engine.engine import Engine
 from engine.params import RequestRefused, SamplingParams
 from llm.reply import REASONING_TOKENS, Model, Reply, needs_room, open_tag, split_reasoning, spoken_so_far
 from tokenizer import load_tokenizer
 
+LONG = 2**13  # characters of a text whose ids are not kept
 BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"  # 4M parameters, from nothing
 SHIPPED_ACTOR = ROOT / "data" / "stage" / "smollm2"  # a LoRA adapter
 
 
 def load_engine(spec, dtype=None, chat_format=None):
-    """An Engine for a checkpoint directory or Hub id: on a GPU in bf16, on a CPU in fp32."""
+    """An Engine for a checkpoint directory, GGUF file or Hub id.
+
+    dtype: one of DTYPES; None is bfloat16 on a GPU, and on a CPU what `fitting_dtype` says.
+    """
     directory, cuda = find_model(spec), torch.cuda.is_available()
-    dtype = DTYPES[dtype] if dtype else torch.bfloat16 if cuda else torch.float32
-    load_config(directory)  # first, so that a directory that is no checkpoint is reported as that
+    config = load_config(directory)  # first, so that a directory that is no checkpoint is reported as that
     tokenizer = load_tokenizer(tokenizer_directory(directory), chat_format)
-    model = load_model(directory, "cuda" if cuda else "cpu", dtype)
-    if tokenizer.vocab_size > (size := model.config.vocab_size):
-        raise UsageError(f"{directory}: tokenizer of {tokenizer.vocab_size} tokens, model of {size}")
-    return Engine(model, tokenizer, consume=True)
+    if tokenizer.vocab_size > config.vocab_size:
+        what = f"tokenizer of {tokenizer.vocab_size} tokens, model of {config.vocab_size}"
+        raise UsageError(f"{directory}: {what}")
+    dtype = dtype or ("bfloat16" if cuda else fitting_dtype(config))
+    if dtype not in DTYPES or (cuda and dtype == "int8"):
+        raise UsageError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}, of which int8 is for a CPU only")
+    if cuda:
+        return Engine(load_model(directory, "cuda", DTYPES[dtype]), tokenizer)
+    return Engine(load_packed(directory, config, DTYPES[dtype]), tokenizer)
+
+
+def load_packed(directory, config, dtype):
+    """The PackedTransformer of a checkpoint, read tensor by tensor: besides the packed weights only the layer
+    that is being packed is in memory. A progress bar tells how far it is."""
+    weights, done = open_weights(directory, config), 0
+    with terminal.reporting(config.num_parameters(), "weights") as update:
+
+        def read(name):
+            nonlocal done
+            tensor = weights[name][:]
+            update(done := done + tensor.numel(), f"loading {Path(directory).name}")
+            return tensor
+
+        return PackedTransformer(config, read, dtype).eval()
+
+
+def fitting_dtype(config):
+    """The dtype of a model on this CPU: float32 if it takes at most half of the memory that is free, else
+    bfloat16 if that does and the processor has it, else int8. A note says so if it is not float32."""
+    count, free = config.num_parameters(), free_memory()
+    if 4 * count <= free / 2:
+        return "float32"
+    dtype = "bfloat16" if 2 * count <= free / 2 and native_bf16() else "int8"
+    sizes = f"{4 * count / 1e9:.1f} GB of weights in float32, {free / 1e9:.1f} GB of memory are free"
+    terminal.note(f"{sizes}: loading in {dtype} (--dtype chooses)")
+    return dtype
+
+
+def free_memory():
+    """Bytes of memory that can be had without swapping."""
+    info = Path("/proc/meminfo")
+    if info.exists() and (available := re.search(r"MemAvailable: *(\d+) kB", info.read_text("utf-8"))):
+        return int(available[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def turn_markers(tokenizer):
@@ -49,6 +94,8 @@ class Request:
     own_tokens: int  # those of ids that this model sampled
     tag: str  # opens reasoning at the end of the prompt; "" if nothing does
     room: int = 0  # tokens added to params.max_tokens for reasoning
+    raw: bool = False  # token ids that the engine continues as they are
+    continuation: list | None = None  # of a raw request: ids that are only scored
     sequences: list | None = None  # the engine's
 
     @property
@@ -69,12 +116,13 @@ class Local(Model):
         self.name, self.engine = str(spec), load_engine(spec, dtype, chat_format)
         self.tokenizer = self.engine.tokenizer
         self.chat_format_reason = self.tokenizer.chat_format_reason
-        self.identity = f"{fingerprint(find_model(spec))} {self.engine.device.type} {self.engine.kv.dtype}"
+        self.identity = f"{fingerprint(find_model(spec))} {self.engine.device.type} {self.engine.dtype}"
         self.markers = turn_markers(self.tokenizer)
         self.reasoning_tokens = 0
         self.running = {}  # {Future: Request}
         # a chat's turns are rendered again at each of its calls
-        self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)
+        cached = functools.lru_cache(2**15)(self.tokenizer.encode)
+        self.encode = lambda text: (cached if len(text) < LONG else self.tokenizer.encode)(text)
         sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
         self.as_sampled = functools.lru_cache(2**15)(sampled)
 
@@ -98,14 +146,24 @@ class Local(Model):
         self.enqueue(future, request)
         return future
 
+    def complete(self, ids, params, continuation=None):
+        """Enqueues token ids to be continued as they are, or only to be scored with these ids after them;
+        returns the Future of the engine's Completion, RequestRefused if it does not fit."""
+        future, request = Future(), Request(ids, params, 0, "", raw=True, continuation=continuation)
+        future.add_done_callback(self.remove)
+        self.enqueue(future, request)
+        return future
+
     def enqueue(self, future, request):
         """Gives a request to the engine; if the engine refuses it, the Reply has the error."""
-        request.room = 0 if request.constrained else self.reasoning_tokens
+        request.room = 0 if request.constrained or request.raw else self.reasoning_tokens
         try:
             params = replace(request.params, max_tokens=request.params.max_tokens + request.room)
-            request.sequences = self.engine.add(request.ids, params)
+            request.sequences = self.engine.add(request.ids, params, request.raw, request.continuation)
             self.running[future] = request
         except RequestRefused as error:
+            if request.raw:
+                raise
             future.set_result(Reply("", "error", len(request.ids), error=f"{self.name}: {error}"))
 
     def step(self):
@@ -115,8 +173,8 @@ class Local(Model):
         for future, request in list(self.running.items()):
             if completion := self.engine.completion(request.sequences):
                 del self.running[future]
-                reply = reply_of(completion, request)
-                if needs_room(reply) and not request.room:
+                reply = completion if request.raw else reply_of(completion, request)
+                if not request.raw and needs_room(reply) and not request.room:
                     self.reasoning_tokens = REASONING_TOKENS
                     self.enqueue(future, request)
                 else:
@@ -125,7 +183,8 @@ class Local(Model):
     def spoken(self, future):
         """What a running reply says so far, in whole characters, without reasoning."""
         request = self.running[future]
-        return spoken_so_far(request.tag + request.sequences[0].text)
+        text = request.sequences[0].settled
+        return text if request.raw or request.constrained else spoken_so_far(request.tag + text)
 
     def remove(self, future):
         """Takes a cancelled request out of the engine."""

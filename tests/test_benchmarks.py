@@ -585,8 +585,8 @@ def test_bad_characters_are_named_and_left_out(script, personality, tmp_path, mo
 # ---- runs that are cut off ---------------------------------------------------------------------------------
 
 
-def killed(args, at):
-    """Runs the command line in a child that is killed with SIGKILL at its at-th write; whether it was."""
+def killed(args, at, main=benchmark.main):
+    """Runs a command line in a child that is killed with SIGKILL at its at-th write; whether it was."""
     pid = os.fork()
     if pid == 0:
         count, fsync = 0, os.fsync
@@ -605,7 +605,7 @@ def killed(args, at):
         os.dup2(null, 1), os.dup2(null, 2)
         sys.argv = ["benchmark.py", *map(str, args)]
         try:
-            benchmark.main()
+            main()
         except BaseException:
             os._exit(1)
         os._exit(0)

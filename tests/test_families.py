@@ -455,7 +455,7 @@ def test_a_completion_goes_on_from_its_prompt(shared, monkeypatch):
             logits[0, [*rest, *sp.stop_ids][int(positions.flatten()[rows[0]]) + 1 - len(prompt)]] = 1
             return logits
 
-    monkeypatch.setattr(engine.engine, "PackedTransformer", lambda model, consume: model)
+    monkeypatch.setattr(engine.engine, "packed", lambda model: model)
     greedy = SamplingParams(temperature=0)
     assert "".join(Engine(Parrot(), sp).stream(prompt, greedy, goes_on=True)) == " went over"
     assert "".join(Engine(Parrot(), sp).stream(prompt, greedy)) == "went over"
