@@ -19,9 +19,10 @@ setup(
     description="CoSER in pure PyTorch: train an actor, put it on stage, judge it",
     license="MIT",
     python_requires=">=3.11",
-    py_modules=["benchmark", "generate", "judge", "model", "simulate", "tokenizer", "train"],
+    py_modules=["benchmark", "generate", "judge", "model", "serve", "simulate", "tokenizer", "train"],
     packages=[
-        *("checkpoint", "common", "data", "engine", "evals", "kernels", "llm", "play", "text", "training"),
+        *("checkpoint", "common", "data", "engine", "evals", "kernels", "llm", "play", "serving"),
+        *("text", "training"),
     ],
     cmdclass={"bdist_wheel": CheckoutOnly},
     install_requires=[
@@ -43,6 +44,11 @@ setup(
     extras_require={
         "bench": ["transformers", "xllamacpp"],  # the peers of bench.py
         "retrieval": ["bm25s"],  # simulate.py --retrieve
-        "test": ["bm25s", "hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"],
+        "serve": ["starlette", "uvicorn"],
+        "test": [
+            *("bm25s", "hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"),
+            *("openai", "starlette", "uvicorn"),  # of the server
+            "playwright",  # of the page; the browser is Debian's chromium
+        ],
     },
 )

@@ -103,31 +103,34 @@ class Engine:
             done = self.generate([prompt], params)[0]
             yield done.text
             return done
-        [sequence] = request = self.add(prompt, params)
-        sequence.goes_on, sequence.anchor = goes_on, sequence.anchor - goes_on
+        [sequence] = request = self.add(prompt, params, goes_on)
         shown = 0
         try:
             while sequence.finish_reason is None:
                 self.step()
-                text = sequence.text  # a stop string may have begun at its end
-                begun = (n for stop in params.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
-                end = len(text) - max(begun, default=0)
-                if sequence.finish_reason is None and end > shown:
-                    yield text[shown:end]
-                    shown = end
+                text = sequence.settled
+                if len(text) > shown:
+                    yield text[shown:]
+                    shown = len(text)
             if len(sequence.text) > shown:
                 yield sequence.text[shown:]
         finally:  # the reader may have left
             self.cancel(request)
         return self.completion(request)
 
-    def add(self, prompt, params):
+    def add(self, prompt, params, goes_on=False, continuation=None):
         """Enqueues a prompt for the next steps; returns its request, a list of Sequences, for `completion`
         and `cancel`.
 
-        RequestRefused if the prompt cannot fit; other requests go on.
+        goes_on: see `stream`. continuation: ids after the prompt that are only scored. RequestRefused if the
+        prompt cannot fit; other requests go on.
         """
-        request = self.request(prompt, params)
+        if continuation is None:
+            request = self.request(prompt, params)
+        else:
+            request = [self.sequence(prompt, params, continuation)]
+        for sequence in request:
+            sequence.goes_on, sequence.anchor = goes_on, sequence.anchor - goes_on
         self.scheduler.waiting += [sequence for sequence in request if sequence.finish_reason is None]
         return request
 
@@ -170,6 +173,8 @@ class Engine:
         if min(ids) < 0 or max(ids) >= self.config.vocab_size:
             size = self.config.vocab_size
             raise RequestRefused(f"token ids {min(ids)} to {max(ids)}, but the vocabulary has {size}")
+        if unknown := [i for i in params.logit_bias or () if not 0 <= i < self.vocab_size]:
+            raise RequestRefused(f"logit_bias: {unknown[0]} is no token id below {self.vocab_size}")
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "big")
         max_length = len(ids) if scored else min(self.max_sequence_tokens, len(ids) + params.max_tokens)
         sequence = Sequence(ids, params, len(prompt), max_length, seed, scored)

@@ -18,8 +18,10 @@ class SamplingParams:
     stop: strings that end the text; stop_ids: token ids that end it besides the tokenizer's. min_p: leaves
     out tokens whose probability is below this share of the highest. repetition_penalty: divides the logits of
     tokens already in prompt or text where positive, multiplies them where negative (Keskar et al. 2019).
-    logprobs: whether to return log-probabilities. choices: strings, one of which is the text. json_schema:
-    the text is JSON of this schema (see constrain.py).
+    presence_penalty, frequency_penalty: taken off the logits of tokens already in the text, once and for each
+    time. logit_bias: {token id: what is added to its logit}. logprobs: whether to return log-probabilities;
+    top_logprobs: of how many of the likeliest tokens besides (see Sequence). choices: strings, one of which
+    is the text. json_schema: the text is JSON of this schema (see constrain.py).
     """
 
     temperature: float = 1.0
@@ -34,6 +36,10 @@ class SamplingParams:
     logprobs: bool = False
     choices: list | None = None
     json_schema: dict | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict | None = None
+    top_logprobs: int = 0
 
     def __post_init__(self):
         for name, good, what in (
@@ -44,6 +50,8 @@ class SamplingParams:
             ("seed", 0 <= (self.seed or 0) < 2**63, "a number from 0 to 2^63 - 1"),
             ("min_p", 0 <= self.min_p <= 1, "a share from 0 to 1"),
             ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "a number from 0.01 to 100"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "a number from -2 to 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "a number from -2 to 2"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a list of texts, none empty"),
         ):
             if not good:
@@ -55,6 +63,13 @@ class SamplingParams:
         choices = [choice for choice in {*(self.choices or ())} if isinstance(choice, str) and choice]
         if self.choices is not None and (not choices or len(choices) < len(self.choices)):
             raise UsageError(f"choices are different texts, none empty; got {self.choices}")
+
+    @property
+    def adjusts(self):
+        """Whether logits are changed before a token is chosen."""
+        return bool(
+            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
+        )
 
 
 @dataclass

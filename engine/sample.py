@@ -15,7 +15,7 @@ def sample(logits, queries, stop_ids):
     """
     adjusted = logits
     for i, (sequence, _) in enumerate(queries):
-        if not sequence.scored and (sequence.grammar or sequence.params.repetition_penalty != 1):
+        if not sequence.scored and (sequence.grammar or sequence.params.adjusts):
             adjusted = logits.float().clone() if adjusted is logits else adjusted
             adjusted[i] = adjust(adjusted[i], sequence, stop_ids)
     if logits.device.type == "cpu":  # where numpy's argmax is ten times as fast
@@ -29,15 +29,25 @@ def sample(logits, queries, stop_ids):
     if given := {i: s.ids[position + 1] for i, (s, position) in enumerate(queries) if s.scored}:
         tokens[[*given]] = torch.tensor([*given.values()], device=logits.device)
     wanted = [i for i, (s, _) in enumerate(queries) if s.scored or s.params.logprobs]
-    logprobs = logits[wanted].float().log_softmax(-1).gather(1, tokens[wanted][:, None])[:, 0]
+    every = logits[wanted].float().log_softmax(-1)
+    add_top_logprobs(every, [queries[i][0] for i in wanted])
+    logprobs = every.gather(1, tokens[wanted][:, None])[:, 0]
     numbers = torch.cat((tokens.double(), logprobs.double())).tolist()
     logprobs = dict(zip(wanted, numbers[len(queries) :], strict=True))
     return [(int(token), logprobs.get(i)) for i, token in enumerate(numbers[: len(queries)])]
 
 
+def add_top_logprobs(logprobs, sequences):
+    """Gives each sequence that asks for them the likeliest tokens of its row: logprobs fp32 [N, V]."""
+    if count := max((sequence.params.top_logprobs for sequence in sequences), default=0):
+        top = logprobs.topk(min(count, logprobs.shape[1]))
+        for sequence, *row in zip(sequences, top.indices.tolist(), top.values.tolist(), strict=True):
+            if sequence.params.top_logprobs:
+                sequence.top_logprobs.append([*zip(*row, strict=True)][: sequence.params.top_logprobs])
+
+
 def adjust(logits, sequence, stop_ids):
-    """logits fp32 [V] after the repetition penalty, with -inf for every token that the grammar does not
-    allow.
+    """logits fp32 [V] after penalties and bias, with -inf for every token that the grammar does not allow.
 
     Allowed tokens leave enough of the token budget to finish the document (see constrain.py).
     """
@@ -46,6 +56,12 @@ def adjust(logits, sequence, stop_ids):
         used = torch.tensor([i for i in {*sequence.ids} if i < len(logits)], device=logits.device)
         values = logits[used]
         logits = logits.index_copy(0, used, torch.where(values > 0, values / penalty, values * penalty))
+    params = sequence.params
+    if sequence.generated and (params.presence_penalty or params.frequency_penalty):
+        used, counts = torch.tensor(sequence.generated, device=logits.device).unique(return_counts=True)
+        logits = logits.index_add(0, used, -(params.presence_penalty + params.frequency_penalty * counts))
+    for i, bias in (params.logit_bias or {}).items():
+        logits[i] += bias
     if sequence.grammar:
         allowed, costs = sequence.grammar.allowed(sequence.grammar_state)
         allowed = allowed[costs < sequence.max_length - len(sequence.ids)]

@@ -163,7 +163,7 @@ class Scheduler:
         self.blocks.release(sequence.block_table)
         sequence.block_table, sequence.digests, sequence.cached = [], [], 0
         if sequence.scored and not sequence.finish_reason:
-            sequence.logprobs = []
+            sequence.logprobs, sequence.top_logprobs = [], []
 
     def pages(self, tokens):
         return -(-tokens // self.blocks.page_size)

@@ -32,6 +32,7 @@ class Sequence:
     anchor: int = 0  # decoding for the next piece of text starts here, a token before `decoded`
     decoded: int = 0  # the tokens before this one are in `text`
     logprobs: list = field(default_factory=list)
+    top_logprobs: list = field(default_factory=list)  # [(id, log-probability), ...], likeliest first, of each
     grammar: Grammar | None = None
     grammar_state: tuple | None = None
     finish_reason: str | None = None
@@ -39,6 +40,13 @@ class Sequence:
     @property
     def generated(self):
         return self.ids[self.prompt_tokens :]
+
+    @property
+    def settled(self):
+        """The text so far without an end that may begin a stop string; all of it once it has ended."""
+        stops = () if self.finish_reason else self.params.stop
+        begun = (n for stop in stops for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
+        return self.text[: len(self.text) - max(begun, default=0)]
 
     @property
     def pending(self):

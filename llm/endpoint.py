@@ -87,6 +87,7 @@ class Endpoint(Model):
         self.address = Address.at(parsed, concurrency, per_minute)
         self.changes = self.address.changes.setdefault(model, {})
         self.reasoning_tokens = 0
+        self.continues = False  # whether the server is serve.py, which goes on from a last assistant message
         self.down = False  # a request failed in all its tries; until one succeeds, each is tried only once
         try:
             headers, limits = {"Authorization": f"Bearer {self.key}"}, httpx.Limits(max_connections=None)
@@ -124,11 +125,18 @@ class Endpoint(Model):
         return [describe(name, change) for name, change in self.changes.items()]
 
     def submit(self, messages, params, opening=""):
-        """A Future of the Reply, as in `chat`; openings are not sent. UsageError: no request can succeed."""
+        """A Future of the Reply, as in `chat`; openings are sent to serve.py alone. UsageError: none can
+        succeed."""
         body = request_body(self.model, messages, params)
-        return asyncio.run_coroutine_threadsafe(self.answer(body, params), event_loop(os.getpid()))
+        return asyncio.run_coroutine_threadsafe(self.answer(body, params, opening), event_loop(os.getpid()))
 
-    async def answer(self, body, params):
+    def opened(self, body, opening):
+        """A body whose reply goes on from the opening, if the server can do that."""
+        if not (opening and self.continues):
+            return body
+        return {**body, "messages": [*body["messages"], {"role": "assistant", "content": opening}]}
+
+    async def answer(self, body, params, opening):
         """The Reply to a request, from the answers on disk or from the endpoint."""
         async with self.address.slots:
             file = None
@@ -137,11 +145,13 @@ class Endpoint(Model):
                 file = Path(self.answers) / digest[:2] / f"{digest}.json"
                 if reply := self.kept(file):
                     return reply
-            added = self.reasoning_tokens
-            reply = await self.fetch(body, added)
+            added, sent = self.reasoning_tokens, self.opened(body, opening)
+            reply = await self.fetch(sent, added)
+            if sent != self.opened(body, opening):  # the answer was the first of serve.py
+                reply = await self.fetch(self.opened(body, opening), added)
             if needs_room(reply) and not added:
                 self.reasoning_tokens = REASONING_TOKENS
-                reply = await self.fetch(body, REASONING_TOKENS)
+                reply = await self.fetch(self.opened(body, opening), REASONING_TOKENS)
             if file and reply.error is None and reply.text.strip():  # an empty one may be a fault
                 make_dir(file.parent)
                 with write_whole(file) as out:
@@ -217,6 +227,7 @@ class Endpoint(Model):
                 reply = read_reply(answer)
             except ValueError as error:
                 return f"{error}: {self.shown(text)}", False, None
+            self.continues = str(answer.get("system_fingerprint")).startswith("coser ")
             return self.failure(f"gave no answer: {self.shown(reply.error)}") if reply.error else reply
         trouble = f"HTTP {status}: {self.shown(words)}"
         if status in (401, 403, 404):

@@ -21,6 +21,7 @@ from engine.params import RequestRefused, SamplingParams
 from llm.reply import REASONING_TOKENS, Model, Reply, needs_room, open_tag, split_reasoning, spoken_so_far
 from tokenizer import load_tokenizer
 
+LONG = 2**13  # characters of a text whose ids are not kept
 BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"  # 4M parameters, from nothing
 MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 SHIPPED_ACTOR = ROOT / "data" / "stage" / "smollm2"  # a LoRA adapter
@@ -97,6 +98,8 @@ class Request:
     own_tokens: int  # those of ids that this model sampled
     tag: str  # opens reasoning at the end of the prompt; "" if nothing does
     room: int = 0  # tokens added to params.max_tokens for reasoning
+    raw: bool = False  # token ids that the engine continues as they are
+    continuation: list | None = None  # of a raw request: ids that are only scored
     sequences: list | None = None  # the engine's
 
     @property
@@ -122,7 +125,8 @@ class Local(Model):
         self.reasoning_tokens = 0
         self.running = {}  # {Future: Request}
         # a chat's turns are rendered again at each of its calls
-        self.encode = functools.lru_cache(2**15)(self.tokenizer.encode)
+        cached = functools.lru_cache(2**15)(self.tokenizer.encode)
+        self.encode = lambda text: (cached if len(text) < LONG else self.tokenizer.encode)(text)
         sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
         self.as_sampled = functools.lru_cache(2**15)(sampled)
 
@@ -146,14 +150,24 @@ class Local(Model):
         self.enqueue(future, request)
         return future
 
+    def complete(self, ids, params, continuation=None):
+        """Enqueues token ids to be continued as they are, or only to be scored with these ids after them;
+        returns the Future of the engine's Completion, RequestRefused if it does not fit."""
+        future, request = Future(), Request(ids, params, 0, "", raw=True, continuation=continuation)
+        future.add_done_callback(self.remove)
+        self.enqueue(future, request)
+        return future
+
     def enqueue(self, future, request):
         """Gives a request to the engine; if the engine refuses it, the Reply has the error."""
-        request.room = 0 if request.constrained else self.reasoning_tokens
+        request.room = 0 if request.constrained or request.raw else self.reasoning_tokens
         try:
             params = replace(request.params, max_tokens=request.params.max_tokens + request.room)
-            request.sequences = self.engine.add(request.ids, params)
+            request.sequences = self.engine.add(request.ids, params, request.raw, request.continuation)
             self.running[future] = request
         except RequestRefused as error:
+            if request.raw:
+                raise
             future.set_result(Reply("", "error", len(request.ids), error=f"{self.name}: {error}"))
 
     def step(self):
@@ -163,8 +177,8 @@ class Local(Model):
         for future, request in list(self.running.items()):
             if completion := self.engine.completion(request.sequences):
                 del self.running[future]
-                reply = reply_of(completion, request)
-                if needs_room(reply) and not request.room:
+                reply = completion if request.raw else reply_of(completion, request)
+                if not request.raw and needs_room(reply) and not request.room:
                     self.reasoning_tokens = REASONING_TOKENS
                     self.enqueue(future, request)
                 else:
@@ -173,7 +187,8 @@ class Local(Model):
     def spoken(self, future):
         """What a running reply says so far, in whole characters, without reasoning."""
         request = self.running[future]
-        return spoken_so_far(request.tag + request.sequences[0].text)
+        text = request.sequences[0].settled
+        return text if request.raw or request.constrained else spoken_so_far(request.tag + text)
 
     def remove(self, future):
         """Takes a cancelled request out of the engine."""

@@ -10,7 +10,8 @@ from llm.reply import Reply, split_reasoning
 LONGEST_TEXT = 2**15  # characters
 
 # what may be left out of a request or renamed
-CHANGEABLE = ("response_format", "top_k", "min_p", "repetition_penalty", "top_p", "stop",
+CHANGEABLE = ("response_format", "top_k", "min_p", "repetition_penalty", "presence_penalty",
+              "frequency_penalty", "logit_bias", "top_p", "stop",
               "random_seed", "seed", "temperature", "max_completion_tokens", "max_tokens")  # fmt: skip
 NEW_NAMES = {"max_tokens": "max_completion_tokens", "seed": "random_seed"}
 
@@ -27,7 +28,7 @@ def request_body(model, messages, params):
 
     UsageError names what a server cannot be asked for.
     """
-    for name in ("choices", "stop_ids", "logprobs"):
+    for name in ("choices", "stop_ids", "logprobs", "top_logprobs"):
         if getattr(params, name):
             raise UsageError(f"{name}: an endpoint cannot do this; leave it out or use a local model")
     defaults = vars(SamplingParams()) | {"temperature": None, "max_tokens": None}  # these two are always sent

@@ -353,7 +353,7 @@ def test_likelihoods_are_those_of_transformers(script, cross, tiny_actor, tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "o" / "replies.jsonl").read_text().splitlines()]
     kept = {k.split("|")[0]: json.loads(reply["text"]) for line in lines for k, (_, reply) in line.items()}
     questions, tokenizer = cross_mr.load(args_for(cross))[0][:6], Local(tiny_actor).tokenizer
-    right = dict.fromkeys(("sum", "mean", "PMI"), 0)
+    right = dict.fromkeys(("sum", "mean", "PMI", "blind"), 0)
 
     def score(q, template, option):
         messages = multiple_choice.conversation(q, cross_mr.PROMPTS, "gold", template)
@@ -370,6 +370,7 @@ def test_likelihoods_are_those_of_transformers(script, cross, tiny_actor, tmp_pa
             "sum": [total for total, _ in asked],
             "mean": [total / n for total, n in asked],
             "PMI": [total - base for (total, _), (base, _) in zip(asked, alone, strict=True)],
+            "blind": [base for base, _ in alone],
         }
         assert any(abs(value) > 1e-2 for value in expected["PMI"])
         for name, values in expected.items():
@@ -585,8 +586,8 @@ def test_bad_characters_are_named_and_left_out(script, personality, tmp_path, mo
 # ---- runs that are cut off ---------------------------------------------------------------------------------
 
 
-def killed(args, at):
-    """Runs the command line in a child that is killed with SIGKILL at its at-th write; whether it was."""
+def killed(args, at, main=benchmark.main):
+    """Runs a command line in a child that is killed with SIGKILL at its at-th write; whether it was."""
     pid = os.fork()
     if pid == 0:
         count, fsync = 0, os.fsync
@@ -605,7 +606,7 @@ def killed(args, at):
         os.dup2(null, 1), os.dup2(null, 2)
         sys.argv = ["benchmark.py", *map(str, args)]
         try:
-            benchmark.main()
+            main()
         except BaseException:
             os._exit(1)
         os._exit(0)

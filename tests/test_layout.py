@@ -17,8 +17,9 @@ LEVELS = [
     {"llm"},
     {"play"},
     {"evals"},
-    {"generate", "simulate", "judge", "train", "data.show", "checkpoint.__main__", "bench", "benchmark"}
-    | {"data.cards.__main__"},
+    {"serving"},
+    {"generate", "simulate", "judge", "train", "serve", "bench", "benchmark"}
+    | {"data.show", "data.cards.__main__", "data.curate", "checkpoint.__main__"},
 ]
 SCRIPTS = LEVELS[-1]
 
@@ -78,14 +79,19 @@ def test_imports_go_downward_and_nothing_imports_a_script():
     assert not wrong, "\n".join(wrong)
 
 
+def place_of(name):
+    """The folder or top-level script of a module. data.curate, which is above most, is a place of its own."""
+    return "data.curate" if name.startswith("data.curate") else name.split(".")[0]
+
+
 def places():
-    """{folder or top-level script: the folders and top-level modules it imports}."""
+    """{place: the places it imports}."""
     known, found = modules(), {}
-    tops = {name.split(".")[0] for name in known}
+    tops = {place_of(name) for name in known}
     for name, path in known.items():
-        place = name.split(".")[0]
+        place = place_of(name)
         found.setdefault(place, set()).update(
-            top for imported in imports(path, known) if (top := imported.split(".")[0]) in tops - {place}
+            top for imported in imports(path, known) if (top := place_of(imported)) in tops - {place}
         )
     return found
 
@@ -93,7 +99,7 @@ def places():
 def drawing():
     """The table of docs/reading.md: every place after those that it imports."""
     found, lines = places(), ["| place | imports |", "|---|---|"]
-    order = {name.split(".")[0]: row for row, names in reversed(list(enumerate(LEVELS))) for name in names}
+    order = {place_of(name): row for row, names in reversed(list(enumerate(LEVELS))) for name in names}
     for place in sorted(found, key=lambda place: (order[place], place)):
         lines.append(f"| `{place}` | {', '.join(sorted(found[place], key=lambda p: (order[p], p))) or '-'} |")
     return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""The one thread that owns the models: it runs their engines' steps for the requests of all clients."""
+
+import queue
+import threading
+from concurrent.futures import Future
+
+from common import terminal
+
+MAX_GRAMMARS = 64  # kept by an engine; clients may send schemas without end
+
+
+class Busy(Exception):
+    """As many requests as are accepted at once are in progress."""
+
+
+class Job(Future):
+    """The Future of a Reply, or of a Completion; `cancel()` takes it out of the engine and frees its pages.
+
+    text: what there is of it so far, in whole characters, without reasoning and without what may begin a stop
+    string. request: the llm.local.Request it is, None before it starts and for an endpoint.
+    """
+
+    text, request = "", None
+
+
+class Worker:
+    """Models by name, asked from any thread. capacity: jobs in progress at once; more are refused (Busy).
+
+    A model that serves under several names is loaded, and stepped, once. A step that fails ends the requests
+    of its model with that error, and no others.
+    """
+
+    def __init__(self, models, capacity=64):
+        self.models, self.capacity = models, capacity
+        self.local = [model for model in dict.fromkeys(models.values()) if model.local]
+        self.calls = queue.SimpleQueue()
+        self.jobs, self.watched, self.lock = set(), {}, threading.Lock()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def submit(self, name, messages, params, opening="", on_text=None):
+        """The Job of a model's Reply, as in Model.submit. on_text(job) must not raise; it is called on the
+        worker's thread when the job has started, and after each step that changed its text. Busy if there is
+        no place for it."""
+        model = self.models[name]
+        return self.start(model, lambda: model.submit(messages, params, opening), on_text)
+
+    def complete(self, name, ids, params, on_text=None, continuation=None):
+        """The Job of a local model's Completion of token ids; see Local.complete."""
+        model = self.models[name]
+        return self.start(model, lambda: model.complete(ids, params, continuation), on_text)
+
+    def start(self, model, ask, on_text):
+        """A Job for the Future that ask() returns on the worker's thread."""
+        job = Job()
+        with self.lock:
+            if len(self.jobs) >= self.capacity:
+                raise Busy
+            self.jobs.add(job)
+
+        def begin():
+            if job.cancelled():
+                return
+            try:
+                inner = ask()
+            except Exception as error:  # a prompt or a schema that the model cannot take
+                return settle(job, error)
+            if model.local:
+                job.request = model.running.get(inner)
+                self.watched[job] = model, inner, on_text
+            inner.add_done_callback(lambda inner: self.end(job, inner))
+            if on_text and not inner.done():
+                on_text(job)
+            job.add_done_callback(lambda job: self.calls.put(inner.cancel))
+
+        job.add_done_callback(self.forget)
+        self.calls.put(begin)
+        return job
+
+    def forget(self, job):
+        with self.lock:
+            self.jobs.discard(job)
+
+    def end(self, job, inner):
+        """Gives a job what its model's future holds."""
+        self.watched.pop(job, None)
+        if not inner.cancelled():
+            settle(job, inner.exception() or inner.result())
+
+    def run(self):
+        while True:
+            busy = [model for model in self.local if model.running]
+            try:
+                self.calls.get(block=not busy)()
+                continue  # all calls come before a step
+            except queue.Empty:
+                pass
+            for model in busy:
+                self.step(model)
+            for job, (model, inner, on_text) in list(self.watched.items()):
+                text = model.spoken(inner)
+                if text != job.text:
+                    job.text = text
+                    if on_text:
+                        on_text(job)
+
+    def step(self, model):
+        try:
+            model.step()
+        except Exception as error:  # one model's fault must not end the server
+            terminal.note(f"{model.name}: a step failed ({type(error).__name__}: {error})")
+            for future in list(model.running):
+                future.set_exception(error)
+        if len(model.engine.grammars) > MAX_GRAMMARS:
+            model.engine.grammars.clear()
+
+
+def settle(job, outcome):
+    """Ends a job with a result or an error, unless it was cancelled meanwhile."""
+    if job.set_running_or_notify_cancel():
+        job.set_exception(outcome) if isinstance(outcome, Exception) else job.set_result(outcome)
