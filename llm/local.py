@@ -125,8 +125,8 @@ class Local(Model):
         self.reasoning_tokens = 0
         self.running = {}  # {Future: Request}
         # a chat's turns are rendered again at each of its calls
-        cached = functools.lru_cache(2**15)(self.tokenizer.encode)
-        self.encode = lambda text: (cached if len(text) < LONG else self.tokenizer.encode)(text)
+        encode, cached = self.tokenizer.encode, functools.lru_cache(2**15)(self.tokenizer.encode)
+        self.encode = lambda text: (cached if len(text) < LONG else encode)(text)  # without self: no cycle
         sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
         self.as_sampled = functools.lru_cache(2**15)(sampled)
 
