@@ -98,6 +98,7 @@ class Request:
     own_tokens: int  # those of ids that this model sampled
     tag: str  # opens reasoning at the end of the prompt; "" if nothing does
     room: int = 0  # tokens added to params.max_tokens for reasoning
+    goes_on: bool = False  # the reply continues an opening (see Engine.stream)
     raw: bool = False  # token ids that the engine continues as they are
     continuation: list | None = None  # of a raw request: ids that are only scored
     sequences: list | None = None  # the engine's
@@ -125,10 +126,10 @@ class Local(Model):
         self.reasoning_tokens = 0
         self.running = {}  # {Future: Request}
         # a chat's turns are rendered again at each of its calls
-        encode, cached = self.tokenizer.encode, functools.lru_cache(2**15)(self.tokenizer.encode)
+        encode, cached = self.tokenizer.encode, functools.lru_cache(2**13)(self.tokenizer.encode)
         self.encode = lambda text: (cached if len(text) < LONG else encode)(text)  # without self: no cycle
         sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
-        self.as_sampled = functools.lru_cache(2**15)(sampled)
+        self.as_sampled = functools.lru_cache(2**13)(sampled)
 
     def score(self, conversations, openings, continuations):
         """[(log-probability in nats, number of tokens)] of each continuation of a reply that begins with its
@@ -143,7 +144,7 @@ class Local(Model):
         ids, own_tokens = self.prompt(messages, opening)
         end = len(ids) - len(self.encode(opening))
         tag = open_tag(self.tokenizer.decode(ids[max(0, end - 16) : end]))
-        request, future = Request(ids, params, own_tokens, tag), Future()
+        request, future = Request(ids, params, own_tokens, tag, goes_on=bool(opening)), Future()
         if not request.constrained:
             request.params = replace(params, stop_ids=(*params.stop_ids, *self.markers))
         future.add_done_callback(self.remove)
@@ -153,7 +154,8 @@ class Local(Model):
     def complete(self, ids, params, continuation=None):
         """Enqueues token ids to be continued as they are, or only to be scored with these ids after them;
         returns the Future of the engine's Completion, RequestRefused if it does not fit."""
-        future, request = Future(), Request(ids, params, 0, "", raw=True, continuation=continuation)
+        request = Request(ids, params, 0, "", goes_on=True, raw=True, continuation=continuation)
+        future = Future()
         future.add_done_callback(self.remove)
         self.enqueue(future, request)
         return future
@@ -163,7 +165,7 @@ class Local(Model):
         request.room = 0 if request.constrained or request.raw else self.reasoning_tokens
         try:
             params = replace(request.params, max_tokens=request.params.max_tokens + request.room)
-            request.sequences = self.engine.add(request.ids, params, request.raw, request.continuation)
+            request.sequences = self.engine.add(request.ids, params, request.goes_on, request.continuation)
             self.running[future] = request
         except RequestRefused as error:
             if request.raw:
