@@ -44,8 +44,9 @@ class Question:
     """label: unique in a run. schema: of an object with one field. accept(item, items before) makes of each
     item of the field's list (or of its one value) what is kept; ValueError if it cannot be used.
 
-    value: the items of the best reply so far, None before one can be used; problems: what is wrong with the
-    others. error: why the model gave no reply, after all retries of `llm`.
+    value: the usable items of the best reply so far, None before there is one; problems: what is wrong with
+    its other items; repaired, cut_off: whether its JSON was repaired, whether it reached max_tokens. error: why
+    the model gave no reply, after all retries of `llm`.
     """
 
     label: str
@@ -58,6 +59,7 @@ class Question:
     error: str = ""
     tries: int = 0
     repaired: bool = False
+    cut_off: bool = False
 
     def ask(self, seed):
         """The next call, known by its content: at temperature 0, then at 1 with what was wrong."""
@@ -75,8 +77,11 @@ class Question:
             return
         self.tries += 1
         value, problems, repaired = self.read(reply.text)
-        if self.value is None or (value is not None and len(problems) < len(self.problems)):
+        # most usable items first: a second reply that is empty has no problems, and does not replace a first
+        better = value is not None and (len(value), -len(problems)) > (len(self.value or ()), -len(self.problems))
+        if self.value is None or better:
             self.value, self.problems, self.repaired = value, problems, repaired
+            self.cut_off = reply.finish_reason == "length"
 
     def read(self, text):
         """(value, problems, whether the JSON was repaired) of a reply."""

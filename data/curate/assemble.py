@@ -13,6 +13,7 @@ from data.curate.fidelity import words_of
 from data.scenes import ENVIRONMENT
 
 HELD_OUT = 0.1  # of a book's plots and of the books, the last
+LEFT_OUT = "left out by the model"
 A_BOOK = 5  # test scenes at most
 CATEGORIES = ["sexual", "minors", "violence", "self-harm", "hatred", "instructions", "personal data"]
 FLAGS = record(flags=many(category={"enum": CATEGORIES}, severity=integer(1, 3), quote=TEXT))
@@ -44,6 +45,7 @@ def curate(book, chunks, count, args, write):
     notes.update(f"conversations dropped, {one['reason']}" for one in dropped)
     notes["conversations not checked for safety"] = found.count(None)
     notes["plots without a conversation, not in the book"] = len(plots) - len(kept)
+    notes["names that the model left out"] = sum(name["by"] == LEFT_OUT for name in names.values())
     notes["profiles that the model did not give"] = list(profiles.values()).count("")
     lost = sum(failure["end"] - failure["start"] for failure in failures) / chunks[-1].end
     line = {"title": book.title, "chunks": len(chunks), "failures": failures, "missing": lost}
@@ -140,7 +142,7 @@ def decide(decisions, names, entries, plots):
     casts = [{turn["character"] for turn in talk["dialogues"]} for talk in talks]
     for name in names:
         entry = entries.get(name, {"official": name, "person": True})
-        official, by = entry["official"], "model" if name in entries else "left out by the model"
+        official, by = entry["official"], "model" if name in entries else LEFT_OUT
         official = entries.get(official, {"official": official})["official"]  # an alias of an alias
         bearers = {d["name"] for d in decisions.values() if d["official"] == official} | {official}
         bearers = {other for other in bearers if not (is_part(name, other) or is_part(other, name))}

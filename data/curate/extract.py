@@ -3,10 +3,11 @@
 import re
 from collections import Counter
 from functools import partial
+from operator import itemgetter
 
 from data.curate.ask import BOOLEAN, PROMPTS, TEXT, Question, integer, many, material, record
 from data.curate.chunks import headings
-from data.curate.fidelity import INVENTED, Words, quote_of
+from data.curate.fidelity import INVENTED, NEAR, Words, quote_of
 from data.prompts import fill
 
 MOTIVATIONS, MESSAGES = many(name=TEXT, motivation=TEXT), many(character=TEXT, message=TEXT)
@@ -22,7 +23,8 @@ def extract(book, chunks, count, size, max_tokens):
     """Yields [Question] for each chunk; returns (plots in the order of the text, failures, notes).
 
     A plot that a chunk cuts off is told anew, from a passage that begins where the plot does, all of it, and
-    ends with the next chunk. One that is longer than a chunk ends at the chunk's end instead.
+    ends with the next chunk. One that is longer than a chunk ends at the chunk's end instead. So is what
+    follows the last plot of a reply, up to half a chunk: the first lines of a scene may look like nothing.
     """
     plots, held, failures, notes, start = [], [], [], Counter(), 0
     for chunk in chunks:
@@ -44,7 +46,13 @@ def extract(book, chunks, count, size, max_tokens):
         held = [plot for plot in cut_off if count(book.text[plot["start"] : chunk.end]) <= size]
         notes["plots longer than a chunk, ended with it"] += len(cut_off) - len(held)
         plots += [plot for plot in new if plot not in held]
-        start = min((plot["start"] for plot in held), default=chunk.end)
+        start = min((plot["start"] for plot in held), default=max((plot["end"] for plot in new), default=chunk.end))
+        left_out = book.text[start : chunk.end]
+        if not held and (not left_out.strip() or chunk is chunks[-1] or count(left_out) > size / 2):
+            if question.cut_off and left_out.strip():
+                reason = f"the reply was cut off at {max_tokens} tokens; try fewer --chunk-tokens"
+                failures.append({"chunk": chunk.number, "start": start, "end": chunk.end, "error": reason})
+            start = chunk.end
     found = headings(book.text)
     for plot in plots:
         plot["chapter"] = next((name for at, name in reversed(found) if at <= plot["start"]), "")
@@ -100,10 +108,12 @@ def read_plot(value, before, words, offset, chunk):
         talk["dialogues"] = [turn for turn in talk["dialogues"] if turn["message"].strip()]
         for turn in talk["dialogues"]:
             if quote := quote_of(turn):
-                share, a, b = words.find(quote)
+                # in the plot rather than before it: "Yes" is everywhere
+                share, a, b = max(words.find(quote, start), words.find(quote), key=itemgetter(0))
                 turn |= {"found": round(share, 3), "invented": share < INVENTED}
                 turn["at"] = None if a is None else [offset + a, offset + b]
-                end = end if turn["invented"] else max(end, b)  # the last line may follow that sentence
+                if not turn["invented"] and end < b < end + NEAR:  # the last line may follow that sentence
+                    end = b
     start -= len(re.search(r"[^\w\s]*$", words.text[:start])[0])
     end += len(re.match(r"[^\w\s]*", words.text[end:])[0])
     plot = {name: value[name] for name in ("summary", "prominence", "key_characters")}
