@@ -14,7 +14,7 @@ from data.curate import __main__ as command
 from data.curate import assemble, extract
 from data.curate.ask import PROMPTS, TRIES, Question, read_json
 from data.curate.chunks import cut, headings, read_books
-from data.curate.fidelity import INVENTED, Words, measure, words_of
+from data.curate.fidelity import FOUND, Words, measure, words_of
 from data.records import Report
 from data.scenes import find_scenes, load_book
 from llm.reply import Reply
@@ -235,22 +235,22 @@ def test_what_a_cut_off_reply_leaves_out_is_shown_again_or_counted(curated):
 
     keep = 2
     _, out, [line] = curated("--chunk-tokens", 5000, say=changing(brief, extract.PLOTS))
-    [failure] = line["failures"]
     assert [plot["text"] for plot in the_book(out)["plots"]] == BLOCKS[:2]
-    assert "cut off at 8192 tokens" in failure["error"] and failure["end"] == len(TEXT)
-    assert line["missing"] == pytest.approx(1 - TEXT.index(BLOCKS[2]) / len(TEXT), abs=0.01)
+    assert line["notes"]["replies cut off at --max-tokens"] == 1
+    assert line["in_no_plot"] == 1 - len(BLOCKS[0] + BLOCKS[1]) / len(TEXT)
 
     def first_brief(answer, text):
         return brief(answer, text) if text.startswith("I\n") else answer
 
     keep = 2  # of three and the beginning of a fourth
     _, out, [line] = curated(say=changing(first_brief, extract.PLOTS), out=out.parent / "carried")
-    assert [plot["text"] for plot in the_book(out)["plots"]] == BLOCKS and line["failures"] == []
+    assert [plot["text"] for plot in the_book(out)["plots"]] == BLOCKS and line["in_no_plot"] < 0.02
 
 
 def test_words_that_repeat_are_placed_in_their_plot():
     """Trap: the first "Yes" of a passage was the place of all of them, and the last one stretched a plot."""
-    text = 'He came. "Yes," said Ann. He left. She sat. "Yes," said Ann. She slept. ' + "It rained. " * 60 + '"Never!"'
+    text = 'He came. "Yes," said Ann. He left. She sat. "Yes," said Ann. She slept. '
+    text += "It rained. " * 60 + '"Never!"'
     plot = plot_of(BLOCKS[0], TEXT) | {"first_sentence": "She sat.", "last_sentence": "She slept."}
     said = [{"character": "Ann", "message": message} for message in ("Yes.", "Never!")]
     plot["conversations"] = [plot["conversations"][0] | {"dialogues": said}]
@@ -376,7 +376,8 @@ def test_an_empty_second_reply_replaces_no_better_first_one(curated):
         if text in seen:
             return {"plots": []}
         seen.append(text)
-        return {"plots": [*answer["plots"], answer["plots"][0] | {"first_sentence": "Nothing like it in here."}]}
+        wrong = answer["plots"][0] | {"first_sentence": "Nothing like it in here."}
+        return {"plots": [*answer["plots"], wrong]}
 
     seen = []
     _, out, [line] = curated(say=changing(tired, extract.PLOTS))
@@ -520,18 +521,17 @@ def test_chunks_end_with_paragraphs_and_chapters():
     assert (whole.start, whole.end) == (0, len(text))
 
 
-# ---- prompts and replies -----------------------------------------------------------------------------------------------
+# ---- prompts and replies -----------------------------------------------------------------------------------
 
 
 def test_the_shape_of_an_answer_holds_nothing_to_copy():
-    """A small model gave back an example with "..." for its answer: a prompt names the fields, and no value."""
+    """A small model gave back an example, "..." and all, as its answer: prompts name fields, and no value."""
 
     def fields(schema):
-        inner = schema.get("items", {})
-        names = set(schema.get("properties", ()))
-        return names.union(*map(fields, [*schema.get("properties", {}).values(), *([inner] if inner else [])]))
+        inner = schema.get("properties", {}) | ({"": schema["items"]} if "items" in schema else {})
+        return {*inner}.union(*map(fields, inner.values())) - {""}
 
-    names = assemble.record(names=assemble.many(name=assemble.TEXT, official=assemble.TEXT, person=assemble.TEXT))
+    names = assemble.record(names=assemble.many(name={}, official={}, person={}))
     kinds = {"extract": extract.PLOTS, "safety": assemble.FLAGS, "names": names, "profile": assemble.PROFILE}
     for name, schema in kinds.items():
         assert {*re.findall(r'"(\w+)"', PROMPTS[name])} == fields(schema), name
@@ -698,7 +698,7 @@ def test_quotes_are_found_where_they_stand():
         share, a, b = words.find(" ".join(quote))
         assert share * len(quote) <= longest_common(quote, words.words) + 1e-9
         assert round(share * len(quote)) <= longest_common(quote, words_of(TEXT[a:b]))
-    assert words.find("Zounds! Quoth the raven nevermore, my liege.")[0] < INVENTED
+    assert words.find("Zounds! Quoth the raven nevermore, my liege.")[0] < FOUND
     assert Words("他说：你好。然后走了").find("你好")[:2] == (1, 3)
     assert Words("אמר שלום לכולם").find("שלום")[0] == 1
 
@@ -737,8 +737,8 @@ def test_the_release_through_the_validators(shared):
         assert len(question.value) == len(plots) - missing and len(question.problems) == missing
 
 
-HOSTILE_WORDS = ["", " ", "NSP", "Environment", " environment\n", "[", "a]", "(", "\u201cMe\u201d", "\ud800", "x\ny", "\0"]
-HOSTILE_WORDS += ["<|eot_id|>", "{title}", "../..", "N" * 5000, "===Conversation Start===", "[thought only]", "Ruth:"]
+HOSTILE_WORDS = ["", " ", "NSP", "Environment", " environment\n", "[", "a]", "(", "\u201cMe\u201d", "x\ny"]
+HOSTILE_WORDS += ["\0", "\ud800", "<|eot_id|>", "{title}", "../..", "N" * 5000, "[only a thought]", "Ruth:"]
 
 
 def test_hostile_replies(curated, tmp_path):
@@ -746,16 +746,16 @@ def test_hostile_replies(curated, tmp_path):
     rng = random.Random(0)
 
     def spoil(value):
-        if isinstance(value, str):
-            return rng.choice(HOSTILE_WORDS) if rng.random() < 0.2 else value
         if isinstance(value, list):
             return [spoil(item) for item in value]
-        return {k: v if k.endswith("_sentence") else spoil(v) for k, v in value.items()} if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            return {key: v if key.endswith("_sentence") else spoil(v) for key, v in value.items()}
+        return rng.choice(HOSTILE_WORDS) if isinstance(value, str) and rng.random() < 0.2 else value
 
     def say(messages, params):
         return json.dumps(spoil(json.loads(reader(messages, params))))
 
-    for n in range(8):
+    for n in range(4):
         _, out, [line] = curated(say=say, out=tmp_path / f"out{n}")
         assert line["figures"]["plots"] > 0
         load_book(out / "books" / "curate_book.json", Report(strict=True))

@@ -143,7 +143,8 @@ def report(args, books, lines):
     for line in lines:
         notes = [f"  {n} {what}" for what, n in line["notes"].items()]
         notes += [f"  chunk {lost['chunk'] + 1} failed: {lost['error']}" for lost in line["failures"]]
-        show([f"{line['title']}: {line['missing']:.1%} of the text is in chunks that failed", *notes])
+        failed, in_none = f"{line['missing']:.1%}", f"{line['in_no_plot']:.1%}"
+        show([f"{line['title']}: {failed} of the text is in chunks that failed, {in_none} in no plot", *notes])
 
 
 def main():

@@ -44,9 +44,9 @@ class Question:
     """label: unique in a run. schema: of an object with one field. accept(item, items before) makes of each
     item of the field's list (or of its one value) what is kept; ValueError if it cannot be used.
 
-    value: the usable items of the best reply so far, None before there is one; problems: what is wrong with
-    its other items; repaired, cut_off: whether its JSON was repaired, whether it reached max_tokens. error: why
-    the model gave no reply, after all retries of `llm`.
+    value: the usable items of the best reply so far, None before there is one. problems: what is wrong with
+    its other items. repaired: whether its JSON was. cut_off: whether it reached max_tokens. error: why the
+    model gave no reply, after all retries of `llm`.
     """
 
     label: str
@@ -77,9 +77,8 @@ class Question:
             return
         self.tries += 1
         value, problems, repaired = self.read(reply.text)
-        # most usable items first: a second reply that is empty has no problems, and does not replace a first
-        better = value is not None and (len(value), -len(problems)) > (len(self.value or ()), -len(self.problems))
-        if self.value is None or better:
+        # more usable items are better than fewer problems: an empty reply has none
+        if self.value is None or (len(value or ()), -len(problems)) > (len(self.value), -len(self.problems)):
             self.value, self.problems, self.repaired = value, problems, repaired
             self.cut_off = reply.finish_reason == "length"
 
