@@ -11,7 +11,7 @@ from test_benchmarks import killed
 from test_llm import Script, Server
 
 from data.curate import __main__ as command
-from data.curate import assemble, extract
+from data.curate import ask, assemble, extract
 from data.curate.ask import PROMPTS, TRIES, Question, read_json
 from data.curate.chunks import cut, headings, read_books
 from data.curate.fidelity import FOUND, Words, measure, words_of
@@ -844,9 +844,21 @@ def test_usage_errors(script, tmp_path, shared):
     assert "not a book in the CoSER format" in error(BOOK, "--report", tmp_path / "curate_book.json")
 
 
-def test_the_time_left_is_told():
-    say = command.rounds(3)
-    assert say() == "round 1 of 3" and re.fullmatch(r"round 2 of 3, about \d+ min left", say())
+def test_the_time_left_is_told(monkeypatch):
+    def ask_all(asks, model, journal, what):
+        shown.append(what)
+        clock.append(clock[-1] + 90)  # seconds
+        return [Reply('{"field": "text"}', "stop") for _ in asks]
+
+    def story():
+        for n in range(3):
+            yield [Question(str(n), [{"role": "user", "content": ""}], ask.record(field=ask.TEXT), 1)]
+
+    shown, clock = [], [0]
+    monkeypatch.setattr(ask, "ask_all", ask_all)
+    monkeypatch.setattr(ask.time, "monotonic", lambda: clock[-1])
+    ask.run_all([story()], None, None, 0, 3)
+    assert shown == ["round 1 of 3", "round 2 of 3, about 3 min left", "round 3 of 3, about 2 min left"]
 
 
 def test_a_killed_run_ends_with_the_same_files(script, tmp_path, monkeypatch):

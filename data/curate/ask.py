@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,10 +100,10 @@ class Question:
         return items if items or not problems else None, problems, repaired
 
 
-def run_all(stories, model, journal, seed, say):
-    """What generators of lists of Questions return, in order. They go on together, each time that all their
-    lists are settled. say(): what is shown of such a round."""
-    results, asked = {}, dict.fromkeys(stories, ())
+def run_all(stories, model, journal, seed, total):
+    """What generators of lists of Questions return, in order. They go on together, in rounds: each time that
+    all their lists are settled. total: how many rounds there are, to tell the time left."""
+    results, asked, begun, number = {}, dict.fromkeys(stories, ()), time.monotonic(), 0
     while asked:
         for story in list(asked):
             try:
@@ -110,7 +111,9 @@ def run_all(stories, model, journal, seed, say):
             except StopIteration as end:
                 results[story] = end.value
                 del asked[story]
-        what, questions = say(), sum(map(list, asked.values()), [])
+        minutes, what = (time.monotonic() - begun) / 60, f"round {number + 1} of {total}"
+        what += f", about {minutes * (total - number) / number:.0f} min left" if number else ""
+        number, questions = number + 1, sum(map(list, asked.values()), [])
         for _ in range(TRIES):
             pending = [question for question in questions if question.problems and not question.error]
             replies = ask_all([q.ask(seed) for q in pending], model, journal, what) if pending else ()
