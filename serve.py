@@ -31,6 +31,7 @@ def parse_args():
     add("--api-key", metavar="K", default=key, help="(default: $COSER_API_KEY, or none)")
     add("--origin", nargs="+", action="extend", default=[], help="of other sites' pages that may ask")
     add("--max-concurrency", type=int, default=256, metavar="N", help="replies at once, else 503 (256)")
+    add("--judge", metavar="M", help="judges plays on the page: a checkpoint directory or openai:MODEL")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
     add("--dtype", choices=DTYPES, help="default: as fits processor and memory; int8 is fast on a CPU")
     add("--log-prompts", action="store_true", help="print every request's body; else nothing of it is")
@@ -63,6 +64,7 @@ def main():
         import uvicorn
 
         from serving.app import build_app
+        from serving.stage import routes
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: pip install -c constraints.txt -e '.[serve]'") from None
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
@@ -70,9 +72,11 @@ def main():
         models = open_models(args)
         worker = Worker(models, args.max_concurrency)
         hosts = {} if args.host in LOOPBACK else {"hosts": None}
-        app = build_app(worker, args.api_key, args.origin, args.log_prompts, **hosts)
+        stage = routes(open_model(args.judge) if args.judge else None)
+        app = build_app(worker, args.api_key, args.origin, args.log_prompts, routes=stage, **hosts)
         host = f"[{args.host}]" if ":" in args.host else args.host
-        terminal.note(f"{', '.join(models)} at http://{host}:{listener.getsockname()[1]}/v1 (Ctrl-C ends)")
+        url = f"http://{host}:{listener.getsockname()[1]}"
+        terminal.note(f"{', '.join(models)} at {url}/v1, and on stage at {url} (Ctrl-C ends)")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -48,6 +48,7 @@ setup(
         "test": [
             *("bm25s", "hypothesis", "peft", "pytest", "rouge==1.0.0", "ruff", "transformers"),
             *("openai", "starlette", "uvicorn"),  # of the server
+            "playwright",  # of the page; the browser is Debian's chromium
         ],
     },
 )

@@ -2,6 +2,7 @@
 
     python simulate.py --list                                         the bundled scenes
     python simulate.py --scene the-last-ferry/1                       watch one, played by the stage actor
+    python simulate.py --scene the-last-ferry/1 --play Hanne         play a part in it yourself
     python simulate.py --scene test.json:all --actor DIR --out DIR    a whole test file, many scenes at once
     python simulate.py --next-speaker-eval test.json --actor DIR      how often it names the real next speaker
 
@@ -14,16 +15,15 @@ written. The same settings and seed give the same bytes on a CPU, but for the la
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 from common import terminal
 from common.files import UsageError, make_dir, write_whole
+from data.chats import NEXT_SPEAKER
 from data.scenes import find_scenes, load_stage
 from engine.cpu import DTYPES
 from engine.params import SamplingParams
@@ -34,8 +34,19 @@ from llm.local import default_actor
 from play.perform import SIDE_BY_SIDE, Journal, perform
 from play.protocol import PROTOCOLS, Protocol
 from play.retrieval import Retrieval
+from play.session import Session
+from play.session import play as play_session
 from play.stage import Stage
-from play.transcripts import ANSWERS, REPLIES, SCRIPT, TRANSCRIPTS, Transcripts, default_directory, locked
+from play.transcripts import (
+    ANSWERS,
+    REPLIES,
+    SCRIPT,
+    TRANSCRIPTS,
+    Transcripts,
+    default_directory,
+    locked,
+    settings_of,
+)
 from text.chat import CHAT_FORMATS
 
 ROLES = ("actor", "environment", "next_speaker")
@@ -50,6 +61,7 @@ def parse_args():
     add("--scene", help=f"a bundled scene (see --list), or {file_forms}")
     add("--list", action="store_true", help="print the names of the bundled scenes")
     add("--next-speaker-eval", metavar="FILE", help="how often the next-speaker model is right (as --scene)")
+    add("--play", metavar="NAME", help="play this character yourself; your lines are read from stdin")
     add("--limit", type=int, metavar="N", help="only the first N scenes")
     spec = "a checkpoint directory, openai:MODEL or openai:MODEL@URL"
     add("--actor", metavar="M", help=f"who plays the characters: {spec} (default: a stage actor)")
@@ -66,10 +78,9 @@ def parse_args():
     add("--continue-from", type=int, default=0, metavar="K", help="begin with the first K original messages")
     add("--retrieve", metavar="S:N[+...]", help="remind actors of N pieces of raw, experience, conversation")
     add("--book", metavar="FILE", help="with --retrieve: the book of the scenes, or a directory of books")
-    add("--text", metavar="FILE", help="with raw: the whole text, or JSON lines with `title` and `content`")
     add("--retrieve-leaky", action="store_true", help="from the scene and later plots too, as the release")
     add("--without-thoughts", action="store_true", help="actors are asked for no thoughts, and see none")
-    add("--thoughts", choices=["show", "hide"], default="show", help="on the screen (transcripts have them)")
+    add("--thoughts", choices=["show", "hide"], help="on the screen (default: show; with --play hide)")
     watching = f"0 is greedy (default: 0, as published; {WATCHING} where no --actor is named)"
     add("--temperature", type=float, help=watching)
     add(
@@ -103,13 +114,14 @@ def parse_args():
         raise UsageError(f"{only} belong to --scene; --next-speaker-eval plays nothing")
     if bool(args.retrieve) != bool(args.book) or (args.retrieve_leaky and not args.retrieve):
         raise UsageError("give --retrieve and --book FILE together; --retrieve-leaky goes with them")
-    if args.text and "raw" not in (args.retrieve or ""):
-        raise UsageError("--text FILE is for --retrieve raw:N")
+    if args.play and (args.resume or args.retrieve or args.next_speaker_eval or args.protocol != "paper"):
+        raise UsageError("--play goes with --scene and the paper's protocol, not with --resume or --retrieve")
     if args.resume and not args.out:
         raise UsageError("--resume needs --out DIR, the run to go on with")
     for name in ("limit", "max_rounds", "side_by_side", "concurrency", "requests_per_minute"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be more than 0, not {value}")
+    args.thoughts = args.thoughts or ("hide" if args.play else "show")
     if args.temperature is None:
         args.temperature = 0.0 if args.actor or args.next_speaker_eval else WATCHING
     return args
@@ -125,17 +137,22 @@ def main():
     if args.next_speaker_eval:
         return evaluate(args, protocol)
     scenes = find_scenes(args.scene, args.limit)
+    session = person(scenes, protocol, args.play) if args.play else None
     out = Path(args.out) if args.out else default_directory(args.scene, vars(args))
     retrieval = None
     if args.retrieve:
-        retrieval = Retrieval(args.retrieve, scenes, args.book, args.text, args.retrieve_leaky)
+        retrieval = Retrieval(args.retrieve, scenes, args.book, args.retrieve_leaky)
     models = open_roles(args, ROLES, out / ANSWERS)
     settings = settings_of(models, scenes, args.protocol, protocol)
     settings |= retrieval.settings if retrieval else {}
+    settings |= {"human": session.human} if session else {}
     with locked(make_dir(out)):
         transcripts = Transcripts(out, settings, models, args.resume)
-        with resumable(transcripts, len(scenes)):
-            play_scenes(scenes, models, protocol, transcripts, args, retrieval)
+        if session:
+            play_along(session, models, transcripts, args)
+        else:
+            with resumable(transcripts, len(scenes)):
+                play_scenes(scenes, models, protocol, transcripts, args, retrieval)
         transcripts.complete(scenes, args.script)
     summarise(transcripts, models)
 
@@ -173,18 +190,6 @@ def open_roles(args, roles, answers):
     return models
 
 
-def settings_of(models, scenes, preset, protocol):
-    """All that decides the result of a run."""
-    settings = {role: model.name for role, model in models.items()}
-    settings |= {f"{role}_identity": model.identity for role, model in models.items()}
-    settings |= {
-        f"{role}_chat_format": model.chat_format_reason for role, model in models.items() if model.local
-    }
-    contents = json.dumps([scene.to_dict() for scene in scenes], sort_keys=True)
-    digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
-    return settings | {"scenes": digest, "protocol": preset, **asdict(protocol)}
-
-
 @contextlib.contextmanager
 def resumable(transcripts, total):
     """Tells, when a run stops before its end, what is kept and how to go on."""
@@ -198,6 +203,24 @@ def resumable(transcripts, total):
             raise
         reason = f"{error}. " if str(error) else ""
         raise type(error)(reason + hint) from None
+
+
+def person(scenes, protocol, name):
+    """The Session in which a person plays the character of this name."""
+    if len(scenes) != 1:
+        raise UsageError(f"--play needs one scene, and --scene names {len(scenes)}; add :INDEX")
+    return Session(scenes[0], protocol, human=name)
+
+
+def play_along(session, models, transcripts, args):
+    """Plays a session on the terminal; its transcript is kept however it ends."""
+    stage, started = Stage(session.scene, args.thoughts == "show"), time.monotonic()
+    messages, stats, error = play_session(session, models, stage, terminal.lines("", keep=True))
+    if not any(message["role"] != NEXT_SPEAKER for message in messages):
+        raise UsageError(error or "nobody has said a word; there is no transcript")
+    transcripts.add_finished(session.scene, messages, stats, time.monotonic() - started)
+    if error:
+        raise UsageError(f"{error}; what was played is in {transcripts.directory}")
 
 
 def play_scenes(scenes, models, protocol, transcripts, args, retrieval=None):

@@ -20,6 +20,8 @@ from engine.params import SamplingParams
 from llm.reply import Reply
 from play.replies import clean_reply, parse_next_speaker
 
+HUMAN = "human"  # the finish reason of a line that a person wrote
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -83,9 +85,12 @@ class NobodySpoke(SceneFailed):
 
 
 class Performance:
-    """One scene being played: its transcript so far, who speaks, and how the turn came to the speaker."""
+    """One scene being played: its transcript so far, who speaks, and how the turn came to the speaker.
 
-    def __init__(self, scene, protocol, retrieval=None):
+    messages: those of an earlier performance, from which this one goes on.
+    """
+
+    def __init__(self, scene, protocol, retrieval=None, messages=()):
         self.protocol, self.retrieval = protocol, retrieval
         self.scene = scene if protocol.motivations else replace(scene, motivations={})
         self.cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
@@ -98,6 +103,30 @@ class Performance:
         self.speaker = self.cast[0]
         self.decision = {"name": self.speaker}  # the answer the next-speaker model reads before the next turn
         self.error = None  # of the last reply that failed
+        # where `play` begins: the round, whether its turn has been played, whether the scene is over
+        self.round, self.turn_over, self.ended = 0, False, False
+        for message in messages:
+            self.replay(message)
+
+    def replay(self, message):
+        """Takes a message of an earlier performance over. A spoken one is its role's, whoever was named."""
+        self.messages.append(message)
+        if message["role"] == NEXT_SPEAKER:
+            name, index = message["content"], self.round
+            self.round, self.turn_over, self.ended = index + 1, False, name == END_CHAT
+            if not self.ended:
+                self.speaker = name if name in self.cast else self.draw_speaker(index)
+                self.ended = self.speaker is None
+            self.decision = {"name": self.speaker}
+            return
+        self.round += self.turn_over  # two turns without a decision between them
+        if message["role"] != self.speaker:
+            self.speaker = message["role"]
+            self.decision = {"name": self.speaker}
+        self.turn_over, self.ended = True, False
+        if message["content"]:
+            turn = {"character": self.speaker, "message": message["content"]}
+            self.dialogue.append({**turn, "decision": self.decision})
 
     def play(self):
         """A coroutine that plays the scene and returns `(messages, stats)`.
@@ -109,8 +138,10 @@ class Performance:
         `empty`, `fallbacks` (next speakers drawn at random), `original`; with retrieval also the prompt
         tokens that were `retrieved`, estimated by their share of the prompts' characters.
         """
-        for index in range(self.protocol.max_rounds):
-            if index < len(self.originals):
+        for index in range(self.round, 0 if self.ended else self.protocol.max_rounds):
+            if self.turn_over:  # in the earlier performance
+                self.turn_over = False
+            elif index < len(self.originals):
                 yield self.original_turn(self.originals[index])
             else:
                 yield from self.turn(index)
@@ -140,8 +171,9 @@ class Performance:
             reply = yield from self.ask(role, chat, params, f"{index}.{attempt}")
             if passages:
                 self.stats["retrieved"] += round(share * reply.prompt_tokens)
-            content = clean_reply(reply.text, self.speaker, self.cast)
-            if content:
+            is_human = reply.finish_reason == HUMAN
+            content = reply.text.strip() if is_human else clean_reply(reply.text, self.speaker, self.cast)
+            if content or is_human:
                 break
         self.stats["empty"] += not content
         if content or not self.protocol.silence_passes:
@@ -247,6 +279,7 @@ class Performance:
 def recorded(reply):
     """What a transcript's message keeps of a reply besides its content."""
     kept = {} if reply.probabilities is None else {"probabilities": reply.probabilities}
+    kept |= {"human": True} if reply.finish_reason == HUMAN else {}
     return {**kept, "reasoning": reply.reasoning} if reply.reasoning else kept
 
 

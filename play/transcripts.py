@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 from common import files, terminal
@@ -61,6 +62,18 @@ def claim(directory, settings, resume, holds_results=False):
         if changed := ", ".join(name for name in names if settings.get(name) != old.get(name)):
             raise UsageError(f"{directory}: made with other settings ({changed}); choose another --out")
     write_json(file, settings)
+
+
+def settings_of(models, scenes, preset, protocol):
+    """All that decides the result of a run."""
+    settings = {role: model.name for role, model in models.items()}
+    settings |= {f"{role}_identity": model.identity for role, model in models.items()}
+    settings |= {
+        f"{role}_chat_format": model.chat_format_reason for role, model in models.items() if model.local
+    }
+    contents = json.dumps([scene.to_dict() for scene in scenes], sort_keys=True)
+    digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
+    return settings | {"scenes": digest, "protocol": preset, **asdict(protocol)}
 
 
 class Transcripts:

@@ -125,15 +125,15 @@ def find(worker, asked):
     return worker.models[asked.model]
 
 
-async def read_json(request):
-    """The object in a request's body, of at most MAX_BODY bytes that have BODY_SECONDS to arrive."""
+async def read_json(request, limit=MAX_BODY):
+    """The object in a request's body, of at most `limit` bytes that have BODY_SECONDS to arrive."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
                 body += part
-                if len(body) > MAX_BODY:
-                    raise Refused(413, f"the body is larger than {MAX_BODY} bytes")
+                if len(body) > limit:
+                    raise Refused(413, f"the body is larger than {limit} bytes")
         value = json.loads(body)
     except TimeoutError:
         raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s") from None

@@ -871,7 +871,7 @@ def test_reasoning_of_a_checkpoint_is_not_streamed(script, reasoner, tmp_path, m
     prompt, and in the transcript apart."""
     prompts, add = [], Engine.add
     monkeypatch.setattr(
-        Engine, "add", lambda e, ids, p: prompts.append(e.tokenizer.decode(ids)) or add(e, ids, p)
+        Engine, "add", lambda e, ids, *rest: prompts.append(e.tokenizer.decode(ids)) or add(e, ids, *rest)
     )
     (tmp_path / "scene.json").write_text(json.dumps([make_scene().to_dict()]))
     args = ["--scene", tmp_path / "scene.json", "--actor", reasoner, "--max-rounds", 4]
