@@ -1350,7 +1350,7 @@ def test_a_local_model_that_reasons_gets_room(reasoner):
     """Cut off inside its reasoning it is asked once more, and has the room from then on."""
     model = llm.open_model(reasoner)
     asked, add = [], model.engine.add
-    model.engine.add = lambda ids, params: asked.append(params.max_tokens) or add(ids, params)
+    model.engine.add = lambda ids, params, *_: asked.append(params.max_tokens) or add(ids, params)
     for _ in range(2):
         replies = model.chat([HELLO] * 2, SamplingParams(0, max_tokens=3))
         assert [(reply.text, reply.reasoning) for reply in replies] == [("Hi", "plan")] * 2
