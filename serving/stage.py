@@ -229,7 +229,8 @@ async def judge_play(model, lock, request):
         try:
             found = await asyncio.to_thread(verdict, model, (scene, value["messages"], value["settings"]))
         except Busy:
-            raise Refused(503, "the server is busy; judge in a moment", headers={"Retry-After": "2"}) from None
+            later = {"Retry-After": "2"}
+            raise Refused(503, "the server is busy; judge in a moment", headers=later) from None
     metrics = {label: found[key] for label, key in METRICS.items()} if scene.dialogues else {}
     return reply({name: found[name] for name in ("judge", "score", "dimensions")} | {"metrics": metrics})
 

@@ -218,7 +218,8 @@ def test_commands_at_the_terminal(at_terminal):
     answers = [text for text in out.split("\n") if text.startswith("Ben: ")]
     assert len(answers) == 3 and answers[0] != answers[1]
     assert [m["content"] for m in kept["messages"] if m.get("human")] == ["Good night."]
-    assert [m.get("seed") for m in kept["messages"] if m["role"] == "Ben"] == [1] and kept["settings"]["seed"] == 0
+    assert [m.get("seed") for m in kept["messages"] if m["role"] == "Ben"] == [1]
+    assert kept["settings"]["seed"] == 0
     (code, out, err), _ = at_terminal(["/edit nothing yet", EOFError], "--max-rounds", "2")
     assert code == 2
 
@@ -239,5 +240,6 @@ def test_flags_that_do_not_go_with_play(script, tmp_path):
     for more in (["--resume", "--out", tmp_path / "o"], ["--protocol", "release"]):
         assert "--play goes with" in usage_error(script("simulate", *play, "Hanne", *more))
     assert "choose from Hanne Brod, Wick Tarn" in usage_error(script("simulate", *play, "Nobody"))
+    assert "choose from Hanne Brod, Wick Tarn" in usage_error(script("simulate", *play, ""))
     play[1] = f"{ROOT / 'data' / 'stage' / 'the_last_ferry.json'}:all"
     assert "needs one scene" in usage_error(script("simulate", *play, "Hanne"))

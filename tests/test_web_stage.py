@@ -207,9 +207,8 @@ def test_what_goes_wrong_is_one_line_without_a_path():
     assert first["settings"]["actor"] == first["settings"]["next_speaker"] == "cast"
     broken.say = lambda *_: "word"
     broken.spoken = lambda future: ""
-    broken.step = lambda: [
-        future.set_result(Reply("", "error", error="/home/ann/model: too long")) for future in [*broken.running]
-    ]
+    refusal = Reply("", "error", error="/home/ann/model: too long")
+    broken.step = lambda: [future.set_result(refusal) for future in [*broken.running]]
     assert events(client)[-1]["error"] == "too long"
 
 
@@ -313,7 +312,8 @@ def test_a_served_model_is_lent_to_the_judge(cast):
     worker = Worker({"cast": cast, "judge": judge})
     assert serve.judge_of("judge", worker).worker is serve.judge_of("./checkpoints/judge", worker).worker
     app = build_app(worker, routes=web.routes(serve.judge_of("judge", worker)))
-    client, value = TestClient(app, base_url="http://localhost"), body(messages=[{"role": "Ada", "content": "Hm."}])
+    client = TestClient(app, base_url="http://localhost")
+    value = body(messages=[{"role": "Ada", "content": "Hm."}])
     found = client.post("/stage/judge", json=value).json()
     assert found["judge"] == "judge" and found["score"] > 100 and len(judge.asked) == 4 and not worker.jobs
     worker.capacity = 2
@@ -644,8 +644,9 @@ def test_stop_retry_and_versions(page, players):
 
 def test_names_that_javascript_knows(page):
     """A book or a character may be called as what every object of JavaScript has."""
-    scene = make_scene(book="constructor", speaking_characters=["toString", "__proto__"], dialogues=[], profiles={})
-    data = json.dumps([to_test_scene(scene) | {"dialogues": [{"character": "toString", "message": "Hm."}]}]).encode()
+    said = [{"character": name, "message": "Hm."} for name in ("toString", "__proto__")]
+    scene = make_scene(book="constructor", speaking_characters=[], dialogues=said, profiles={})
+    data = json.dumps([to_test_scene(scene)]).encode()
     page.set_input_files("#file", {"name": "t.json", "mimeType": "text/plain", "buffer": data})
     until(page, "document.getElementById('status').textContent === 'Opened t.json.'")
     assert page.text_content("#programme-title") == "constructor"
@@ -664,7 +665,8 @@ def test_a_field_that_is_wrong_is_shown(page):
 
 
 def test_dropped_text_is_no_file(page):
-    drop = "kind => document.dispatchEvent(new DragEvent(kind, {dataTransfer: new DataTransfer(), cancelable: true}))"
+    drag = "new DragEvent(kind, {dataTransfer: new DataTransfer(), cancelable: true})"
+    drop = f"kind => document.dispatchEvent({drag})"
     assert page.evaluate(drop, "dragover") and page.evaluate(drop, "drop")
     assert page.text_content("#status") == "" and page.locator("#scene option:checked").count() == 1
 
