@@ -98,8 +98,8 @@ def prompt_of(tokenizer, exchanges, role=None, system=None, examples=True):
             message["ids"], _ = as_sampled(tokenizer.decode, tokenizer.encode, *sampled)
     if role:
         heard = [text for exchange in exchanges for text in (exchange.line, exchange.reply) if text]
-        told, notes = role.told(heard, examples)
-        system = told if system is None else system
+        role_system, notes = role.system_and_notes(heard, examples)
+        system = role_system if system is None else system
     for depth, text in notes:
         insert(messages, depth, text)
     if system:

@@ -78,7 +78,6 @@ def parse_args():
     add("--continue-from", type=int, default=0, metavar="K", help="begin with the first K original messages")
     add("--retrieve", metavar="S:N[+...]", help="remind actors of N pieces of raw, experience, conversation")
     add("--book", metavar="FILE", help="with --retrieve: the book of the scenes, or a directory of books")
-    add("--text", metavar="FILE", help="with raw: the whole text, or JSON lines with `title` and `content`")
     add("--retrieve-leaky", action="store_true", help="from the scene and later plots too, as the release")
     add("--without-thoughts", action="store_true", help="actors are asked for no thoughts, and see none")
     add("--thoughts", choices=["show", "hide"], help="on the screen (default: show; with --play hide)")
@@ -115,8 +114,6 @@ def parse_args():
         raise UsageError(f"{only} belong to --scene; --next-speaker-eval plays nothing")
     if bool(args.retrieve) != bool(args.book) or (args.retrieve_leaky and not args.retrieve):
         raise UsageError("give --retrieve and --book FILE together; --retrieve-leaky goes with them")
-    if args.text and "raw" not in (args.retrieve or ""):
-        raise UsageError("--text FILE is for --retrieve raw:N")
     if args.play and (args.resume or args.retrieve or args.next_speaker_eval or args.protocol != "paper"):
         raise UsageError("--play goes with --scene and the paper's protocol, not with --resume or --retrieve")
     if args.resume and not args.out:
@@ -144,7 +141,7 @@ def main():
     out = Path(args.out) if args.out else default_directory(args.scene, vars(args))
     retrieval = None
     if args.retrieve:
-        retrieval = Retrieval(args.retrieve, scenes, args.book, args.text, args.retrieve_leaky)
+        retrieval = Retrieval(args.retrieve, scenes, args.book, args.retrieve_leaky)
     models = open_roles(args, ROLES, out / ANSWERS)
     settings = settings_of(models, scenes, args.protocol, protocol)
     settings |= retrieval.settings if retrieval else {}

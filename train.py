@@ -147,7 +147,7 @@ def main():
     args = parse_args()
     config, tokenizer, directory = open_model(args)
     args.recompute = args.recompute or costs.choose_recompute(config, args)
-    stream = open_stream(args, args.data, tokenizer)
+    stream = open_stream(args, args.data, tokenizer, training=not args.evaluate)
     if args.evaluate:
         return evaluate_only(args, tokenizer, directory, stream)
     world = args.dry_run or WORLD_SIZE
@@ -219,16 +219,18 @@ def train(args, config, tokenizer, directory, stream, steps, device):
 
 def evaluate_only(args, tokenizer, directory, stream):
     """Prints the held-out loss of a trained model, an adapter included, as one JSON object."""
-    if args.lora or directory is None:
-        raise UsageError("--evaluate measures a trained model: give --model DIR, without --lora")
-    device = start_ranks()
-    rows, _ = choose_held_out(stream.held_out(), args.eval_rows, args.seq_len)
+    if args.lora or args.dry_run or args.resume or directory is None:
+        wrong = "--lora, --dry-run or --resume"
+        raise UsageError(f"--evaluate measures a trained model: give --model DIR, without {wrong}")
+    held_out = stream.held_out()
+    rows, _ = choose_held_out(held_out, args.eval_rows, args.seq_len)
     if not rows:
         raise UsageError(f"{args.data[0]}: no held-out scene in it")
+    device = start_ranks()
     model = checkpoint.load_model(directory, device, checkpoint.DTYPES[args.dtype])
     line = evaluate(model, rows, args, device, tokenizer)
     if RANK == 0:
-        print(json.dumps({"model": str(args.model), "rows": len(rows) * WORLD_SIZE, **line}))
+        print(json.dumps({"model": str(args.model), "rows": min(len(held_out), args.eval_rows), **line}))
     dist.destroy_process_group()
 
 

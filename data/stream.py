@@ -52,10 +52,10 @@ def add_data_flags(parser):
     add("--seed", type=int, default=0, help="of all random draws (default: 0)")
 
 
-def open_stream(args, paths, tokenizer):
+def open_stream(args, paths, tokenizer, training=True):
     """The Stream of a command line."""
     names = ("seed", "variants", "mix", "cache", "held_out_books", "strict")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names} | {"training": training}
     return Stream(paths, tokenizer, args.seq_len, thoughts=not args.without_thoughts, **options)
 
 
@@ -84,7 +84,8 @@ class Stream:
 
     paths: books, test files, directories. Of general data (`mix`: (file, share of all tokens) pairs) an epoch
     reads as much as it needs, shuffled, and the next epoch goes on from there. The other options are those of
-    `add_data_flags`. Training scenes are read here, held-out ones by `held_out`.
+    `add_data_flags`. Training scenes are read here, held-out ones by `held_out`; these alone if not
+    `training`.
 
     If less than 98% of an epoch's rows is filled, the documents of the emptiest row are packed with those of
     the next epoch instead. An epoch of a single row is used as it is.
@@ -97,7 +98,7 @@ class Stream:
 
     def __init__(
         self, paths, tokenizer, seq_len, seed=0, thoughts=True, variants="draw", mix=(),
-        cache=files.OUT / "cache", held_out_books=0.0, strict=False,
+        cache=files.OUT / "cache", held_out_books=0.0, strict=False, training=True,
     ):  # fmt: skip
         if not 0 <= held_out_books <= 1:
             raise UsageError(f"--held-out-books is a share from 0 to 1, not {held_out_books}")
@@ -118,6 +119,8 @@ class Stream:
         # of all that is read, whatever the code
         self.identity = digest(self.content, *self.mix, tokenizer.file, tokenizer.chat_format)
         self.stores, self.report = {}, Report()
+        if not training:
+            return
         for source in range(0, -1 - len(mix), -1):
             store = self.store(source)
             self.report.update(store.report["counts"])

@@ -17,7 +17,7 @@ from llm.reply import Reply
 
 LETTERS = "ABCD"
 SHAPE = {"Scenario": str, "Question": str, "Options": [str], "Correct Answer": str}
-LIKELIHOODS = ("sum", "mean", "PMI")
+LIKELIHOODS = ("sum", "mean", "PMI", "blind")
 # "Answer: B", "**Choice:** (B)", "the answer is option (B)", {"Choice": "B"}, "Answer: $\\boxed{B}$"
 _OPENING = r"[\s:：*_\"'(\[<{$\\]*"
 _CHOICE = re.compile(
@@ -145,8 +145,9 @@ def generate(questions, templates, profile, model, journal, args):
 class Likelihoods:
     """A model for `ask_all` that answers a question with the scores of its options, which are not shown.
 
-    For each of LIKELIHOODS: the log-probability of an option as the answer, that per token, and its gain over
-    the prompt without scenario and question (pointwise mutual information). The Reply's text is their JSON.
+    For each of LIKELIHOODS: the log-probability of an option as the answer, that per token, its gain over the
+    prompt without scenario and question (pointwise mutual information), and its log-probability after that
+    prompt, which tells how much of a choice needs no question. The Reply's text is their JSON.
     """
 
     local = True
@@ -175,6 +176,7 @@ class Likelihoods:
             "sum": [total for total, _ in with_question],
             "mean": [total / max(1, tokens) for total, tokens in with_question],
             "PMI": [total - base for (total, _), (base, _) in zip(with_question, without, strict=True)],
+            "blind": [base for base, _ in without],
         }
 
 

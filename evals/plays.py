@@ -27,7 +27,7 @@ FIGURES = {  # label in tables: key; shares in percent
 
 
 def words_of(text):
-    return re.findall(r"\w+", text.casefold())
+    return re.findall(r"[^\W_]+", text.casefold())
 
 
 def said_before(turns):

@@ -17,8 +17,8 @@ class SceneRole:
         self.character, self.introduction = character, f"from {scene.book}. {scene.scenario}"
         self.system = system_prompt(scene, character, prompts.AT_PLAY, concise=True)
 
-    def told(self, heard, examples=True):
-        """(system text, notes). heard: the texts so far. notes: (depth, text) pairs, for `insert`."""
+    def system_and_notes(self, heard, examples=True):
+        """heard: the texts so far. notes: (depth, text) pairs, for `insert`."""
         return self.system, []
 
 
@@ -36,11 +36,16 @@ class CardRole:
         self.character, self.greetings = part.name, part.greetings
         self.introduction = f"from a character card. {part.scenario}"
 
-    def told(self, heard, examples=True):
-        """As SceneRole's; without examples the system text leaves the card's example dialogue out."""
+    def system_and_notes(self, heard, examples=True):
+        """As SceneRole's; without examples the system text leaves the card's example dialogue out.
+
+        A card's own system prompt replaces the first paragraph, which says whom to play; who that is, the
+        scene and how to write stay.
+        """
         part = part_of(self.card, heard=heard, examples=examples, **self.options)
         scene = staged([replace(part, instructions="")], self.card, part.scenario)
-        system = part.system(system_prompt(scene, part.name, prompts.AT_PLAY, concise=True))
+        opening, sections = system_prompt(scene, part.name, prompts.AT_PLAY, concise=True).split("\n\n", 1)
+        system = f"{part.opening(opening)}\n\n{sections}"
         return system, [*part.notes, *([(0, part.instructions)] if part.instructions else [])]
 
 

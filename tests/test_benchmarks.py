@@ -353,7 +353,7 @@ def test_likelihoods_are_those_of_transformers(script, cross, tiny_actor, tmp_pa
     lines = [json.loads(line) for line in (tmp_path / "o" / "replies.jsonl").read_text().splitlines()]
     kept = {k.split("|")[0]: json.loads(reply["text"]) for line in lines for k, (_, reply) in line.items()}
     questions, tokenizer = cross_mr.load(args_for(cross))[0][:6], Local(tiny_actor).tokenizer
-    right = dict.fromkeys(("sum", "mean", "PMI"), 0)
+    right = dict.fromkeys(("sum", "mean", "PMI", "blind"), 0)
 
     def score(q, template, option):
         messages = multiple_choice.conversation(q, cross_mr.PROMPTS, "gold", template)
@@ -370,6 +370,7 @@ def test_likelihoods_are_those_of_transformers(script, cross, tiny_actor, tmp_pa
             "sum": [total for total, _ in asked],
             "mean": [total / n for total, n in asked],
             "PMI": [total - base for (total, _), (base, _) in zip(asked, alone, strict=True)],
+            "blind": [base for base, _ in alone],
         }
         assert any(abs(value) > 1e-2 for value in expected["PMI"])
         for name, values in expected.items():

@@ -122,7 +122,7 @@ def test_a_card_of_each_version(value):
     assert card.other == {k: v for k, v in data.items() if k in ("assets", "source", "from_the_future")}
 
 
-@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "iTXt+"])
+@pytest.mark.parametrize("kind", ["tEXt", "iTXt", "iTXt+"])
 @pytest.mark.parametrize("keyword", ["chara", "Chara", "ccv3"])
 def test_every_kind_of_text_chunk(kind, keyword):
     """As Pillow writes them, among others."""
@@ -136,12 +136,11 @@ def test_the_v3_chunk_is_preferred():
 
 
 def test_base64_of_older_cards():
-    """Without its padding, with line ends in it; and JSON as it is, in UTF-8."""
+    """Without its padding, with line ends in it."""
     for value in ({"name": "A" * n} for n in range(1, 5)):
         text = encoded(value)
         for form in (text.rstrip("="), "\n".join(text[i : i + 5] for i in range(0, len(text), 5)) + "\n"):
             assert read_card(png(("chara", form, "tEXt"))).name == value["name"]
-    assert read_card(png(("ccv3", '{"name": "Zoë 雪"}', "iTXt"))).name == "Zoë 雪"
 
 
 def test_charx():
@@ -224,9 +223,9 @@ def test_damaged_pngs():
     assert "cut off" in refused(data[:8] + b"\xff\xff\xff\xff" + data[12:])
     assert "without a card" in refused(png())
     assert "base64" in refused(png(("chara", "not base64!", "tEXt")))
-    assert "not JSON" in refused(png(("chara", base64.b64encode(b"{").decode(), "tEXt")))
+    assert "JSON" in refused(png(("chara", base64.b64encode(b"{").decode(), "tEXt")))
     end = chunk(b"IEND", b"")
-    for kind in (b"tEXt", b"zTXt", b"iTXt"):
+    for kind in (b"tEXt", b"iTXt"):
         for content in (
             b"",
             b"chara",
@@ -252,9 +251,8 @@ def test_bombs_are_refused_before_they_unpack():
     packer = zlib.compressobj()
     packed = b"".join(packer.compress(bytes(2**24)) for _ in range(8)) + packer.flush()
     assert len(packed) < 2**20
-    for kind, head in ((b"zTXt", b"chara\0\0"), (b"iTXt", b"ccv3\0\1\0\0\0")):
-        data = png()[:8] + chunk(kind, head + packed) + chunk(b"IEND", b"")
-        assert memory_of(lambda data=data: refused(data)) < 2**26
+    data = png()[:8] + chunk(b"iTXt", b"ccv3\0\1\0\0\0" + packed) + chunk(b"IEND", b"")
+    assert memory_of(lambda: refused(data)) < 2**26
     bomb = charx(bytes(2**27))
     assert len(bomb) < 2**20 and memory_of(lambda: refused(bomb)) < 2**26
 
@@ -279,11 +277,11 @@ def test_a_hundred_megabytes_of_json_are_refused_unread(tmp_path):
         (b'{"name": "A", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "JSON"),
         (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "JSON"),
         (b'{"name": "A", "x": ' + b"[" * DEEPEST + b"]" * DEEPEST + b"}", "nested"),
-        (b'{"name": "A", "x": 1e999}', "finite"),
-        (b'{"name": "A", "x": NaN}', "finite"),
+        (b'{"name": "A", "x": 1e999}', "range"),
+        (b'{"name": "A", "x": NaN}', "range"),
         (b'{"name": "A", "x": 1' + b"0" * 5000 + b"}", "digits"),
-        (b"", "not JSON"),
-        (b"\x00" * 50, "not JSON"),
+        (b"", "JSON"),
+        (b"\x00" * 50, "JSON"),
         (b"RIFF\xff\xfeWEBP", "neither PNG"),
         (b"[]", "list"),
         (b"null", "NoneType"),
@@ -329,7 +327,7 @@ def test_altered_files_are_a_card_or_one_line(tmp_path):
     sources = [
         as_json(V3),
         png(("ccv3", encoded(V3), "tEXt")),
-        png(("chara", encoded(V2), "zTXt")),
+        png(("chara", encoded(V2), "iTXt+")),
         charx(V3),
     ]
     scraps = [
@@ -386,6 +384,10 @@ def test_altered_files_are_a_card_or_one_line(tmp_path):
         ("{{roll:1}} {{roll:d1}} {{roll:3d1}} {{roll:0}} {{roll:x}}", "1 1 3 {{roll:0}} {{roll:x}}"),
         ("a\n\n{{trim}}\n\nb{{newline}}c", "ab\nc"),
         ("one\r\ntwo", "one\ntwo"),
+        ("{{trim}}\n{{trim}}\n\nb\n{{TRIM}}", "b"),
+        ("<users> <userx", "<users> <userx"),
+        ("<bots", "<bots"),
+        ("<time>{{persona}}", "<time>"),
         ("{{reverse:{{user}}}} }} {{", "neB }} {{"),
         ("{{}} {{:}} {{::}} {{//}}", "{{}} {{:}} {{::}} "),
     ],
@@ -420,7 +422,7 @@ def test_macros_are_expanded_once():
     )
     assert part_of(card, user="{{char}}").greetings == ["{{char}}, {{char}}!"]
     card = Card("Ada", system_prompt="{{original}} {{user}}")
-    assert part_of(card, user="Ben").system("{{char}} {{original}}") == "{{char}} {{original}} Ben"
+    assert part_of(card, user="Ben").opening("{{char}} {{original}}") == "{{char}} {{original}} Ben"
 
 
 def test_macros_cost_little():
@@ -470,7 +472,8 @@ def found(entries, *heard, count=len, **book):
         ({"keys": []}, "lamp", False),
         ({"keys": ["", " "]}, "lamp", False),
         ({"keys": ["{{user}}"]}, "ben came", True),
-        ({"keys": "oil, wick"}, "a wick", True),
+        ({"keys": "oil, wick"}, "a wick", False),
+        ({"keys": [" lamp ", 3, None]}, "the lamp", True),
         ({"selective": True, "secondary_keys": ["oil"]}, "lamp", False),
         ({"selective": True, "secondary_keys": ["oil", "wick"]}, "the lamp's wick", True),
         ({"selective": True, "secondary_keys": []}, "lamp", True),
@@ -483,9 +486,6 @@ def found(entries, *heard, count=len, **book):
         ({"keys": ["(", "lamp"], "use_regex": True}, "lamp (", True),
         ({"content": "@@dont_activate\nx", "constant": True}, "lamp", False),
         ({"content": "@@dont_activate\n@@activate\nx"}, "dark", True),
-        ({"content": "@@additional_keys oil, wick\nx"}, "lamp", False),
-        ({"content": "@@additional_keys oil, wick\nx"}, "lamp oil", True),
-        ({"content": "@@exclude_keys oil\nx"}, "lamp oil", False),
         ({"content": "  \n@@unknown 3\n"}, "lamp", False),
     ],
 )
@@ -494,13 +494,12 @@ def test_when_an_entry_is_called_up(fields, text, is_found):
 
 
 def test_scan_depth():
-    """Only the last messages are searched: as the book says, else four; an entry may say otherwise."""
+    """Only the last messages are searched: as the book says, else four."""
     talk = ["lamp", "b", "c", "d"]
     assert found([entry("x", "lamp")], *talk) == ["x"]
     assert found([entry("x", "lamp")], *talk, "e") == []
     assert found([entry("x", "lamp")], *talk, scan_depth=3) == []
     assert found([entry("x", "lamp")], *talk, scan_depth=10**30) == ["x"]
-    assert found([entry("@@scan_depth 9\nx", "lamp")], *talk, scan_depth=1) == ["x"]
     assert found([entry("x", "lamp")], "lamp", scan_depth=0) == []
 
 
@@ -523,21 +522,6 @@ def test_order_and_budget():
     assert sorted(found(odd, "k")) == ["a", "b", "c"]
 
 
-def test_recursive_scanning():
-    """Entries call each other up only where the book says so; a hidden key counts, a comment does not; loops
-    end, and each entry comes once."""
-    entries = [entry("The oil is old.", "lamp"), entry("Whales. lamp oil {{hidden_key:harpoon}}", "oil")]
-    entries += [entry("Sharp.{{comment: rope}}", "harpoon"), entry("Long.", "rope"), entry("Never.", "fog")]
-    assert found(entries, "lamp") == ["The oil is old."]
-    texts = found(entries, "lamp", recursive_scanning=True)
-    assert texts == ["The oil is old.", "Whales. lamp oil", "Sharp."]
-    assert found(
-        [entry("x", "oil", selective=True, secondary_keys=["mast"]), entry("oil", "lamp")],
-        "lamp mast",
-        recursive_scanning=True,
-    ) == ["x", "oil"]
-
-
 def test_decorators():
     """Those lines are taken out, whether known or not; a fallback counts where the one above it does not."""
     content = (
@@ -545,7 +529,7 @@ def test_decorators():
     )
     content += "\nText\n@@depth 7"
     assert decorators(content) == ({"depth": 5, "position": "scenario"}, "Text\n@@depth 7")
-    assert decorators("@@depth 2\n@@@scan_depth 5\n@@@depth 4\nx") == ({"depth": 2}, "x")
+    assert decorators("@@depth 2\n@@@depth 4\nx") == ({"depth": 2}, "x")
     assert decorators("@@depth many\n@@@unknown\n@@@depth 4\nx") == ({"depth": 4}, "x")
     assert decorators("a @@depth 2") == ({}, "a @@depth 2") and decorators("") == ({}, "")
     assert decorators("@@") == ({}, "@@") and decorators("@@activate") == ({"activate": True}, "")
@@ -593,6 +577,7 @@ HANGING = [
     "(?:a*)*b" * 60,
     "a{" + "9" * 6000 + "}",
     "a{999999999999999999999}",
+    "(?R)",
 ]
 
 
@@ -709,7 +694,7 @@ def test_markers_in_fields_stay_text(stage_tokenizer):
             )
         )
         role = CardRole(card, len)
-        system, notes = role.told(["x"])
+        system, notes = role.system_and_notes(["x"])
         messages = perspective(
             [{"character": "Ada", "message": role.greetings[0]}, {"character": "V", "message": "x"}], "Ada"
         )
@@ -771,6 +756,8 @@ def test_meeting_the_character_of_a_card(script, tiny_actor, card_file, monkeypa
         scene.motivations = {}
         scene.profiles["Ada"] = profile.replace("tea.\n\nHow", f"tea.{lore}\n\nHow")
         system = system_prompt(scene, "Ada", prompts.AT_PLAY, concise=True)
+        opening = f"You are Ada from {scene.book}."
+        assert system.startswith(f"{opening}\n\n===About Ada===")
         dialogue.append({"character": "Visitor", "message": line})
         messages = perspective(dialogue, "Ada")
         for message, ids in zip(messages[3::2], spoken, strict=True):
@@ -778,7 +765,10 @@ def test_meeting_the_character_of_a_card(script, tiny_actor, card_file, monkeypa
         if lore:
             messages[-1]["content"] = "===Note===\nIt is late.\n\n" + messages[-1]["content"]
         messages[-1]["content"] += "===Note===\nBrief, Ada!\n\n"
-        chat = [{"role": "system", "content": f"Rules. {system} End."}, *messages]
+        chat = [
+            {"role": "system", "content": f"Rules. {opening} End.{system.removeprefix(opening)}"},
+            *messages,
+        ]
         ids, _ = engine.tokenizer.render(chat, add_generation_prompt=True)
         done = engine.generate([ids + engine.tokenizer.encode("Ada:")], greedy(12))[0]
         dialogue.append({"character": "Ada", "message": done.text.strip()})
@@ -812,6 +802,18 @@ def test_example_dialogue_goes_first_where_the_context_is_full(script, tiny_acto
     assert outputs[0] == outputs[1] and outputs[0][0] == 0 and len(outputs[0][1].splitlines()) == 2
 
 
+def test_a_system_prompt_leaves_the_character_in_place():
+    """As in SillyTavern, it replaces our instruction and not who the character is, with or without ours."""
+    for prompt, opening in (("Be {{char}}.", "Be Ada."), ("{{original}} Now.", "You are Ada from X. Now.")):
+        card = Card("Ada", description="Keeps the lamp.", scenario="A storm.", system_prompt=prompt)
+        card.extensions = {"coser": {"book": "X"}}
+        system, _ = CardRole(card, len).system_and_notes([])
+        card.system_prompt = ""
+        plain_system, _ = CardRole(card, len).system_and_notes([])
+        assert system == opening + plain_system.removeprefix("You are Ada from X.")
+        assert "Keeps the lamp." in system and "A storm." in system and "[square brackets]" in system
+
+
 def test_a_character_called_visitor_cannot_be_visited():
     with pytest.raises(UsageError, match="rename"):
         CardRole(Card(" Visitor\n"), len)
@@ -820,7 +822,7 @@ def test_a_character_called_visitor_cannot_be_visited():
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--chat", "--character", "absent.png"], "no such file"),
+        (["--chat", "--character", "absent.png"], "No such file"),
         (["--chat", "--character", "ada.png", "--scene", "the-last-ferry/1"], "--scene"),
         (["--chat", "--character", "hanne", "--star-actions"], "--star-actions"),
         (["--chat", "--star-actions"], "--star-actions"),
@@ -900,7 +902,7 @@ def test_the_way_there_and_back(script, stage, tmp_path):
         (["--from", "the-last-ferry/1", "--character", "hanne", "--out", "no/such/x.png"], "no/such"),
         (["--from", "the-last-ferry/1", "--character", "hanne", "--out", "x.gif"], ".png or .json"),
         (["a.png", "--scene", "out.json", "--out", "x.png"], "--from"),
-        (["no/such.png", "--scene", "out.json"], "no such file"),
+        (["no/such.png", "--scene", "out.json"], "No such file"),
     ],
 )
 def test_bad_commands(options, word, script):

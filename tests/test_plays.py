@@ -45,6 +45,11 @@ def test_what_is_repeated_within_a_turn_is_said_before_by_oneself():
     assert plays.said_before([("Ann", "Yes."), ("Bob", "No.")]) == (None, None)
 
 
+def test_words_are_letters_and_digits():
+    """Underscores, which mark what is stressed in many texts, belong to no word."""
+    assert plays.words_of("_Never_ say Gru\u00df 12, don't.") == ["never", "say", "gruss", "12", "don", "t"]
+
+
 @pytest.mark.parametrize(
     ("names", "longest"),
     [("", 0), ("A", 1), ("AAA", 1), ("AB", 2), ("ABAB", 4), ("ABCA", 2), ("ABCBCBA", 5), ("ABBABA", 4)],

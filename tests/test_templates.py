@@ -4,7 +4,10 @@ transformers."""
 # ruff: noqa: E501 (templates)
 import itertools
 import json
+import resource
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -15,6 +18,7 @@ from transformers import AutoTokenizer
 
 import llm
 from common.files import UsageError
+from text import sandbox
 from text.export import save_tokenizer
 from text.hf import QWEN2_PATTERN
 from tokenizer import load_tokenizer
@@ -355,6 +359,36 @@ def test_a_template_that_cannot_be_used(folder, template, why):
     assert "\n" not in str(refused.value) and time.process_time() - start < 10
     tok = load_tokenizer(directory, "chatml")
     assert tok.chat_format == "chatml" and tok.stop_ids[0] == tok.specials["<|im_end|>"]
+
+
+def test_a_long_template_is_compiled_once(folder):
+    """16,000 characters of conditions, as templates with tools have them, are far within the limits."""
+    branch = "{% for m in messages %}{{ m.content | trim }}{% if m.role == 'x' %}{{ 'y' + m.role }}{% endif %}{% endfor %}"
+    template = QWEN + "{% if tools %}" + branch * 140 + "{% endif %}"
+    assert 15_000 < len(template) < 20_000 and load_tokenizer(folder(template)).chat_format == "chatml"
+
+
+REQUEST = json.dumps({"source": "Hi", "tokens": {}, "chats": [[[], False]]})
+
+
+def run_sandbox(*command, **options):
+    run = subprocess.run([sys.executable, *command], input=REQUEST, capture_output=True, text=True, **options)
+    return run.stderr or json.loads(run.stdout)
+
+
+def test_limits_that_a_system_lacks_or_has_already():
+    """Windows has no `resource`; macOS refuses to limit memory; a lower limit may be there already."""
+    start = f"import resource, runpy, sys; sys.argv[0] = {sandbox.__file__!r}; "
+    run = "; runpy.run_path(sys.argv[0], run_name='__main__')"
+    assert run_sandbox("-c", start + "sys.modules['resource'] = None" + run) == [["Hi", None]]
+    refuse = "resource.setrlimit = lambda name, limits: open(b'/absent')"
+    assert run_sandbox("-c", start + refuse + run) == [["Hi", None]]
+    lower = (sandbox.MEMORY - 2**20,) * 2
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, lower)
+
+    assert run_sandbox(sandbox.__file__, preexec_fn=limit) == [["Hi", None]]
 
 
 def test_what_a_template_refuses_its_format_refuses(folder):

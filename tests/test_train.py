@@ -29,7 +29,7 @@ from checkpoint import RandomWeights, fill, find_model, load_model, save_model
 from common.files import UsageError
 from data.brackets import CHANNELS
 from data.packing import make_row
-from data.scenes import STAGE
+from data.scenes import STAGE, load_scenes, to_test_scene
 from data.stream import Stream
 from kernels.attention import attention_torch
 from llm.local import BUNDLED_ACTOR
@@ -292,8 +292,19 @@ def test_held_out_loss_by_channel_against_transformers():
     assert line["eval_loss"] == pytest.approx(total / sum(map(len, losses.values())), rel=1e-4)
 
 
-def test_only_a_trained_model_can_be_evaluated():
-    assert "give --model DIR, without --lora" in finish(launch("--evaluate"), 2)
+@pytest.mark.parametrize("args", [[], ["--model", BUNDLED_ACTOR, "--dry-run"]])
+def test_only_a_trained_model_can_be_evaluated(args):
+    assert "give --model DIR, without --lora" in finish(launch("--evaluate", *args), 2)
+
+
+def test_held_out_scenes_are_enough_to_evaluate(tmp_path, stage_tokenizer):
+    """A test file has no training scene. Its rows are those of the same scenes beside training ones."""
+    scenes = [scene for scene in load_scenes(STAGE) if scene.tag != "train"]
+    (tmp_path / "test.json").write_text(json.dumps([to_test_scene(scene) for scene in scenes]))
+    alone = Stream([tmp_path / "test.json"], stage_tokenizer, 2048, cache=tmp_path, training=False).held_out()
+    beside = Stream([STAGE], stage_tokenizer, 2048, cache=tmp_path).held_out()
+    assert len(alone) == len(beside) > 1
+    assert all(torch.equal(row["tokens"], other["tokens"]) for row, other in zip(alone, beside, strict=True))
 
 
 def same_run(whole, other, rel=0.0):

@@ -3,12 +3,13 @@
     {"source": ..., "tokens": {...}, "chats": [[messages, generate], ...]} | python text/sandbox.py
 
 A checkpoint's template is a program that nobody has read, so text/template.py has it run in this process of
-its own, which the system ends when it takes too much time or memory.
+its own, which the system ends when it takes too much time or memory. Where a system has no such limit (macOS
+has none on memory), the one on time remains, or that of text/template.py.
 """
 
+import contextlib
 import datetime
 import json
-import resource
 import sys
 
 import jinja2
@@ -42,26 +43,43 @@ def tojson(value, indent=None, **_):
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
+def reason(error):
+    """Why there is no text, in one line. Templates raise anything; too little memory ends the process."""
+    if isinstance(error, MemoryError):
+        raise error
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def render_all(source, tokens, chats):
     """[(text, None), or (None, why it has none)] of each (messages, whether to prompt for an answer)."""
     extensions = ["jinja2.ext.loopcontrols", GenerationTag]
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     sandbox.filters["tojson"] = tojson
     sandbox.globals |= {"raise_exception": fail, "strftime_now": strftime_now}
+    try:
+        template = sandbox.from_string(source)
+    except Exception as error:
+        return [(None, reason(error)) for _ in chats]
     rendered = []
     for messages, generate in chats:
         variables = {"messages": messages, "add_generation_prompt": generate, "tools": None}
         try:
-            text = sandbox.from_string(source).render({**tokens, **variables, "documents": None})
+            text = template.render({**tokens, **variables, "documents": None})
             rendered.append((text, None) if len(text) <= LONGEST else (None, "the text is too long"))
-        except MemoryError:
-            raise
-        except Exception as error:  # a template can raise anything
-            rendered.append((None, " ".join(str(error).split())[:200] or type(error).__name__))
+        except Exception as error:
+            rendered.append((None, reason(error)))
     return rendered
 
 
+def limit(name, value):
+    """Sets a limit of this process, as far as the system has it; a lower one stays."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        resource.setrlimit(getattr(resource, name), (value, value))
+
+
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    limit("RLIMIT_CPU", CPU_SECONDS)
+    limit("RLIMIT_AS", MEMORY)
     print(json.dumps(render_all(**json.load(sys.stdin))))

@@ -9,7 +9,6 @@ import binascii
 import hashlib
 import io
 import json
-import math
 import zipfile
 import zlib
 from dataclasses import dataclass, field, fields
@@ -84,9 +83,7 @@ def _read_bytes(path):
     try:
         with open(path, "rb") as file:
             return file.read(LONGEST_FILE + 1)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # a directory, no permission; a null byte in the path
+    except (OSError, ValueError) as error:  # also a null byte in the path
         raise UsageError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
@@ -95,21 +92,20 @@ def _json_of_png(data, where):
     while kind != b"IEND":
         length, kind = int.from_bytes(data[position : position + 4]), data[position + 4 : position + 8]
         end = position + 12 + length
-        if end > len(data):
-            raise UsageError(f"{where}: a PNG that is cut off; download it again")
-        if zlib.crc32(data[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end]):
-            raise UsageError(f"{where}: a PNG with a damaged chunk; download it again")
-        if kind in (b"tEXt", b"zTXt", b"iTXt"):
-            keyword, _, content = data[position + 8 : end - 4].partition(b"\0")
-            if (keyword := keyword.decode("latin-1").lower()) in KEYWORDS:
-                texts.setdefault(keyword, (kind, content))
+        checksum = int.from_bytes(data[end - 4 : end])
+        if end > len(data) or zlib.crc32(data[position + 4 : end - 4]) != checksum:
+            raise UsageError(f"{where}: a PNG that is cut off or damaged; download it again")
+        keyword, _, content = data[position + 8 : end - 4].partition(b"\0")
+        if kind in (b"tEXt", b"iTXt"):
+            texts.setdefault(keyword.decode("latin-1").lower(), (kind, content))
         position = end
     found = [texts[keyword] for keyword in KEYWORDS if keyword in texts]
     if not found:
         raise UsageError(f"{where}: a PNG without a card in it (no text chunk `ccv3` or `chara`)")
-    text = _chunk_text(*found[0], where)
-    if text.lstrip().startswith(b"{"):  # not in the specification, but iTXt can hold JSON as it is
-        return text
+    kind, text = found[0]
+    if kind == b"iTXt":
+        compressed, text = text[:1] == b"\1", text[2:].split(b"\0", 2)[-1]
+        text = _unpack(text, where) if compressed else text
     try:
         text = b"".join(text.split()).rstrip(b"=")  # old cards: line ends, or no padding
         return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
@@ -117,15 +113,7 @@ def _json_of_png(data, where):
         raise UsageError(f"{where}: the card in this PNG is not base64 text") from None
 
 
-def _chunk_text(kind, content, where):
-    """The text of a chunk's content after its keyword, as bytes."""
-    compressed = kind == b"zTXt"
-    if kind == b"iTXt":
-        compressed, content = content[:1] == b"\1", content[2:].split(b"\0", 2)[-1]
-    elif compressed:
-        content = content[1:]
-    if not compressed:
-        return content
+def _unpack(content, where):
     try:
         unpacker = zlib.decompressobj()
         text = unpacker.decompress(content, 2 * LONGEST_JSON)
@@ -156,13 +144,10 @@ def _parse(data, where):
     if len(data) > LONGEST_JSON:
         raise UsageError(f"{where}: more than {LONGEST_JSON >> 20} MiB of JSON, too much for a card")
     try:
-        value = json.loads(data.decode("utf-8-sig"), parse_float=_finite, parse_constant=_finite)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{where}: neither PNG, CHARX nor UTF-8 JSON (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where}: not JSON (line {error.lineno}: {error.msg})") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number beyond all bounds
-        raise UsageError(f"{where}: JSON that cannot be read ({error})") from None
+        value = json.loads(data.decode("utf-8-sig"))
+        json.dumps(value, allow_nan=False)
+    except (RecursionError, ValueError) as error:
+        raise UsageError(f"{where}: neither PNG, CHARX nor proper JSON ({error})") from None
     level = [value]
     for _ in range(DEEPEST):
         inner = [item for item in level if isinstance(item, dict | list)]
@@ -174,19 +159,12 @@ def _parse(data, where):
     return mend_surrogates(value, where, Report())
 
 
-def _finite(text):
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not a finite number")
-    return number
-
-
 def _card_of(value, where):
     """The Card of a JSON object. V1 fields that exports keep beside `data` may be older, and do not count."""
     data = value["data"] if isinstance(value.get("data"), dict) else value
     if isinstance(data.get("entries"), list | dict) and "first_mes" not in data:
         raise UsageError(f"{where}: a lorebook by itself; a card holds one as `character_book`")
-    keys = {name: "character_book" if name == "book" else name for name in vars(Card("")) if name != "other"}
+    keys = {f.name: f.name for f in fields(Card) if f.name != "other"} | {"book": "character_book"}
     card = Card("", other={key: content for key, content in data.items() if key not in keys.values()})
     for name, key in keys.items():
         content = data.get(key)
@@ -194,10 +172,9 @@ def _card_of(value, where):
             content = [item for item in content if isinstance(item, str)]
         if isinstance(content, type(getattr(card, name))):
             setattr(card, name, content)
-        else:
-            content = ""
-        if any(len(text) > LONGEST for text in ([content] if isinstance(content, str) else content)):
-            raise UsageError(f"{where}: `{key}` has more than {LONGEST:,} characters")
+            texts = content if isinstance(content, list) else [content] if isinstance(content, str) else []
+            if any(len(text) > LONGEST for text in texts):
+                raise UsageError(f"{where}: `{key}` has more than {LONGEST:,} characters")
     if not (card.name.strip() or card.nickname.strip()):
         raise UsageError(f"{where}: no character card (it has no `name`)")
     return card
