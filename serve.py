@@ -14,7 +14,7 @@ from common import terminal
 from common.files import UsageError
 from engine.cpu import DTYPES
 from llm import default_actor, open_model
-from serving.worker import Worker
+from serving.worker import Served, Worker
 from text.chat import CHAT_FORMATS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -32,7 +32,7 @@ def parse_args():
     add("--api-key", metavar="K", default=key, help="(default: $COSER_API_KEY, or none)")
     add("--origin", nargs="+", action="extend", default=[], help="origins whose pages may send requests")
     add("--max-concurrency", type=int, default=256, metavar="N", help="replies at once; more get 503 (256)")
-    add("--judge", metavar="M", help="judges plays on the page: a checkpoint directory or openai:MODEL")
+    add("--judge", metavar="M", help="judges plays on the page: a served name, a checkpoint or openai:MODEL")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
     add("--dtype", choices=DTYPES, help="default: as fits processor and memory; int8 is fast on a CPU")
     add("--log-prompts", action="store_true", help="print the body of every request")
@@ -61,6 +61,14 @@ def open_models(args):
     return models
 
 
+def judge_of(spec, worker):
+    """The judge of --judge: a model that is served already is not loaded again."""
+    for name, model in worker.models.items():
+        if spec == name or os.path.realpath(spec) == os.path.realpath(model.name):
+            return Served(worker, name)
+    return open_model(spec)
+
+
 def main():
     args = parse_args()
     try:
@@ -75,7 +83,7 @@ def main():
         models = open_models(args)
         worker = Worker(models, args.max_concurrency)
         hosts = {} if args.host in LOOPBACK else {"hosts": None}
-        stage = routes(open_model(args.judge) if args.judge else None)
+        stage = routes(judge_of(args.judge, worker) if args.judge else None)
         app = build_app(worker, args.api_key, args.origin, args.log_prompts, routes=stage, **hosts)
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{listener.getsockname()[1]}"

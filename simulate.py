@@ -137,7 +137,7 @@ def main():
     if args.next_speaker_eval:
         return evaluate(args, protocol)
     scenes = find_scenes(args.scene, args.limit)
-    session = person(scenes, protocol, args.play) if args.play else None
+    session = person(scenes, protocol, args.play) if args.play is not None else None
     out = Path(args.out) if args.out else default_directory(args.scene, vars(args))
     retrieval = None
     if args.retrieve:

@@ -87,11 +87,14 @@ class NobodySpoke(SceneFailed):
 class Performance:
     """One scene being played: its transcript so far, who speaks, and how the turn came to the speaker.
 
-    messages: those of an earlier performance, from which this one goes on.
+    messages: those of an earlier performance, from which this one goes on. seed: of all that follows them,
+    where that is not the protocol's; each new message records it.
     """
 
-    def __init__(self, scene, protocol, retrieval=None, messages=()):
+    def __init__(self, scene, protocol, retrieval=None, messages=(), seed=None):
         self.protocol, self.retrieval = protocol, retrieval
+        self.seed = protocol.seed if seed is None else seed
+        self.seed_recorded = {} if self.seed == protocol.seed else {"seed": self.seed}
         self.scene = scene if protocol.motivations else replace(scene, motivations={})
         self.cast = list(dict.fromkeys([*scene.speaking_characters, ENVIRONMENT]))
         self.originals = scene.dialogues[: protocol.continue_from]
@@ -134,7 +137,8 @@ class Performance:
         It yields a Call, to be sent the Reply, and each spoken message as a dict. messages: `{role, content}`
         in order, next-speaker decisions included as role NSP; a decision has the model's `answer` where it
         named nobody who could be next, and `probabilities` where it chose; both kinds have the model's
-        `reasoning`, if any, which no chat holds, a turn the passages `retrieved` for it. stats count turns:
+        `reasoning`, if any, which no chat holds, and the `seed` if it is not the protocol's; a turn has the
+        passages `retrieved` for it. stats count turns:
         `empty`, `fallbacks` (next speakers drawn at random), `original`; with retrieval also the prompt
         tokens that were `retrieved`, estimated by their share of the prompts' characters.
         """
@@ -193,7 +197,8 @@ class Performance:
 
     def say(self, content, reply, passages=()):
         """The message of the current speaker, which all agents read from now on."""
-        self.messages.append({"role": self.speaker, "content": content, **recorded(reply)})
+        message = {"role": self.speaker, "content": content, **recorded(reply), **self.seed_recorded}
+        self.messages.append(message)
         if passages:
             self.messages[-1]["retrieved"] = passages
         if content:
@@ -211,7 +216,7 @@ class Performance:
             return True
         reply = yield from self.next_speaker_reply(index)
         name = self.protocol.named(reply.text, self.cast)
-        message = {"role": NEXT_SPEAKER, "content": name, **recorded(reply)}
+        message = {"role": NEXT_SPEAKER, "content": name, **recorded(reply), **self.seed_recorded}
         if name == END_CHAT and index >= self.protocol.end_from_round:
             self.messages.append(message)
             return False
@@ -258,14 +263,14 @@ class Performance:
             excluded.add(self.dialogue[-1]["character"])  # differs if the current speaker said nothing
         majors = [name for name in [*self.scene.major_characters, ENVIRONMENT] if name not in excluded]
         candidates = majors or [name for name in self.cast if name not in excluded]
-        rng = random.Random(f"{self.protocol.seed}|{self.scene.key}|{index}")
+        rng = random.Random(f"{self.seed}|{self.scene.key}|{index}")
         return rng.choice(candidates) if candidates else None
 
     # ---- asking
 
     def ask(self, role, chat, params, occasion):
         """The Reply of the model in a role, with a seed of this occasion's own."""
-        digest = hashlib.sha256(f"{self.protocol.seed}|{self.scene.key}|{occasion}|{role}".encode()).digest()
+        digest = hashlib.sha256(f"{self.seed}|{self.scene.key}|{occasion}|{role}".encode()).digest()
         params = replace(params, seed=int.from_bytes(digest[:4], "big"))
         is_actor = role != "next_speaker"
         agent, opening = (self.speaker, f"{self.speaker}:") if is_actor else (NEXT_SPEAKER, "")

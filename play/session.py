@@ -4,6 +4,7 @@ Nothing else is kept between two steps, so to retry a line, to edit one, to undo
 thing: to go on from other messages.
 """
 
+import re
 import sys
 from collections import Counter
 from concurrent.futures import wait
@@ -24,6 +25,7 @@ COMMANDS = "an empty line says nothing; /retry: the others again; /edit TEXT: yo
 @dataclass(frozen=True)
 class Session:
     """A play that can go on. messages: as in a transcript. human: the character a person plays, or None.
+    seed: of what follows; None is the protocol's. After a retry it is another, which each message records.
 
     `human` may be a form of the name. UsageError for names that are not in the scene.
     """
@@ -32,6 +34,7 @@ class Session:
     protocol: Protocol
     messages: tuple | list = ()
     human: str | None = None
+    seed: int | None = None
 
     def __post_init__(self):
         cast = list(dict.fromkeys([*self.scene.speaking_characters, ENVIRONMENT]))
@@ -45,7 +48,7 @@ class Session:
 
     def performance(self):
         """A Performance that goes on from the messages."""
-        return Performance(self.scene, self.protocol, messages=self.messages)
+        return Performance(self.scene, self.protocol, messages=self.messages, seed=self.seed)
 
     def is_asked(self, step):
         """Whether a step of the Performance is a Call for the person's line; answer with `line`."""
@@ -54,8 +57,8 @@ class Session:
     def retried(self):
         """The play right after the person's last line, with another seed for what follows."""
         ends = [i for i, message in enumerate(self.messages, 1) if message.get("human")]
-        protocol = replace(self.protocol, seed=self.protocol.seed + 1)
-        return replace(self, protocol=protocol, messages=self.messages[: max(ends, default=0)])
+        seed = (self.protocol.seed if self.seed is None else self.seed) + 1
+        return replace(self, seed=seed, messages=self.messages[: max(ends, default=0)])
 
     def edited(self, text):
         """The play right after the person's last line, which becomes this text (empty: right before it)."""
@@ -108,8 +111,12 @@ def go_on(session, performance, tokens, models, stage, lines):
             command, _, rest = text.partition(" ")
             played = replace(session, messages=list(performance.messages))
             try:
-                if command in ("/retry", "/edit"):
-                    return played.retried() if command == "/retry" else played.edited(rest.strip())
+                if command == "/retry":
+                    return played.retried()
+                if command == "/edit":
+                    return played.edited(rest.strip())
+                if re.fullmatch("/[a-z]+", command):  # a slip: nobody is to hear it as a line
+                    raise UsageError(f"{command}: not a command ({COMMANDS})")
             except UsageError as problem:
                 terminal.note(str(problem))
                 return played

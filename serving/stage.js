@@ -1,18 +1,20 @@
 "use strict";
-// The page holds the play: its scene, its messages, its settings. The server is sent all of it and streams what follows.
+// The page holds the play: its scene, its messages, its settings. The server is sent all of it and streams what
+// follows, so to retry, to edit and to branch are all the same: a new version of the play, with other messages.
 // Text of scenes, models and files is only ever set as textContent.
 
 const $ = (id) => document.getElementById(id);
 const DECISION = "NSP", WORLD = "Environment", END = "<END CHAT>", COLOURS = 6;
 const offered = [];  // plays to choose from: {scene, messages, settings}
-let versions = [];   // of one play: {scene, messages, settings, human, options, stats, asked, over}
+let versions = [];   // of one play: {scene, messages, settings, human, options, seed, stats, asked, over}
 let stream = null;   // the AbortController of the request in progress
-let edited = null;   // the index of the message that is being changed
+let edited = null;   // {index, from} of the message that is being changed, and the button that said so
 
 const now = () => versions[$("version").value];
 const tell = (text) => { $("status").textContent = text; };
 const chosen = () => offered[$("scene").value];
 const turns = (messages) => messages.filter((message) => message.role === DECISION).length;
+const isOver = (message) => message?.role === DECISION && message.content === END;
 
 function make(tag, className = "", text = "") {
   return Object.assign(document.createElement(tag), { className, textContent: text });
@@ -51,7 +53,7 @@ function addLine(message, index) {
   if (message.role === DECISION) return;
   const item = make("li"), line = make("p"), tools = make("details", "tools"), summary = make("summary", "", "\u22ef");
   const before = now().messages.slice(0, index);
-  const acts = { Retry: () => branch(before), Edit: () => edit(index), "Go on from here": () => branch([...before, message]) };
+  const acts = { Retry: () => branch(before), Edit: () => edit(index, summary), "Go on from here": () => branch([...before, message]) };
   fill(line, message.role, message.content);
   summary.setAttribute("aria-label", `Change this line of ${message.role}`);
   const menu = make("div", "menu");
@@ -77,7 +79,7 @@ function show() {
 }
 
 function update() {
-  const play = now(), asked = !stream && play.asked, changed = play.messages[edited];
+  const play = now(), asked = !stream && play.asked, changed = play.messages[edited?.index];
   $("go").textContent = stream ? "Stop" : "Go on";
   $("go").hidden = !stream && Boolean(play.over || asked || changed);
   $("curtain").hidden = !play.over;
@@ -93,34 +95,34 @@ function update() {
 
 function start(play) { // one more version of the play; the others are kept
   stop();
-  versions.push({ ...play, asked: null, over: play.messages.at(-1)?.content === END, stats: {} });
+  versions.push({ ...play, asked: null, over: isOver(play.messages.at(-1)), stats: {} });
   $("version").replaceChildren(...versions.map((_, i) => new Option(`${i + 1} of ${versions.length}`, i)));
   $("version").value = versions.length - 1;
   show();
 }
 
 function begin() {
-  const { scene, messages, settings } = chosen(), human = $("human").value || null;
-  const options = { model: $("model").value, temperature: Number($("temperature").value), seed: settings.seed ?? 0 };
+  const { scene, messages, settings } = chosen(), human = $("human").value || null, seed = settings.seed ?? 0;
+  const options = { model: $("model").value, temperature: Number($("temperature").value), seed };
   versions = [];
-  $("setup").hidden = true;
+  $("choose").hidden = true;
   $("play").hidden = $("controls").hidden = false;
   $("thoughts").checked = human === null;
   $("thoughts").dispatchEvent(new Event("change"));
-  start({ scene, messages, settings, human, options });
+  start({ scene, messages, settings, human, options, seed: Math.max(seed, ...messages.map((message) => message.seed ?? 0)) });
   $("title").focus();
   if (messages.length) tell("The play so far; go on whenever you like."); else goOn();
 }
 
 function branch(messages) {
-  const play = now(), { options } = play;
-  start({ ...play, messages, options: { ...options, seed: options.seed + 1 } });
+  start({ ...now(), messages, seed: versions.at(-1).seed + 1 }); // one that no version has had
   goOn();
+  $("go").focus();
 }
 
-function edit(index) {
+function edit(index, from) {
   stop();
-  edited = index;
+  edited = { index, from };
   tell("");
   update();
   $("line").value = now().messages[index].content;
@@ -133,31 +135,41 @@ function stop() {
 }
 
 async function goOn(line = null) {
-  const play = now(), control = stream = new AbortController(), { scene, messages, human } = play;
+  const play = now(), control = stream = new AbortController(), { scene, messages, human, seed } = play;
   const settings = { ...play.options, max_rounds: turns(messages) + Number($("rounds").value) };
   play.asked = null;
+  $("verdict").hidden = true;
   $("speaking").replaceChildren();
   tell("");
   update();
   try {
-    const reply = await post("stage/next", { scene, messages, human, settings, line }, control.signal);
+    const reply = await post("stage/next", { scene, messages, human, settings, seed, line }, control.signal);
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
     for (let text = "", part; !(part = await reader.read()).done;) {
       const events = (text + part.value).split("\n\n");
       text = events.pop();
-      for (const event of events) if (stream === control) follow(play, JSON.parse(event.slice("data: ".length)));
+      for (const event of events) {
+        if (stream === control) stayAtEnd(() => follow(play, JSON.parse(event.slice("data: ".length))));
+      }
     }
   } catch (error) {
     if (error.name !== "AbortError") tell(error.message);
   }
   if (stream !== control) return;
   stream = null;
+  const lost = document.activeElement === $("go");
   update();
   if (play.asked) $("line").focus();
+  else if (lost && $("go").hidden) $("judge").focus();
+}
+
+function stayAtEnd(change) { // changes the page; whoever was at its end still is
+  const page = document.documentElement, atEnd = page.scrollHeight - page.clientHeight - page.scrollTop < 100;
+  change();
+  if (atEnd) page.scrollTop = page.scrollHeight;
 }
 
 function follow(play, event) { // one event of the server's stream
-  const page = document.documentElement, atEnd = page.scrollHeight - page.clientHeight - page.scrollTop < 100;
   if (event.settings) play.settings = event.settings;
   if (event.text) fill($("speaking"), event.name, event.text);
   if (event.message) {
@@ -166,11 +178,10 @@ function follow(play, event) { // one event of the server's stream
     $("speaking").replaceChildren();
     if (event.message.role !== DECISION) $("spoken").textContent = $("script").lastChild.firstChild.innerText;
   }
-  if (atEnd) page.scrollTop = page.scrollHeight;
   if (!event.stats) return;
   for (const [name, count] of Object.entries(event.stats)) play.stats[name] = (play.stats[name] ?? 0) + count;
   play.asked = event.asked;
-  const paused = turns(play.messages) + 1 >= play.settings.max_rounds && play.messages.at(-1).content !== END;
+  const paused = turns(play.messages) + 1 >= play.settings.max_rounds && !isOver(play.messages.at(-1));
   play.over = !event.error && !event.asked && !paused;
   if (event.error) tell(event.error);
   else if (paused && !event.asked) tell(`A pause after ${turns(play.messages) + 1} turns.`);
@@ -179,7 +190,7 @@ function follow(play, event) { // one event of the server's stream
 // ---- what can be played
 
 function offer(plays, heading = "") {
-  const groups = {}, first = offered.length;
+  const groups = Object.create(null), first = offered.length; // a book may be called "constructor"
   for (const play of plays) {
     const { book, topic, scenario } = play.scene;
     groups[book] ??= Object.assign(make("optgroup"), { label: heading + book });
@@ -192,12 +203,12 @@ function offer(plays, heading = "") {
 }
 
 function choose() {
-  const { scene, settings } = chosen(), cast = scene.speaking_characters;
+  const { scene, settings } = chosen(), cast = scene.speaking_characters, profiles = new Map(Object.entries(scene.profiles));
   $("programme-title").textContent = scene.book;
   $("programme-scenario").textContent = scene.scenario;
   $("programme-cast").replaceChildren(...cast.filter((name) => name !== WORLD).map((name) => {
     const about = make("details");
-    about.append(make("summary", "name", name), make("p", "", scene.profiles[name] ?? ""));
+    about.append(make("summary", "name", name), make("p", "", profiles.get(name) ?? ""));
     return about;
   }));
   $("human").replaceChildren(new Option("Nobody, I watch", ""), ...cast.map((name) => new Option(name)));
@@ -241,16 +252,18 @@ function encoded(file) {
 }
 
 async function open(list) {
+  if (!list.length) return;
   try {
     const files = await Promise.all([...list].map(encoded)), names = files.map((file) => file.name).join(", ");
     const { plays } = await (await post("stage/open", { files })).json();
-    if ($("setup").hidden) leave();
+    if ($("choose").hidden) leave();
     offer(plays, `${names}: `);
     tell(`Opened ${names}.`);
     $("programme-title").focus();
   } catch (error) {
     tell(error.message);
   }
+  $("file").value = ""; // so that the same file can be chosen again
 }
 
 // ---- at the end
@@ -262,11 +275,12 @@ function row(name, value) {
 }
 
 async function judge() {
-  const { scene, messages, settings } = now(), number = (value, factor = 1) => value === null ? "none" : (factor * value).toFixed(1);
+  const play = now(), { scene, messages, settings } = play, number = (value, factor = 1) => value === null ? "none" : (factor * value).toFixed(1);
   tell("Judging ...");
   $("judge").disabled = true;
   try {
     const found = await (await post("stage/judge", { scene, messages, settings })).json(), verdicts = Object.entries(found.dimensions);
+    if (stream || play !== now() || play.messages !== messages || $("play").hidden) return; // it has gone on
     const rows = Object.entries(found.metrics).map(([name, value]) => row(name, number(value, 100)));
     rows.push(...verdicts.map(([name, verdict]) => row(name, number(verdict.score))));
     if (found.judge) rows.push(row(`Score by ${found.judge}`, number(found.score)));
@@ -292,10 +306,11 @@ function save() { // a line of transcripts.jsonl
   tell("Saved as transcripts.jsonl.");
 }
 
-function leave() {
+function leave() { // the play stays among those to choose from
   stop();
+  if (now().messages.length) offer([now()], "Left: ");
   $("play").hidden = $("controls").hidden = $("say").hidden = true;
-  $("setup").hidden = false;
+  $("choose").hidden = false;
   tell("");
   $("scene").focus();
 }
@@ -312,33 +327,55 @@ function on(id, kind, act) {
 on("scene", "change", choose);
 on("file", "change", () => open($("file").files));
 on("own-add", "click", () => addCharacter().focus());
-on("own-use", "click", useOwn);
+on("own-form", "submit", useOwn);
 on("setup", "submit", begin);
+$("setup").addEventListener("invalid", (event) => { event.target.closest("details").open = true; }, true);
 on("say", "submit", () => {
   const text = $("line").value.trim(), { messages } = now();
   $("line").value = "";
-  if (edited === null) goOn(text);
-  else branch([...messages.slice(0, edited), { role: messages[edited].role, content: text || messages[edited].content, human: true }]);
+  if (!edited) {
+    goOn(text);
+    return $("go").focus();
+  }
+  const { role, content } = messages[edited.index];
+  branch([...messages.slice(0, edited.index), { role, content: text || content, human: true }]);
 });
 on("line", "keydown", (event) => {
-  if (event.key === "Escape" && edited !== null) $("cancel").click();
+  if (event.key === "Escape" && edited) $("cancel").click();
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   $("say").requestSubmit();
 });
-on("cancel", "click", () => { edited = null; $("line").value = ""; update(); });
+on("cancel", "click", () => {
+  edited.from.focus();
+  edited = null;
+  $("line").value = "";
+  update();
+});
 on("go", "click", () => { if (!stream) return goOn(); stop(); update(); tell("Stopped."); });
 on("version", "change", () => { stop(); show(); });
 on("thoughts", "change", () => document.body.classList.toggle("no-thoughts", !$("thoughts").checked));
 on("judge", "click", judge);
 on("save", "click", save);
 on("leave", "click", leave);
-document.addEventListener("dragover", (event) => event.preventDefault());
-document.addEventListener("drop", (event) => { event.preventDefault(); open(event.dataTransfer.files); });
+document.addEventListener("keydown", (event) => {
+  const tools = document.querySelector(".tools[open]");
+  if (event.key !== "Escape" || !tools) return;
+  tools.open = false;
+  tools.firstChild.focus();
+});
+for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => {
+  if (!event.dataTransfer.types.includes("Files")) return; // text is dropped into a field as ever
+  event.preventDefault();
+  if (kind === "drop") open(event.dataTransfer.files);
+});
+new ResizeObserver(() => stayAtEnd(() => {
+  document.documentElement.style.setProperty("--bar", `${$("bar").offsetHeight}px`);
+})).observe($("bar"));
 
 addCharacter();
 addCharacter();
 fetch("stage/scenes").then((reply) => reply.json()).then(({ plays, models }) => {
   $("model").replaceChildren(...models.map((name) => new Option(name)));
   offer(plays);
-});
+}).catch((error) => tell(error.message));

@@ -31,6 +31,7 @@ from play.replies import played_so_far
 from play.session import Session, line
 from play.transcripts import TRANSCRIPT_KEYS, settings_of
 from serving.app import read_json, reply
+from serving.requests import Refused
 from serving.worker import Busy
 
 PAGE = {"/": ("stage.html", "text/html"), "/stage.css": ("stage.css", "text/css")}
@@ -41,8 +42,9 @@ HEADERS = {"Content-Security-Policy": POLICY, "X-Content-Type-Options": "nosniff
 HEADERS |= {"Referrer-Policy": "no-referrer", "Cache-Control": "no-store"}
 PLAY = {"scene": SCENE, "messages": MESSAGES, "settings": dict}
 SETTINGS = {"model": str, "temperature": int | float, "seed": int, "max_rounds": int}
-NEXT = PLAY | {"settings": SETTINGS, "human?": str | None, "line?": str | None}
+NEXT = PLAY | {"settings": SETTINGS, "seed?": int, "human?": str | None, "line?": str | None}
 FILES = [{"name": str, "data": str}]  # data: base64
+ROLES = ("actor", "environment", "next_speaker")
 LARGEST = 2**25  # bytes of a request that opens files
 MOST_SCENES, MOST_ROUNDS = 500, 1000  # of a file that is opened, and of a play
 VISITOR = "Visitor"  # who meets the character of a single card
@@ -70,7 +72,7 @@ async def read_play(request, shape):
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from None
     if not all(name.strip() and name != NEXT_SPEAKER for name in scene.speaking_characters):
-        raise UsageError("every character needs a name")
+        raise UsageError(f"every character needs a name, which may not be {NEXT_SPEAKER}")
     return value, scene
 
 
@@ -152,9 +154,10 @@ async def next_turns(request):
     if model is None or not 0 <= given["temperature"] <= 2 or given["max_rounds"] > MOST_ROUNDS:
         raise UsageError(f"choose a served model, a temperature of 0 to 2, at most {MOST_ROUNDS} rounds")
     protocol = Protocol(**{key: given[key] for key in SETTINGS if key != "model"})
-    session = Session(scene, protocol, value["messages"], value.get("human"))
-    models = dict.fromkeys(("actor", "environment", "next_speaker"), model)
+    session = Session(scene, protocol, value["messages"], value.get("human"), value.get("seed"))
+    models = dict.fromkeys(ROLES, model)
     settings = settings_of(models, [scene], "paper", protocol) | {"human": session.human}
+    settings |= dict.fromkeys(ROLES, name)  # the model's own name may be a path of this machine
     found = events(worker, name, session, settings, value.get("line"))
     stream = (f"data: {json.dumps(event)}\n\n" async for event in found)
     return StreamingResponse(stream, 200, HEADERS, "text/event-stream")
@@ -186,10 +189,12 @@ async def events(worker, model, session, settings, said):
                     job.cancel()
                 answer = job.result()
                 tokens.add(step, answer, 1)
-    except (SceneFailed, UsageError) as failure:
-        step, error = None, str(failure)
     except Busy:
         step, error = None, "the server is busy; go on in a moment"
+    except (SceneFailed, UsageError) as failure:
+        step, error = None, str(failure).removeprefix(f"{worker.models[model].name}: ")  # may be a path
+    except Exception as failure:  # of the model, or a scene that only looks like one
+        step, error = None, f"the server failed ({type(failure).__name__})"
     asked = step.agent if step else None
     yield {"asked": asked, "error": error, "stats": {**tokens.stats(), **performance.stats}}
 
@@ -205,6 +210,7 @@ def advance(coroutine, answer):
 async def growing(job, call, cast):
     """Yields what will surely be played of a turn, each time that it has grown, until the job has ended."""
     ended, shown = asyncio.wrap_future(job), ""
+    ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # it is read from the job
     while not job.done():
         await asyncio.wait([ended], timeout=WAIT)
         text = played_so_far(job.text, call.agent, cast) if call.role != "next_speaker" else ""
@@ -220,7 +226,11 @@ async def judge_play(model, lock, request):
     """Metrics of a play that has an original, and the verdict of the judge, if there is one."""
     value, scene = await read_play(request, PLAY)
     async with lock:  # one at a time
-        found = await asyncio.to_thread(verdict, model, (scene, value["messages"], value["settings"]))
+        try:
+            found = await asyncio.to_thread(verdict, model, (scene, value["messages"], value["settings"]))
+        except Busy:
+            later = {"Retry-After": "2"}
+            raise Refused(503, "the server is busy; judge in a moment", headers=later) from None
     metrics = {label: found[key] for label, key in METRICS.items()} if scene.dialogues else {}
     return reply({name: found[name] for name in ("judge", "score", "dimensions")} | {"metrics": metrics})
 

@@ -121,6 +121,24 @@ class Worker:
                         on_text(job)
 
 
+class Served:
+    """A served model that may be asked from any thread, as by the judge of plays. Busy as Worker.submit."""
+
+    def __init__(self, worker, name):
+        self.worker, self.name, self.local = worker, name, worker.models[name].local
+
+    def chat(self, conversations, params, on_reply=lambda: None):
+        """The Replies to conversations, as of Model.chat."""
+        jobs = []
+        try:
+            for pair in zip(conversations, params, strict=True):
+                jobs.append(self.worker.submit(self.name, *pair))
+            return [job.result() for job in jobs]
+        finally:
+            for job in jobs:
+                job.cancel()
+
+
 def settle(job, outcome):
     """Ends a job with a result or an error, unless it was cancelled meanwhile."""
     if job.set_running_or_notify_cancel():

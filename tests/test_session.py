@@ -120,11 +120,25 @@ def test_retry_and_edit():
     spoken = [{"role": "Ada", "content": "Hello.", "human": True}, {"role": NEXT_SPEAKER, "content": "Ben"}]
     session = Session(make_scene(), Protocol(), [*spoken, {"role": "Ben", "content": "Go."}], "Ada")
     again = session.retried()
-    assert again.messages == spoken[:1] and again.protocol.seed == 1
+    assert again.messages == spoken[:1] and again.seed == 1 and again.retried().seed == 2
     assert session.edited("Bye.").messages == [{**spoken[0], "content": "Bye."}]
     assert session.edited("").messages == [] and len(session.messages) == 3
     with pytest.raises(UsageError, match="no line of yours"):
         Session(make_scene(), Protocol(), human="Ada").edited("Bye.")
+
+
+def test_retried_messages_can_be_played_again():
+    """Each message of a play with retries is what its own recorded seed, else the protocol's, makes of the
+    messages before it."""
+    protocol, scene = Protocol(max_rounds=7, seed=5, temperature=0.7), make_scene()
+    first, _ = play(Performance(scene, protocol))
+    messages, _ = play(Session(scene, protocol, first[:3], seed=8).performance())
+    assert [m.get("seed") for m in messages] == [None] * 3 + [8] * (len(messages) - 3) and len(messages) > 4
+    for i, message in enumerate(messages):
+        session = Session(scene, protocol, messages[:i], seed=message.get("seed"))
+        assert play(session.performance())[0][i] == message
+        other = Session(scene, protocol, messages[:i], seed=99)
+        assert play(other.performance())[0][i] != message
 
 
 def test_strangers_are_refused():
@@ -204,8 +218,16 @@ def test_commands_at_the_terminal(at_terminal):
     answers = [text for text in out.split("\n") if text.startswith("Ben: ")]
     assert len(answers) == 3 and answers[0] != answers[1]
     assert [m["content"] for m in kept["messages"] if m.get("human")] == ["Good night."]
+    assert [m.get("seed") for m in kept["messages"] if m["role"] == "Ben"] == [1]
+    assert kept["settings"]["seed"] == 0
     (code, out, err), _ = at_terminal(["/edit nothing yet", EOFError], "--max-rounds", "2")
     assert code == 2
+
+
+def test_a_command_that_does_not_exist_is_not_spoken(at_terminal, tmp_path):
+    (code, out, err), [kept] = at_terminal(["/rety", "/retry", "Hello.", EOFError])
+    assert code == 0 and "/rety: not a command (an empty line" in " ".join(err.split())
+    assert [m["content"] for m in kept["messages"] if m.get("human")] == ["Hello."] and "/rety" not in out
 
 
 def test_nothing_said_leaves_no_transcript(at_terminal):
@@ -218,5 +240,6 @@ def test_flags_that_do_not_go_with_play(script, tmp_path):
     for more in (["--resume", "--out", tmp_path / "o"], ["--protocol", "release"]):
         assert "--play goes with" in usage_error(script("simulate", *play, "Hanne", *more))
     assert "choose from Hanne Brod, Wick Tarn" in usage_error(script("simulate", *play, "Nobody"))
+    assert "choose from Hanne Brod, Wick Tarn" in usage_error(script("simulate", *play, ""))
     play[1] = f"{ROOT / 'data' / 'stage' / 'the_last_ferry.json'}:all"
     assert "needs one scene" in usage_error(script("simulate", *play, "Hanne"))

@@ -17,6 +17,7 @@ import uvicorn
 from starlette.testclient import TestClient
 from test_simulate import make_scene
 
+import serve
 from common.files import write_lines
 from data.brackets import BracketParser
 from data.cards import Card, write_card
@@ -196,6 +197,32 @@ def test_what_cannot_be_played_is_refused(client, value, named):
     assert reply.status_code == 400 and named in reply.json()["error"]["message"]
 
 
+def test_what_goes_wrong_is_one_line_without_a_path():
+    """A model whose step fails, and one that refuses; what is saved has the served name of the actor."""
+    broken = Cast(lambda *_: 1 / 0)
+    broken.name = "/home/ann/model"
+    client = TestClient(build_app(Worker({"cast": broken}), routes=web.routes()), base_url="http://localhost")
+    first, last = events(client)
+    assert last["error"] == "the server failed (ZeroDivisionError)" and last["stats"]
+    assert first["settings"]["actor"] == first["settings"]["next_speaker"] == "cast"
+    broken.say = lambda *_: "word"
+    broken.spoken = lambda future: ""
+    refusal = Reply("", "error", error="/home/ann/model: too long")
+    broken.step = lambda: [future.set_result(refusal) for future in [*broken.running]]
+    assert events(client)[-1]["error"] == "too long"
+
+
+def test_a_retried_line_records_its_seed(client):
+    """Each message of a play whose seed changed can be played again from those before it."""
+    first = messages_of(events(client, seed=3, max_rounds=3))
+    value = body(messages=first[:2], seed=3, max_rounds=6) | {"seed": 9}
+    reply = client.post("/stage/next", json=value).text.split("\n\n")
+    again = [json.loads(event.removeprefix("data: ")) for event in reply if event]
+    assert again[0]["settings"]["seed"] == 3
+    assert messages_of(again) and all(message["seed"] == 9 for message in messages_of(again))
+    assert not any("seed" in message for message in first)
+
+
 def test_other_pages_may_not_ask(client):
     reply = client.post("/stage/next", json=body(), headers={"Origin": "http://evil.example"})
     assert reply.status_code == 403
@@ -276,6 +303,22 @@ def test_the_judge_of_the_server(cast):
     assert found["judge"] == "cast" and len(found["dimensions"]) == 4
     assert all(v["score"] == 100 - 5 * (3 - 0.3) for v in found["dimensions"].values())
     assert found["score"] == pytest.approx(86.5)
+
+
+def test_a_served_model_is_lent_to_the_judge(cast):
+    """It is not loaded again, its jobs are the worker's, and a worker without places is busy."""
+    judge = Cast(lambda *_: json.dumps({"flaws": []}), 0)
+    judge.name = "checkpoints/judge"
+    worker = Worker({"cast": cast, "judge": judge})
+    assert serve.judge_of("judge", worker).worker is serve.judge_of("./checkpoints/judge", worker).worker
+    app = build_app(worker, routes=web.routes(serve.judge_of("judge", worker)))
+    client = TestClient(app, base_url="http://localhost")
+    value = body(messages=[{"role": "Ada", "content": "Hm."}])
+    found = client.post("/stage/judge", json=value).json()
+    assert found["judge"] == "judge" and found["score"] > 100 and len(judge.asked) == 4 and not worker.jobs
+    worker.capacity = 2
+    reply = client.post("/stage/judge", json=value)
+    assert reply.status_code == 503 and reply.headers["retry-after"] and not judge.running
 
 
 # ---- the page, in a browser --------------------------------------------------------------------------------
@@ -423,12 +466,13 @@ def test_no_width_scrolls_sideways(page, width, scheme):
     page.set_viewport_size({"width": width, "height": 844})
     fits = "document.documentElement.scrollWidth <= window.innerWidth"
     assert page.evaluate(fits)
-    for summary in page.locator("#setup summary").all():
+    for summary in page.locator("#choose summary").all():
         summary.click()
     assert page.evaluate(fits)
     page.fill("#own-title", "W" * 200)
     page.locator("#own-cast input").first.fill("Ada" * 60)
-    page.click("#own-use")
+    page.locator("#own-cast input").first.press("Enter")
+    until(page, "document.activeElement.id === 'programme-title'")  # and the curtain has not been raised
     page.select_option("#human", index=1)
     page.click("text=Raise the curtain")
     page.fill("#line", "very" * 100)
@@ -512,8 +556,18 @@ def test_a_play_by_keyboard_alone(page, tmp_path):
     assert page.evaluate("document.activeElement.id") == "line"
     assert page.input_value("#line") == "[Oh.] (bows) Good evening."
     page.keyboard.press("Control+A")
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.matches('#script li:first-child summary')")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    assert not page.evaluate("document.activeElement.parentElement.open")
+    page.keyboard.press("Enter")
+    tab_to(page, "#script li:first-child button:nth-of-type(2)")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Control+A")
     page.keyboard.type("Good night.")
     page.keyboard.press("Enter")
+    assert page.evaluate("['go', 'line'].includes(document.activeElement.id)")
     until(page, "document.querySelector('#script .line').textContent.endsWith('Good night.')")
     tab_to(page, "#go, #line")
     until(page, "!document.getElementById('judge').disabled")
@@ -565,11 +619,68 @@ def test_stop_retry_and_versions(page, players):
     while players.running and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not players.running
-    page.locator("#script summary").first.click()
-    page.locator("#script li button").first.click()
-    page.wait_for_selector("#script li")
+    seen = {first[0]}
+    for count in (2, 3):  # the same line twice from the first version: each time something else
+        page.locator("#script summary").first.click()
+        page.locator("#script li button").first.click()
+        assert page.evaluate("document.activeElement.id") == "go"
+        page.wait_for_selector("#script li")
+        page.click("#go")
+        seen.add(page.locator("#script li .line").all_text_contents()[0])
+        assert len(seen) == count
+        page.select_option("#version", index=0)
+        assert page.locator("#script li .line").all_text_contents() == first
+    page.click("#judge")
+    page.wait_for_selector("#scores tr")
     page.click("#go")
-    assert page.locator("#script li .line").all_text_contents()[0] != first[0]
-    page.select_option("#version", index=0)
-    assert page.locator("#script li .line").all_text_contents() == first
+    assert page.is_hidden("#verdict")  # it was of what had been played
+    page.click("#leave")
+    assert page.locator("#scene option:checked").evaluate("o => o.parentElement.label").startswith("Left: ")
+    page.click("text=Raise the curtain")
+    assert page.locator("#script li .line").all_text_contents()[: len(first)] == first
+    page.click("#leave")
     assert ENVIRONMENT in page.locator("#human option").all_text_contents()
+
+
+def test_names_that_javascript_knows(page):
+    """A book or a character may be called as what every object of JavaScript has."""
+    said = [{"character": name, "message": "Hm."} for name in ("toString", "__proto__")]
+    scene = make_scene(book="constructor", speaking_characters=[], dialogues=said, profiles={})
+    data = json.dumps([to_test_scene(scene)]).encode()
+    page.set_input_files("#file", {"name": "t.json", "mimeType": "text/plain", "buffer": data})
+    until(page, "document.getElementById('status').textContent === 'Opened t.json.'")
+    assert page.text_content("#programme-title") == "constructor"
+    assert page.locator("#programme-cast p").all_text_contents() == ["", ""]
+    assert page.input_value("#file") == ""
+    status = "document.getElementById('status').getBoundingClientRect()"
+    assert page.evaluate(f"{status}.bottom <= innerHeight && {status}.top > 0")  # seen without scrolling
+
+
+def test_a_field_that_is_wrong_is_shown(page):
+    """Where the values that the form refuses are folded away, they are unfolded."""
+    page.evaluate("document.getElementById('rounds').value = ''")
+    page.click("text=Raise the curtain")
+    until(page, "document.activeElement.id === 'rounds'")
+    assert page.is_visible("#rounds") and page.is_hidden("#play")
+
+
+def test_dropped_text_is_no_file(page):
+    drag = "new DragEvent(kind, {dataTransfer: new DataTransfer(), cancelable: true})"
+    drop = f"kind => document.dispatchEvent({drag})"
+    assert page.evaluate(drop, "dragover") and page.evaluate(drop, "drop")
+    assert page.text_content("#status") == "" and page.locator("#scene option:checked").count() == 1
+
+
+def test_the_bar_hides_nothing_at_390_pixels(page):
+    """The last line ends above the bar, and the bar at the edge of the window, however high it is."""
+    page.set_viewport_size({"width": 390, "height": 700})
+    page.select_option("#human", index=1)
+    page.click("text=Raise the curtain")
+    for text in ("Good evening. " * 30, "And you?"):
+        page.fill("#line", text)
+        page.click("text=Say it")
+        until(page, "!document.getElementById('say').hidden")
+        edge = page.evaluate("document.querySelector('footer').getBoundingClientRect().toJSON()")
+        assert abs(edge["bottom"] - 700) < 1 and edge["top"] > 100
+        until(page, "document.querySelector('#script li:last-child').getBoundingClientRect().bottom"
+                    " <= document.querySelector('footer').getBoundingClientRect().top")  # fmt: skip
