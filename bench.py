@@ -60,6 +60,8 @@ def parse_args():
 def main():
     args = parse_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.dtype == "int8" and args.device == "cuda":
+        raise UsageError("--dtype int8 is for a CPU only")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` also gets a table
     if args.toy:
         torch.set_num_threads(1)  # more would only wait for each other

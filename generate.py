@@ -148,7 +148,7 @@ def chat(engine, params, stats, role=None):
             ids = prompt_of(tokenizer, said, role, system, examples=False)
         tag = open_tag(tokenizer.decode(ids[-16:]))
         seed = params.seed if params.seed is None else params.seed + retries
-        stream = engine.stream(ids + tokenizer.encode(opening), replace(params, seed=seed))
+        stream = engine.stream(ids + tokenizer.encode(opening), replace(params, seed=seed), bool(opening))
         terminal.put(opening, "bold")
         try:
             exchanges.append(Exchange(line, *show(stream, stats, tag)))

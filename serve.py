@@ -6,6 +6,7 @@ python serve.py --model model.gguf --host 0.0.0.0 --api-key SECRET
 """
 
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -25,19 +26,21 @@ def parse_args():
     add("--model", metavar="M", help="checkpoint directory, GGUF file or Hub id (default: a stage actor)")
     add("--alias", metavar="NAME=M", nargs="+", action="extend", default=[],
         help="further names: of a model already served, of a checkpoint, or of openai:MODEL@URL")  # fmt: skip
-    add("--host", default="127.0.0.1", help="address to listen on; others than this machine's need a key")
+    add("--host", default="127.0.0.1", help="address to listen on; a key is needed unless it is loopback")
     add("--port", type=int, default=8000, help="(default: %(default)s)")
     key = os.environ.get("COSER_API_KEY")
     add("--api-key", metavar="K", default=key, help="(default: $COSER_API_KEY, or none)")
-    add("--origin", nargs="+", action="extend", default=[], help="of other sites' pages that may ask")
-    add("--max-concurrency", type=int, default=256, metavar="N", help="replies at once, else 503 (256)")
+    add("--origin", nargs="+", action="extend", default=[], help="origins whose pages may send requests")
+    add("--max-concurrency", type=int, default=256, metavar="N", help="replies at once; more get 503 (256)")
     add("--judge", metavar="M", help="judges plays on the page: a served name, a checkpoint or openai:MODEL")
     add("--chat-format", choices=CHAT_FORMATS, help="default: what the checkpoint says")
     add("--dtype", choices=DTYPES, help="default: as fits processor and memory; int8 is fast on a CPU")
-    add("--log-prompts", action="store_true", help="print every request's body; else nothing of it is")
+    add("--log-prompts", action="store_true", help="print the body of every request")
     args = parser.parse_args()
     if args.host not in LOOPBACK and not args.api_key:
         raise UsageError(f"--host {args.host}: others could reach the server; set --api-key as well")
+    if not re.fullmatch("[!-~]*", args.api_key or ""):
+        raise UsageError("--api-key: a key is printable ASCII without spaces, or clients cannot send it")
     if args.max_concurrency < 2 or not 0 <= args.port < 2**16:
         raise UsageError("--max-concurrency is at least 2, and --port a number below 65536")
     return args
@@ -48,9 +51,9 @@ def open_models(args):
     first = args.model or str(default_actor())
     own = Path(first).resolve().name.removesuffix(".gguf") if args.model else "coser"
     models, opened = {}, {}
-    for name, given, spec in [(own, "=", first), *(alias.partition("=") for alias in args.alias)]:
-        if not (name and given and spec):
-            raise UsageError(f"--alias {name}: write NAME=M")
+    for name, sign, spec in [(own, "=", first), *(alias.partition("=") for alias in args.alias)]:
+        if not (name and sign and spec) or name in models:
+            raise UsageError(f"--alias {name}{sign}{spec}: write NAME=M, each NAME once")
         place = os.path.realpath(spec) if os.path.exists(spec) else spec
         if spec not in models and place not in opened:
             opened[place] = open_model(spec, args.chat_format, args.dtype)

@@ -30,6 +30,7 @@ from common.files import UsageError
 STRING, QUOTE = ("string", False), ord('"')
 INSIDE = re.compile(rb'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*(\\)?')  # as far as a text stays within a string
 DIGITS = 15  # the most an integer without bounds has
+MAX_STATES = 256  # whose allowed tokens are kept: at most 16 bytes for each token of the vocabulary
 KNOWN = {
     "object": {"properties", "required", "additionalProperties"},
     "array": {"items", "minItems", "maxItems"},
@@ -47,6 +48,7 @@ class Vocabulary:
     def __init__(self, tokenizer):
         words = sorted((word, i) for i in range(tokenizer.vocab_size) if (word := tokenizer.token_bytes(i)))
         self.words, self.ids = [word for word, _ in words], np.array([i for _, i in words])
+        self.known = {}  # state -> what `Grammar.allowed` says
         self.bytes = {word[0] for word in self.words if len(word) == 1}  # those that are tokens
         if missing := {*range(32, 127)} - self.bytes:
             characters = ", ".join(repr(chr(byte)) for byte in sorted(missing)[:3])
@@ -106,11 +108,11 @@ class Grammar:
                 raise UsageError(f"json_schema: this tokenizer has no tokens to write {option.decode()}")
         # SentencePiece begins words, thus texts, with a space
         self.start = *frames[::-1], ("text", (b"", b" "))
-        self.known = {}
 
     def allowed(self, state):
         """(ids, costs): the tokens that a state accepts and the cost of the state after each, int arrays."""
-        if state not in self.known:
+        known = self.vocabulary.known
+        if state not in known:
             words, out = self.vocabulary, []
             stay = ends = np.array([], int)
             if state and state[-1][0] == "string":
@@ -122,8 +124,10 @@ class Grammar:
                 out = [(i, cost(after)) for i, after in words.walk(state)]
             indices = np.concatenate((stay, np.array([i for i, _ in out], int)))
             costs = np.concatenate((ends + cost((*state[:-1], STRING)), np.array([c for _, c in out], int)))
-            self.known[state] = words.ids[indices], costs
-        return self.known[state]
+            if len(known) >= MAX_STATES:
+                known.pop(next(iter(known)))
+            known[state] = words.ids[indices], costs
+        return known[state]
 
 
 def literals(frames):

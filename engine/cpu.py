@@ -4,13 +4,13 @@ each.
     PackedTransformer(config, read, torch.int8)           # read(name) -> that tensor of the checkpoint
     packed(model)                                         # of a Transformer, whose norms it shares
 
-Weights are read one after the other and packed at once, so that a model never exists in another form. In
-float32 and bfloat16 they are in oneDNN's blocked layout. There a row's product has the same bits however many
-rows are multiplied with it, so a text does not depend on what else is in the batch; MKL's products of
-row-major and column-major weights do not have that property on AVX2. One row alone is the exception (oneDNN
-adds up more than 1,024 inputs in another order), so it is run twice. Without oneDNN, or where it refuses a
-dtype, plain `F.linear` serves and the property does not hold (`PackedLinear.blocked`). In int8 (int8.py) it
-holds by arithmetic. The two private operators of oneDNN are called in this file and nowhere else.
+Each weight is packed as soon as it is read, so a model never exists in another form. In float32 and bfloat16
+it is in oneDNN's blocked layout, in which a row's product has the same bits however many rows are multiplied,
+so a text does not depend on what else is in the batch; MKL's row-major and column-major products do not have
+that property on AVX2. A single row is the exception (oneDNN adds up more than 1,024 inputs in another order),
+so it is run twice. Without oneDNN, or where it lacks a dtype, `F.linear` serves and the property does not
+hold (`PackedLinear.blocked`). In int8 (int8.py) it holds by arithmetic. oneDNN's private operators are called
+in this file only.
 """
 
 import torch
@@ -36,21 +36,26 @@ def fast_bf16():
 
 
 def native_bf16():
-    """Whether oneDNN multiplies bfloat16 on this processor at all."""
+    """Whether oneDNN takes bfloat16 on this processor."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def has_blocks(dtype):
+    """Whether oneDNN's blocked layout takes weights of a dtype here."""
+    if dtype == torch.float32:
+        return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    return dtype == torch.bfloat16 and native_bf16()
+
+
 class PackedLinear(nn.Module):
-    """x [..., C] -> [..., sum of the sizes]: linear layers that share their input, as one."""
+    """x [..., C] -> [..., O]: linear layers that share their input, as one. weights: [outputs, C] each."""
 
     def __init__(self, weights, bias=None):
         super().__init__()
         first, *others = weights
-        self.weight = torch.cat((first, *others)) if others else first
-        self.bias, self.nbytes = bias, self.weight.nbytes
-        blocked = block_layout(self.weight)
-        self.blocked = blocked is not None
-        self.weight = blocked if self.blocked else self.weight
+        weight = torch.cat((first, *others)) if others else first
+        self.bias, self.nbytes, self.blocked = bias, weight.nbytes, has_blocks(weight.dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS) if self.blocked else weight
 
     def forward(self, x):
         if not self.blocked:
@@ -59,19 +64,6 @@ class PackedLinear(nn.Module):
         padded = rows.expand(2, -1) if len(rows) == 1 else rows
         out = torch.ops.mkldnn._linear_pointwise(padded, self.weight, self.bias, "none", [], "")
         return out[: len(rows)].view(*x.shape[:-1], out.shape[-1])
-
-
-def block_layout(weight):
-    """weight [out, in] in oneDNN's blocked layout; None where this torch has no oneDNN or the processor lacks
-    the dtype."""
-    try:
-        if weight.dtype == torch.float32 or (
-            weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        ):
-            return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-    except (AttributeError, RuntimeError):  # a build without oneDNN; bf16 on a processor without it
-        pass
-    return None
 
 
 class PackedAttention(Attention):

@@ -28,6 +28,7 @@ from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 
 MAX_LOGITS = 2**26  # of scored sequences in a step: 256 MiB in fp32
+MAX_GRAMMARS = 64  # of the latest schemas
 
 
 class Engine:
@@ -191,10 +192,13 @@ class Engine:
         return sequence
 
     def grammar(self, schema):
+        """The Grammar of a schema, compiled once for the requests that share it."""
         key = json.dumps(schema)
         if key not in self.grammars:
             self.vocabulary = self.vocabulary or Vocabulary(self.tokenizer)
             self.grammars[key] = Grammar(schema, self.vocabulary)
+            while len(self.grammars) > MAX_GRAMMARS:  # clients may send schemas without end
+                self.grammars.pop(next(iter(self.grammars)))
         return self.grammars[key]
 
     def completion(self, request):

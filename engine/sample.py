@@ -60,8 +60,10 @@ def adjust(logits, sequence, stop_ids):
     if sequence.generated and (params.presence_penalty or params.frequency_penalty):
         used, counts = torch.tensor(sequence.generated, device=logits.device).unique(return_counts=True)
         logits = logits.index_add(0, used, -(params.presence_penalty + params.frequency_penalty * counts))
-    for i, bias in (params.logit_bias or {}).items():
-        logits[i] += bias
+    if params.logit_bias:
+        ids = torch.tensor([*params.logit_bias], device=logits.device)
+        biases = torch.tensor([*params.logit_bias.values()], dtype=logits.dtype, device=logits.device)
+        logits = logits.index_add(0, ids, biases)
     if sequence.grammar:
         allowed, costs = sequence.grammar.allowed(sequence.grammar_state)
         allowed = allowed[costs < sequence.max_length - len(sequence.ids)]

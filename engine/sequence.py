@@ -44,9 +44,10 @@ class Sequence:
     @property
     def settled(self):
         """The text so far without an end that may begin a stop string; all of it once it has ended."""
-        stops = () if self.finish_reason else self.params.stop
-        begun = (n for stop in stops for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
-        return self.text[: len(self.text) - max(begun, default=0)]
+        stops, length = () if self.finish_reason else self.params.stop, len(self.text)
+        begun = (n for stop in stops for n in range(1, min(len(stop), length + 1))
+                 if stop.startswith(self.text[length - n :]))  # fmt: skip
+        return self.text[: length - max(begun, default=0)]
 
     @property
     def pending(self):

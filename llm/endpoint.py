@@ -131,35 +131,41 @@ class Endpoint(Model):
         return asyncio.run_coroutine_threadsafe(self.answer(body, params, opening), event_loop(os.getpid()))
 
     def opened(self, body, opening):
-        """A body whose reply goes on from the opening, if the server can do that."""
-        if not (opening and self.continues):
-            return body
-        return {**body, "messages": [*body["messages"], {"role": "assistant", "content": opening}]}
+        """The body for a server that continues a last assistant message: the one with the opening."""
+        added = [{"role": "assistant", "content": opening}] if opening else []
+        return {**body, "messages": [*body["messages"], *added]}
+
+    def file_of(self, body):
+        """Where the answer to a body is kept."""
+        digest = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
+        return Path(self.answers) / digest[:2] / f"{digest}.json"
 
     async def answer(self, body, params, opening):
         """The Reply to a request, from the answers on disk or from the endpoint."""
         async with self.address.slots:
-            file = None
-            if self.answers and (params.temperature == 0 or params.seed is not None):
-                digest = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
-                file = Path(self.answers) / digest[:2] / f"{digest}.json"
-                if reply := self.kept(file):
+            keeps = self.answers and (params.temperature == 0 or params.seed is not None)
+            opened = self.opened(body, opening)
+            for sent in (opened, body) if keeps else ():
+                if (reply := self.kept(self.file_of(sent))) and (sent == opened or not self.continues):
                     return reply
-            added, sent = self.reasoning_tokens, self.opened(body, opening)
+            added, sent = self.reasoning_tokens, opened if self.continues else body
             reply = await self.fetch(sent, added)
-            if sent != self.opened(body, opening):  # the answer was the first of serve.py
-                reply = await self.fetch(self.opened(body, opening), added)
+            if self.continues and sent != opened:  # the answer was the first of serve.py
+                reply = await self.fetch(sent := opened, added)
             if needs_room(reply) and not added:
                 self.reasoning_tokens = REASONING_TOKENS
-                reply = await self.fetch(self.opened(body, opening), REASONING_TOKENS)
-            if file and reply.error is None and reply.text.strip():  # an empty one may be a fault
+                reply = await self.fetch(sent, REASONING_TOKENS)
+            if keeps and reply.error is None and reply.text.strip():  # an empty one may be a fault
+                file = self.file_of(sent)
                 make_dir(file.parent)
                 with write_whole(file) as out:
-                    json.dump({"reply": asdict(reply), "changes": self.changes}, out)
+                    kept = {"reply": asdict(reply), "changes": self.changes, "continues": self.continues}
+                    json.dump(kept, out)
             return reply
 
     def kept(self, file):
-        """The Reply in a file, or None; the changes that its request needed hold from then on."""
+        """The Reply in a file, or None; the changes that its request needed hold from then on, and what the
+        server was."""
         try:
             kept = json.loads(file.read_bytes())
             reply, changes = Reply(**kept["reply"]), dict(kept["changes"])
@@ -168,6 +174,7 @@ class Endpoint(Model):
         for name, change in changes.items():
             if name not in self.changes:
                 self.learn(name, change, "as for answers on disk")
+        self.continues = kept.get("continues", self.continues)
         return reply
 
     def learn(self, name, change, reason):

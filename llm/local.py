@@ -23,6 +23,7 @@ from tokenizer import load_tokenizer
 
 LONG = 2**13  # characters of a text whose ids are not kept
 BUNDLED_ACTOR = ROOT / "data" / "stage" / "actor"  # 4M parameters, from nothing
+MEMINFO, CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 SHIPPED_ACTOR = ROOT / "data" / "stage" / "smollm2"  # a LoRA adapter
 
 
@@ -38,16 +39,17 @@ def load_engine(spec, dtype=None, chat_format=None):
         what = f"tokenizer of {tokenizer.vocab_size} tokens, model of {config.vocab_size}"
         raise UsageError(f"{directory}: {what}")
     dtype = dtype or ("bfloat16" if cuda else fitting_dtype(config))
-    if dtype not in DTYPES or (cuda and dtype == "int8"):
-        raise UsageError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}, of which int8 is for a CPU only")
+    choices = [name for name in DTYPES if not (cuda and name == "int8")]
+    if dtype not in choices:
+        raise UsageError(f"--dtype {dtype}: on {'a GPU' if cuda else 'a CPU'} one of {', '.join(choices)}")
     if cuda:
         return Engine(load_model(directory, "cuda", DTYPES[dtype]), tokenizer)
     return Engine(load_packed(directory, config, DTYPES[dtype]), tokenizer)
 
 
 def load_packed(directory, config, dtype):
-    """The PackedTransformer of a checkpoint, read tensor by tensor: besides the packed weights only the layer
-    that is being packed is in memory. A progress bar tells how far it is."""
+    """The PackedTransformer of a checkpoint, with a progress bar. Besides the packed weights only the layer
+    that is being packed is in memory."""
     weights, done = open_weights(directory, config), 0
     with terminal.reporting(config.num_parameters(), "weights") as update:
 
@@ -61,8 +63,8 @@ def load_packed(directory, config, dtype):
 
 
 def fitting_dtype(config):
-    """The dtype of a model on this CPU: float32 if it takes at most half of the memory that is free, else
-    bfloat16 if that does and the processor has it, else int8. A note says so if it is not float32."""
+    """The dtype of a model on this CPU: float32 if it takes at most half of the free memory, else bfloat16 if
+    that does and the processor has it, else int8. A note says so if it is not float32."""
     count, free = config.num_parameters(), free_memory()
     if 4 * count <= free / 2:
         return "float32"
@@ -73,11 +75,13 @@ def fitting_dtype(config):
 
 
 def free_memory():
-    """Bytes of memory that can be had without swapping."""
-    info = Path("/proc/meminfo")
-    if info.exists() and (available := re.search(r"MemAvailable: *(\d+) kB", info.read_text("utf-8"))):
-        return int(available[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes that can be allocated without swapping, at most a container's limit; all memory where the system
+    does not say (macOS)."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for file, pattern, unit in (MEMINFO, r"MemAvailable: *(\d+) kB", 1024), (CGROUP, r"(\d+)", 1):
+        if file.exists() and (found := re.match(rf"(?s).*?{pattern}", file.read_text("utf-8"))):
+            free = min(free, int(found[1]) * unit)
+    return free
 
 
 def turn_markers(tokenizer):
@@ -94,6 +98,7 @@ class Request:
     own_tokens: int  # those of ids that this model sampled
     tag: str  # opens reasoning at the end of the prompt; "" if nothing does
     room: int = 0  # tokens added to params.max_tokens for reasoning
+    goes_on: bool = False  # the reply continues an opening (see Engine.stream)
     raw: bool = False  # token ids that the engine continues as they are
     continuation: list | None = None  # of a raw request: ids that are only scored
     sequences: list | None = None  # the engine's
@@ -121,10 +126,10 @@ class Local(Model):
         self.reasoning_tokens = 0
         self.running = {}  # {Future: Request}
         # a chat's turns are rendered again at each of its calls
-        cached = functools.lru_cache(2**15)(self.tokenizer.encode)
-        self.encode = lambda text: (cached if len(text) < LONG else self.tokenizer.encode)(text)
+        encode, cached = self.tokenizer.encode, functools.lru_cache(2**13)(self.tokenizer.encode)
+        self.encode = lambda text: (cached if len(text) < LONG else encode)(text)  # without self: no cycle
         sampled = functools.partial(as_sampled, self.tokenizer.decode, self.encode)
-        self.as_sampled = functools.lru_cache(2**15)(sampled)
+        self.as_sampled = functools.lru_cache(2**13)(sampled)
 
     def score(self, conversations, openings, continuations):
         """[(log-probability in nats, number of tokens)] of each continuation of a reply that begins with its
@@ -139,7 +144,7 @@ class Local(Model):
         ids, own_tokens = self.prompt(messages, opening)
         end = len(ids) - len(self.encode(opening))
         tag = open_tag(self.tokenizer.decode(ids[max(0, end - 16) : end]))
-        request, future = Request(ids, params, own_tokens, tag), Future()
+        request, future = Request(ids, params, own_tokens, tag, goes_on=bool(opening)), Future()
         if not request.constrained:
             request.params = replace(params, stop_ids=(*params.stop_ids, *self.markers))
         future.add_done_callback(self.remove)
@@ -149,7 +154,8 @@ class Local(Model):
     def complete(self, ids, params, continuation=None):
         """Enqueues token ids to be continued as they are, or only to be scored with these ids after them;
         returns the Future of the engine's Completion, RequestRefused if it does not fit."""
-        future, request = Future(), Request(ids, params, 0, "", raw=True, continuation=continuation)
+        request = Request(ids, params, 0, "", goes_on=True, raw=True, continuation=continuation)
+        future = Future()
         future.add_done_callback(self.remove)
         self.enqueue(future, request)
         return future
@@ -159,7 +165,7 @@ class Local(Model):
         request.room = 0 if request.constrained or request.raw else self.reasoning_tokens
         try:
             params = replace(request.params, max_tokens=request.params.max_tokens + request.room)
-            request.sequences = self.engine.add(request.ids, params, request.raw, request.continuation)
+            request.sequences = self.engine.add(request.ids, params, request.goes_on, request.continuation)
             self.running[future] = request
         except RequestRefused as error:
             if request.raw:

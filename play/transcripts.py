@@ -59,8 +59,12 @@ def claim(directory, settings, resume, holds_results=False):
         old = read_json(file)
         identified = {name for name in settings if f"{name}_identity" in settings}
         names = sorted({*settings, *old} - identified)
-        if changed := ", ".join(name for name in names if settings.get(name) != old.get(name)):
-            raise UsageError(f"{directory}: made with other settings ({changed}); choose another --out")
+        changed = [name for name in names if settings.get(name) != old.get(name)]
+        if changed:
+            # an identity has a model's dtype, which --dtype chooses
+            shown = (f"{name} was {old.get(name)}" if "_identity" in name else name for name in changed)
+            what = f"made with other settings ({', '.join(shown)})"
+            raise UsageError(f"{directory}: {what}; choose another --out")
     write_json(file, settings)
 
 

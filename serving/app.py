@@ -2,10 +2,13 @@
 
 import asyncio
 import base64
+import contextlib
 import hmac
 import json
+import re
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -19,10 +22,11 @@ from starlette.routing import Route
 from common import terminal
 from common.files import UsageError
 from serving import replies
-from serving.requests import Refused, read_chat, read_completion, refusal
+from serving.requests import ANY_LENGTH, Refused, read_chat, read_completion, refusal
 from serving.worker import Busy
 
 MAX_BODY, BODY_SECONDS = 2**22, 30
+ENDPOINT_TOKENS = 2**12  # max_tokens for an endpoint where a request has none
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -50,31 +54,30 @@ def build_app(worker, key=None, origins=(), log_prompts=False, hosts=LOOPBACK, r
 
 
 class Guard:
-    """Refuses, before anything else is looked at: other hosts' names (DNS rebinding), pages of other origins,
-    and, but for /health, clients without the key. A browser gives the key as a password."""
+    """Refuses, before a request is read: other names for this host (DNS rebinding), pages of other origins,
+    and, except at /health, clients without the key. A browser gives the key as the password of Basic auth."""
 
     def __init__(self, app, key, origins, hosts):
         self.app, self.key, self.origins, self.hosts = app, key, origins, hosts
 
     async def __call__(self, scope, receive, send):
-        refusal = self.refusal(scope) if scope["type"] == "http" else None
-        await (refused(None, refusal) if refusal else self.app)(scope, receive, send)
+        error = self.check(scope) if scope["type"] == "http" else None
+        await (refused(None, error) if error else self.app)(scope, receive, send)
 
-    def refusal(self, scope):
+    def check(self, scope):
+        """The Refused of a request, None if it may pass."""
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self.hosts and host.removesuffix(":" + host.rpartition(":")[2]) not in self.hosts:
-            return Refused(403, f"this server is not {host[:100]}")
+        if self.hosts and re.sub(r":\d+\Z", "", host).lower() not in self.hosts:
+            return Refused(403, f"Host {host[:100]!r} is not a name of this server; use {self.hosts[0]}")
         if origin and origin not in (*self.origins, f"http://{host}", f"https://{host}"):
-            return Refused(
-                403, "pages of other origins may not ask; start the server with --origin to let one"
-            )
+            return Refused(403, f"pages of {origin[:100]} may not send requests; --origin allows an origin")
         if self.key and scope["path"] != "/health" and not self.knows_key(headers.get("authorization", "")):
-            ask = {"WWW-Authenticate": 'Basic realm="key as password"'}
-            return Refused(401, "the API key is missing or wrong", None, "invalid_api_key", ask)
+            challenge = {"WWW-Authenticate": 'Basic realm="key as password"'}
+            return Refused(401, "the API key is missing or wrong", None, "invalid_api_key", challenge)
 
-    def knows_key(self, given):
-        kind, _, value = given.partition(" ")
+    def knows_key(self, authorization):
+        kind, _, value = authorization.partition(" ")
         if kind.lower() == "basic":
             try:
                 value = base64.b64decode(value).decode().partition(":")[2]
@@ -114,27 +117,27 @@ def models(request):
     raise Refused(404, f"the model {name!r} is not served", "model", "model_not_found")
 
 
-def find(worker, asked):
-    """The model that is asked; the first, where none is named."""
-    asked.model = asked.model or next(iter(worker.models))
-    if asked.model not in worker.models:
-        message = f"the model {asked.model!r} is not served; there are {', '.join(worker.models)}"
+def find(worker, body):
+    """The model that a request names, the first if it names none."""
+    body.model = body.model or next(iter(worker.models))
+    if body.model not in worker.models:
+        message = f"the model {body.model!r} is not served; there are {', '.join(worker.models)}"
         raise Refused(404, message, "model", "model_not_found")
-    if 2 * asked.n * max(1, len(asked.prompts)) > worker.capacity:
+    if 2 * body.n * max(1, len(body.prompts)) > worker.capacity:
         raise Refused(400, f"more than {worker.capacity // 2} choices in one request", "n")
-    return worker.models[asked.model]
+    return worker.models[body.model]
 
 
 async def read_json(request, limit=MAX_BODY):
     """The object in a request's body, of at most `limit` bytes that have BODY_SECONDS to arrive."""
-    body = bytearray()
+    content = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for part in request.stream():
-                body += part
-                if len(body) > limit:
+                content += part
+                if len(content) > limit:
                     raise Refused(413, f"the body is larger than {limit} bytes")
-        value = json.loads(body)
+        value = json.loads(content)
     except TimeoutError:
         raise Refused(408, f"the body did not arrive within {BODY_SECONDS} s") from None
     except (ValueError, RecursionError):
@@ -150,13 +153,18 @@ async def read_json(request, limit=MAX_BODY):
 
 
 class Choice:
-    """One choice on its way. job: of its text, None where nothing is generated; scored: of log-probabilities
-    of an echoed prompt, None if not wanted; echo: the text of that prompt, ids: its tokens."""
+    """One choice of a response. ids: the tokens of a completion's prompt; echo: the prompt's text if it is
+    echoed. job: generates the text, None if there is nothing to generate; scoring: computes the
+    log-probabilities of an echoed prompt, None if they are not wanted."""
 
-    def __init__(self, index, model, asked, ids=(), echo=""):
-        self.index, self.model, self.asked, self.ids, self.echo = index, model, asked, ids, echo
-        self.job, self.scored, self.jobs = None, None, []
-        self.text, self.tokens = "", 0  # what has been taken
+    def __init__(self, index, model, body, ids=(), echo=""):
+        self.index, self.model, self.body, self.ids, self.echo = index, model, body, ids, echo
+        self.job, self.scoring = None, None
+        self.text, self.num_tokens = "", 0  # what `added` has returned so far
+
+    @property
+    def jobs(self):
+        return [job for job in (self.scoring, self.job) if job]
 
     @property
     def done(self):
@@ -172,140 +180,141 @@ class Choice:
         return getattr(self.result, "finish_reason", "length"), getattr(self.result, "reasoning", "")
 
     def start(self, worker, on_change):
-        asked, params = self.asked, self.asked.params_of(self.index % self.asked.n)
-        if asked.chat:
-            self.job = worker.submit(asked.model, asked.messages, params, asked.opening, on_change)
-        elif asked.generates:
-            self.job = worker.complete(asked.model, self.ids, params, on_change)
-        self.jobs += [self.job] * (self.job is not None)
-        if asked.echo and params.logprobs:
-            self.scored = worker.complete(asked.model, self.ids[:1], params, on_change, self.ids[1:])
-            self.jobs.insert(0, self.scored)
+        body, params = self.body, self.body.params_of(self.index % self.body.n)
+        on_text = on_change if body.stream else None
+        if body.chat:
+            self.job = worker.submit(body.model, body.messages, params, body.opening, on_text)
+        elif body.generates:
+            self.job = worker.complete(body.model, self.ids, params, on_text)
+        if body.echo and params.logprobs:
+            self.scoring = worker.complete(body.model, self.ids[:1], params, None, self.ids[1:])
         for job in self.jobs:
             job.add_done_callback(on_change)
 
-    def cancel(self):
-        for job in self.jobs:
-            job.cancel()
-
-    def take(self):
-        """(text, log-probabilities or None) beyond what was taken before."""
-        if self.scored and not self.scored.done():
+    def added(self):
+        """(text, log-probabilities or None) since the last call."""
+        if self.scoring and not self.scoring.done():
             return "", None
-        text = self.echo + (self.result.text if self.result else self.job.text if self.job else "")
-        text = text if text.startswith(self.text) else self.text
+        text, count = ("", None) if self.job is None else self.job.progress
+        if self.result:
+            text, count = self.result.text, None
+        text = self.echo + text
+        text = text if text.startswith(self.text) else self.text  # a streamed text is never taken back
         added, offset, self.text = text[len(self.text) :], len(self.text), text
-        tokens = self.token_list()[self.tokens :] if self.asked.params.logprobs else []
-        self.tokens += len(tokens)
-        logprobs = replies.logprobs(self.asked.chat, self.model.tokenizer, tokens, offset)
-        return added, logprobs if tokens else None
+        tokens = self.tokens(count)[self.num_tokens :] if self.body.params.logprobs else []
+        if not tokens:
+            return added, None
+        self.num_tokens += len(tokens)
+        return added, replies.logprobs(self.body.chat, self.model.tokenizer, tokens, offset)
 
-    def token_list(self):
-        """[(id, log-probability, likeliest)] of what there is so far, without what a stop string may cut."""
-        lists = [[(self.ids[0], None, None)]] if self.scored else []
+    def tokens(self, count):
+        """[(id, log-probability, likeliest)] of an echoed prompt and `count` generated tokens (None: all)."""
+        tokens = [(self.ids[0], None, None)] if self.scoring else []
         for job in self.jobs:
-            sequence = job.request.sequences[0] if job.request else None
-            if sequence and (job.done() or sequence.text == job.text):
-                tops = sequence.top_logprobs or [()] * len(sequence.logprobs)
-                lists.append(zip(sequence.generated, sequence.logprobs, tops, strict=False))
-        return [token for tokens in lists for token in tokens]
+            if job.request:
+                sequence = job.request.sequences[0]
+                ids = sequence.generated[: count if job is self.job else None]
+                tops = sequence.top_logprobs or [()] * len(ids)
+                tokens += zip(ids, sequence.logprobs, tops, strict=False)  # stop strings cut ids
+        return tokens
 
     def check(self):
-        """Raises what went wrong with a job, as Refused."""
+        """Raises what went wrong with a job as Refused; ClientDisconnect if it was cancelled."""
         for job in filter(Future.done, self.jobs):
             if job.cancelled():
                 raise ClientDisconnect
             error = job.exception()
             if error and not isinstance(error, (UsageError, ValueError, RecursionError)):
                 raise Refused(500, f"the model failed ({type(error).__name__})")
-            size = len(self.ids) if error else getattr(job.result(), "prompt_tokens", 0)
-            error = error or getattr(job.result(), "error", None)
-            message = str(error).removeprefix(f"{self.model.name}: ")  # which may be a path
-            if error and not self.model.local:
-                raise Refused(502, message)
-            if error and size >= self.model.engine.max_sequence_tokens:
-                what = "messages" if self.asked.chat else "prompt"
-                raise Refused(400, message, what, "context_length_exceeded")
-            if error:
+            size = len(self.ids) if error else job.result().prompt_tokens
+            if error := error or getattr(job.result(), "error", None):
+                message = str(error).removeprefix(f"{self.model.name}: ")  # which may be a path
+                if self.model.local and size >= self.model.engine.max_sequence_tokens:
+                    what = "messages" if self.body.chat else "prompt"
+                    raise Refused(400, message, what, "context_length_exceeded")
+                if not (self.model.local or refusal(message).error["param"]):
+                    raise Refused(502, message)
                 raise refusal(message)
 
 
 async def chat(request):
-    asked = read_chat(await read_json(request))
-    model = find(request.app.state.worker, asked)
-    roles = [message["role"] for message in asked.messages if message["role"] != "system"]
-    if model.local and not model.tokenizer.format.system_role and roles[:1] != ["user"]:
-        asked.messages.insert(len(asked.messages) - len(roles), {"role": "user", "content": ""})
-    choices = [Choice(i, model, asked) for i in range(asked.n)]
-    return await answer(request, asked, model, choices)
+    body = read_chat(await read_json(request))
+    model, messages = find(request.app.state.worker, body), body.messages
+    if not model.local:  # the server there decides what a last assistant message means
+        messages += [{"role": "assistant", "content": body.opening}] if body.opening else []
+        length = body.params.max_tokens if body.params.max_tokens < ANY_LENGTH else ENDPOINT_TOKENS
+        body = replace(body, opening="", params=replace(body.params, max_tokens=length))
+    elif not model.tokenizer.format.system_role:
+        first = [message["role"] for message in messages].count("system")  # 1 at most
+        if [message["role"] for message in messages[first : first + 1]] != ["user"]:
+            messages.insert(first, {"role": "user", "content": ""})
+    return await answer(request, body, model, [Choice(i, model, body) for i in range(body.n)])
 
 
 async def completions(request):
-    asked = read_completion(await read_json(request))
-    model, choices = find(request.app.state.worker, asked), []
+    body = read_completion(await read_json(request))
+    model, choices = find(request.app.state.worker, body), []
     if not model.local:
-        raise Refused(400, f"{asked.model} can only chat", "model")
-    for ids, text in await asyncio.to_thread(encode, model, asked):
-        choices += [Choice(len(choices) + i, model, asked, ids, text) for i in range(asked.n)]
-    return await answer(request, asked, model, choices)
+        raise Refused(400, f"{body.model} can only chat", "model")
+    for ids, text in await asyncio.to_thread(encode, model, body):
+        choices += [Choice(len(choices) + i, model, body, ids, text) for i in range(body.n)]
+    return await answer(request, body, model, choices)
 
 
-def encode(model, asked):
+def encode(model, body):
     """[(ids, text to echo)] of the prompts; a text begins with the token that begins texts."""
     begin = [] if model.tokenizer.bos_id is None else [model.tokenizer.bos_id]
-    texts = [one if isinstance(one, str) else model.tokenizer.decode(one) for one in asked.prompts]
-    ids = [begin + model.encode(one) if isinstance(one, str) else one for one in asked.prompts]
-    return [(own, text * asked.echo) for own, text in zip(ids, texts, strict=True)]
+    texts = [prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt) for prompt in body.prompts]
+    ids = [begin + model.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+    return [(own, text * body.echo) for own, text in zip(ids, texts, strict=True)]
 
 
-async def answer(request, asked, model, choices):
-    """The response with these choices; whatever ends it before they do cancels them."""
-    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+async def answer(request, body, model, choices):
+    """The response with these choices; their jobs are cancelled once it is complete or the client gone."""
+    loop, changed, worker = asyncio.get_running_loop(), asyncio.Event(), request.app.state.worker
 
     def on_change(job):
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the server has stopped
             loop.call_soon_threadsafe(changed.set)
 
-    async def leave():  # after the body the only message is that the client has gone
-        await request.receive()
-        for choice in choices:
-            choice.cancel()
+    async def cancel_at_end():
+        try:
+            await request.receive()  # returns when the response is complete or the client gone
+        finally:
+            for job in [job for choice in choices for job in choice.jobs]:
+                job.cancel()
 
-    leaving, streams, opened = asyncio.create_task(leave()), False, False
+    request.state.task = asyncio.create_task(cancel_at_end())  # a reference, lest it is collected
     try:
         for choice in choices:
-            choice.start(request.app.state.worker, on_change)
-        while not (streams or all(choice.done for choice in choices)):
-            await changed.wait()
-            changed.clear()
-            streams = asked.stream
-        for choice in choices:
-            choice.check()
-        opened = streams
+            choice.start(worker, on_change)
     except Busy:
         raise Refused(503, "too many requests are in progress", headers={"Retry-After": "2"}) from None
-    finally:
-        leaving.cancel()
-        for choice in choices if not opened else ():
-            choice.cancel()
-    head = replies.head(asked.chat, asked.model, model, asked.stream)
-    if streams:
-        pieces, headers = events(asked, choices, changed, head), {"Cache-Control": "no-cache"}
+    while not all(choice.done for choice in choices):
+        await changed.wait()
+        changed.clear()
+        if body.stream:
+            break
+    for choice in choices:
+        choice.check()
+    head = replies.head(body, model)
+    if body.stream:
+        pieces, headers = events(body, choices, changed, head), {"Cache-Control": "no-cache"}
         return StreamingResponse(pieces, headers=headers, media_type="text/event-stream")
-    whole = [replies.choice(asked.chat, choice.index, *choice.take(), *choice.ending) for choice in choices]
-    return reply(head | {"choices": whole, "usage": replies.usage(asked, choices)})
+    whole = [replies.choice(body.chat, choice.index, *choice.added(), *choice.ending) for choice in choices]
+    return reply(head | {"choices": whole, "usage": replies.usage(body, choices)})
 
 
-async def events(asked, choices, changed, head):
+async def events(body, choices, changed, head):
     """The events of a stream."""
-    blank = {"usage": None} if asked.include_usage else {}
+    blank = {"usage": None} if body.include_usage else {}
 
     def chunk(choice, delta, *rest):
-        piece = replies.piece(asked.chat, choice.index, delta, *rest)
+        piece = replies.piece(body.chat, choice.index, delta, *rest)
         return replies.event(head | {"choices": [piece]} | blank)
 
     try:
-        for choice in choices if asked.chat else ():
+        for choice in choices if body.chat else ():
             yield chunk(choice, {"role": "assistant", "content": ""})
         running = list(choices)
         changed.set()
@@ -314,8 +323,8 @@ async def events(asked, choices, changed, head):
             changed.clear()
             for choice in list(running):
                 choice.check()
-                done = choice.done  # before what there is is taken
-                text, logprobs = choice.take()
+                done = choice.done  # asked before the text, so that none is missed
+                text, logprobs = choice.added()
                 if text or logprobs:
                     yield chunk(choice, {"content": text}, logprobs)
                 if done:
@@ -324,11 +333,10 @@ async def events(asked, choices, changed, head):
                         yield chunk(choice, {"reasoning_content": reasoning})
                     yield chunk(choice, {}, None, reason)
                     running.remove(choice)
-        if asked.include_usage:
-            yield replies.event(head | {"choices": [], "usage": replies.usage(asked, choices)})
+        if body.include_usage:
+            yield replies.event(head | {"choices": [], "usage": replies.usage(body, choices)})
         yield replies.event("[DONE]")
     except Refused as error:
         yield replies.event({"error": error.error, "choices": []})
-    finally:
-        for choice in choices:
-            choice.cancel()
+    except ClientDisconnect:
+        return

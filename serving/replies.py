@@ -16,15 +16,13 @@ def event(value):
     return f"data: {value if isinstance(value, str) else dumps(value)}\n\n"
 
 
-def head(chat, name, model, stream):
-    """What a reply, or every piece of a streamed one, begins with."""
-    prefix, kind = NAMES[chat]
-    head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind + ".chunk" * (chat and stream)}
-    return head | {
-        "created": int(time.time()),
-        "model": name,
-        "system_fingerprint": f"coser {model.identity}",
-    }
+def head(body, model):
+    """What a response, or every chunk of a streamed one, begins with. llm/endpoint.py recognises this server
+    by the fingerprint, so replies of an endpoint behind it do not have one."""
+    prefix, kind = NAMES[body.chat]
+    fingerprint = f"coser {model.identity}" if model.local else None
+    return {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind + ".chunk" * (body.chat and body.stream),
+            "created": int(time.time()), "model": body.model, "system_fingerprint": fingerprint}  # fmt: skip
 
 
 def choice(chat, index, text, logprobs=None, finish_reason=None, reasoning=""):
@@ -43,13 +41,13 @@ def piece(chat, index, delta, logprobs=None, finish_reason=None):
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def usage(asked, choices):
+def usage(body, choices):
     """The tokens of finished choices; a prompt that several share counts once."""
     results = [choice.result for choice in choices if choice.result]
-    ids = [choice.ids for choice in choices[:: asked.n]]
-    prompt_tokens = results[0].prompt_tokens if asked.chat else sum(map(len, ids))
-    completed = sum(r.completion_tokens if asked.chat else len(r.ids) for r in results)
-    cached = sum(result.cached_tokens or 0 for result in results[:: asked.n])
+    ids = [choice.ids for choice in choices[:: body.n]]
+    prompt_tokens = results[0].prompt_tokens if body.chat else sum(map(len, ids))
+    completed = sum(r.completion_tokens if body.chat else len(r.ids) for r in results)
+    cached = sum(result.cached_tokens or 0 for result in results[:: body.n])
     return {"prompt_tokens": prompt_tokens, "completion_tokens": completed,
             "total_tokens": prompt_tokens + completed,
             "prompt_tokens_details": {"cached_tokens": cached}}  # fmt: skip

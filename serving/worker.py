@@ -6,42 +6,47 @@ from concurrent.futures import Future
 
 from common import terminal
 
-MAX_GRAMMARS = 64  # kept by an engine; clients may send schemas without end
-
 
 class Busy(Exception):
-    """As many requests as are accepted at once are in progress."""
+    """As many requests as the server accepts are in progress."""
 
 
 class Job(Future):
-    """The Future of a Reply, or of a Completion; `cancel()` takes it out of the engine and frees its pages.
+    """The Future of a Reply or a Completion; `cancel()` takes its request out of the engine and frees pages.
 
-    text: what there is of it so far, in whole characters, without reasoning and without what may begin a stop
-    string. request: the llm.local.Request it is, None before it starts and for an endpoint.
+    progress: the text so far, in whole characters, without reasoning and without what may begin a stop
+    string; and how many generated tokens that text takes. Replaced as a whole, so any thread may read it.
+    request: the llm.local.Request; None before it has started, and for an endpoint.
     """
 
-    text, request = "", None
+    progress, request = ("", 0), None
+
+    @property
+    def text(self):
+        return self.progress[0]
 
 
 class Worker:
-    """Models by name, asked from any thread. capacity: jobs in progress at once; more are refused (Busy).
+    """Models by name, called from any thread. capacity: jobs in progress at once; further ones raise Busy.
 
-    A model that serves under several names is loaded, and stepped, once. A step that fails ends the requests
-    of its model with that error, and no others.
+    A model that serves under several names is loaded and stepped once. A step that fails ends the requests of
+    its model with an error, and no others.
     """
 
     def __init__(self, models, capacity=64):
         self.models, self.capacity = models, capacity
         self.local = [model for model in dict.fromkeys(models.values()) if model.local]
-        self.calls = queue.SimpleQueue()
+        self.calls = queue.SimpleQueue()  # functions to call on the thread
         self.jobs, self.watched, self.lock = set(), {}, threading.Lock()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
     def submit(self, name, messages, params, opening="", on_text=None):
-        """The Job of a model's Reply, as in Model.submit. on_text(job) must not raise; it is called on the
-        worker's thread when the job has started, and after each step that changed its text. Busy if there is
-        no place for it."""
+        """The Job of a model's Reply, as in Model.submit.
+
+        on_text(job) must not raise; the worker's thread calls it when the job has started, and after each
+        step that changed its progress.
+        """
         model = self.models[name]
         return self.start(model, lambda: model.submit(messages, params, opening), on_text)
 
@@ -82,7 +87,7 @@ class Worker:
             self.jobs.discard(job)
 
     def end(self, job, inner):
-        """Gives a job what its model's future holds."""
+        """Gives a job the outcome of its model's future."""
         self.watched.pop(job, None)
         if not inner.cancelled():
             settle(job, inner.exception() or inner.result())
@@ -96,23 +101,24 @@ class Worker:
             except queue.Empty:
                 pass
             for model in busy:
-                self.step(model)
-            for job, (model, inner, on_text) in list(self.watched.items()):
-                text = model.spoken(inner)
-                if text != job.text:
-                    job.text = text
+                try:
+                    model.step()
+                    self.publish(model)
+                except Exception as error:  # one model's fault must not end the server
+                    terminal.note(f"{model.name}: a step failed ({type(error).__name__}: {error})")
+                    for future in list(model.running):
+                        future.set_exception(RuntimeError(f"a step failed: {type(error).__name__}"))
+
+    def publish(self, model):
+        """Brings the progress of a model's jobs up to date."""
+        for job, (owner, inner, on_text) in list(self.watched.items()):
+            if owner is model:
+                text, sequence = model.spoken(inner), job.request.sequences[0]
+                count = len(sequence.generated) if sequence.text == text else job.progress[1]
+                if (text, count) != job.progress:
+                    job.progress = text, count
                     if on_text:
                         on_text(job)
-
-    def step(self, model):
-        try:
-            model.step()
-        except Exception as error:  # one model's fault must not end the server
-            terminal.note(f"{model.name}: a step failed ({type(error).__name__}: {error})")
-            for future in list(model.running):
-                future.set_exception(error)
-        if len(model.engine.grammars) > MAX_GRAMMARS:
-            model.engine.grammars.clear()
 
 
 class Served:

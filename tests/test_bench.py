@@ -211,3 +211,8 @@ def test_every_line_of_the_gpu_script(tmp_path):
     bars = (tmp_path / "bars.txt").read_text()
     assert "train, ours, tok/s" in bars and "toy" in bars and "met" not in bars
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bars.txt", "log", "results.jsonl"]
+
+
+def test_int8_is_for_a_cpu_only(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "int8 is for a CPU only" in usage_error(bench("decode", *TOY, "--dtype", "int8"))

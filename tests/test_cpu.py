@@ -1,5 +1,6 @@
 """The packed model of a CPU: the same logits, the same bits of a row in any batch."""
 
+import os
 import weakref
 
 import pytest
@@ -124,6 +125,24 @@ def test_int8_rows_have_the_same_bits_in_any_batch(shape, native, monkeypatch):
         assert torch.equal(layer(x[:n]), together[:n])
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_int8_of_what_is_no_number(native, monkeypatch):
+    """A row with a NaN or inf has no finite result, an output with a NaN in its weights is NaN, and all else
+    is as without them; no rows, rows of zeros and huge numbers are allowed."""
+    if not native:
+        monkeypatch.setattr(int8, "has_fbgemm", lambda: False)
+    weight, x = torch.randn(50, 64), torch.randn(6, 64)
+    weight[3], x[2] = 0, 0
+    clean = Int8Linear([weight])(x)
+    weight[5, 9], x[0, 7], x[1, 7], x[4, 7] = torch.nan, torch.nan, -torch.inf, 3e37
+    layer = Int8Linear([weight])
+    out, others = layer(x), [i for i in range(50) if i != 5]
+    assert not out[:2].isfinite().any() and out[:, 5].isnan().all()
+    assert torch.equal(out[[2, 3, 5]][:, others], clean[[2, 3, 5]][:, others]) and not out[2, others].any()
+    assert (out[4, others] / 3e37 - weight[others, 7]).abs().max() < 0.5001 * weight[others].abs().max() / 63
+    assert layer(x[:0]).shape == (0, 50)
+
+
 def test_weights_in_int8():
     """Off by at most half a step, a step being a 63rd of the row's largest; zeros stay zeros."""
     weight = torch.randn(3000, 577) * torch.rand(3000, 1)
@@ -171,6 +190,23 @@ def test_the_dtype_that_fits(free, native, dtype, tiny_actor, monkeypatch, capfd
         assert engine.generate([[5, 6, 7]], greedy(20))[0].ids == alone(packed, [5, 6, 7], greedy(20)).ids
 
 
-def test_unknown_dtypes_are_refused(tiny_actor):
-    with pytest.raises(UsageError, match="int4.*int8"):
+def test_memory_of_a_container(tmp_path, monkeypatch):
+    """The smaller of what is available and the container's limit, in bytes; without a limit, or where the
+    system does not say, what is there."""
+    memory, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    monkeypatch.setattr(local, "MEMINFO", memory)
+    monkeypatch.setattr(local, "CGROUP", limit)
+    whole = local.free_memory()
+    assert whole == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory.write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:    3000 kB\n")
+    for text, free in ("max\n", 3000 * 1024), ("2000000\n", 2_000_000), ("99999999999999\n", 3000 * 1024):
+        limit.write_text(text)
+        assert local.free_memory() == free
+
+
+def test_unknown_dtypes_are_refused(tiny_actor, monkeypatch):
+    with pytest.raises(UsageError, match="int4: on a CPU one of .*int8"):
         local.load_engine(tiny_actor, "int4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UsageError, match="int8: on a GPU one of [^8]*float32[^8]*$"):
+        local.load_engine(tiny_actor, "int8")

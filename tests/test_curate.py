@@ -11,10 +11,10 @@ from test_benchmarks import killed
 from test_llm import Script, Server
 
 from data.curate import __main__ as command
-from data.curate import assemble, extract
+from data.curate import ask, assemble, extract
 from data.curate.ask import PROMPTS, TRIES, Question, read_json
 from data.curate.chunks import cut, headings, read_books
-from data.curate.fidelity import INVENTED, Words, measure, words_of
+from data.curate.fidelity import FOUND, Words, measure, words_of
 from data.records import Report
 from data.scenes import find_scenes, load_book
 from llm.reply import Reply
@@ -216,6 +216,49 @@ def test_no_plot_is_lost_at_the_border_of_a_chunk(curated, size):
     )
 
 
+@pytest.mark.parametrize("size", [220, 300])
+def test_first_lines_of_a_scene_that_a_reply_leaves_out_are_shown_again(curated, size):
+    """Trap: a model that sees two lines of a scene at the end of a chunk may not see a plot in them."""
+
+    def whole_only(answer, text):
+        return {"plots": [plot for plot in answer["plots"] if plot["finished"]]}
+
+    _, out, [line] = curated("--chunk-tokens", size, say=changing(whole_only, extract.PLOTS))
+    assert [plot["text"] for plot in the_book(out)["plots"]] == BLOCKS and line["missing"] == 0
+
+
+def test_what_a_cut_off_reply_leaves_out_is_shown_again_or_counted(curated):
+    """Trap: of a reply that reached max_tokens the whole plots were kept, and the others lost unseen."""
+
+    def brief(answer, text):
+        return Reply(json.dumps(answer | {"plots": answer["plots"][:keep]})[:-2], "length")
+
+    keep = 2
+    _, out, [line] = curated("--chunk-tokens", 5000, say=changing(brief, extract.PLOTS))
+    assert [plot["text"] for plot in the_book(out)["plots"]] == BLOCKS[:2]
+    assert line["notes"]["replies cut off at --max-tokens"] == 1
+    assert line["in_no_plot"] == 1 - len(BLOCKS[0] + BLOCKS[1]) / len(TEXT)
+
+    def first_brief(answer, text):
+        return brief(answer, text) if text.startswith("I\n") else answer
+
+    keep = 2  # of three and the beginning of a fourth
+    _, out, [line] = curated(say=changing(first_brief, extract.PLOTS), out=out.parent / "carried")
+    assert [plot["text"] for plot in the_book(out)["plots"]] == BLOCKS and line["in_no_plot"] < 0.02
+
+
+def test_words_that_repeat_are_placed_in_their_plot():
+    """Trap: the first "Yes" of a passage was the place of all of them, and the last one stretched a plot."""
+    text = 'He came. "Yes," said Ann. He left. She sat. "Yes," said Ann. She slept. '
+    text += "It rained. " * 60 + '"Never!"'
+    plot = plot_of(BLOCKS[0], TEXT) | {"first_sentence": "She sat.", "last_sentence": "She slept."}
+    said = [{"character": "Ann", "message": message} for message in ("Yes.", "Never!")]
+    plot["conversations"] = [plot["conversations"][0] | {"dialogues": said}]
+    made = extract.read_plot(plot, [], Words(text), 0, SimpleNamespace(number=0, end=len(text)))
+    assert made["conversation"][0]["dialogues"][0]["at"][0] == text.rindex("Yes")
+    assert text[made["start"] : made["end"]] == 'She sat. "Yes," said Ann. She slept.'
+
+
 def test_a_plot_longer_than_a_chunk_ends_with_it(curated):
     _, out, [line] = curated("--chunk-tokens", 60, "--min-messages", 1)
     assert line["notes"]["plots longer than a chunk, ended with it"] > 0
@@ -326,13 +369,29 @@ def test_no_plot_after_unusable_answers_is_a_failure(curated):
     }
 
 
+def test_an_empty_second_reply_replaces_no_better_first_one(curated):
+    """A reply with one plot too many in it, then empty ones: the good plots of the first are kept."""
+
+    def tired(answer, text):
+        if text in seen:
+            return {"plots": []}
+        seen.append(text)
+        wrong = answer["plots"][0] | {"first_sentence": "Nothing like it in here."}
+        return {"plots": [*answer["plots"], wrong]}
+
+    seen = []
+    _, out, [line] = curated(say=changing(tired, extract.PLOTS))
+    assert [plot["text"] for plot in the_book(out)["plots"]] == BLOCKS and line["failures"] == []
+
+
 def test_short_names_stay_persons(curated):
     """Trap: a name of one or two words that the mapping left out became nobody."""
 
     def forgetful(answer, text):
         return {"names": [entry for entry in answer["names"] if entry["name"] not in ("Tam", "Ruth Calder")]}
 
-    _, out, _ = curated(say=changing(forgetful, "names"))
+    _, out, [line] = curated(say=changing(forgetful, "names"))
+    assert line["notes"]["names that the model left out"] == 2
     assert the_book(out)["character_datasets"]["Tam"]["profile"].startswith("Tam in")
     [tam] = [d for d in lines(out / "steps" / "curate_book" / "names.jsonl") if d["name"] == "Tam"]
     assert tam == {"name": "Tam", "official": "Tam", "person": True, "by": "left out by the model"}
@@ -462,7 +521,21 @@ def test_chunks_end_with_paragraphs_and_chapters():
     assert (whole.start, whole.end) == (0, len(text))
 
 
-# ---- replies -----------------------------------------------------------------------------------------------
+# ---- prompts and replies -----------------------------------------------------------------------------------
+
+
+def test_the_shape_of_an_answer_holds_nothing_to_copy():
+    """A small model gave back an example, "..." and all, as its answer: prompts name fields, and no value."""
+
+    def fields(schema):
+        inner = schema.get("properties", {}) | ({"": schema["items"]} if "items" in schema else {})
+        return {*inner}.union(*map(fields, inner.values())) - {""}
+
+    names = assemble.record(names=assemble.many(name={}, official={}, person={}))
+    kinds = {"extract": extract.PLOTS, "safety": assemble.FLAGS, "names": names, "profile": assemble.PROFILE}
+    for name, schema in kinds.items():
+        assert {*re.findall(r'"(\w+)"', PROMPTS[name])} == fields(schema), name
+        assert not re.search(r'": *["\d<.]|\.\.\.', PROMPTS[name]), name
 
 
 def test_json_is_found_and_repaired():
@@ -625,7 +698,7 @@ def test_quotes_are_found_where_they_stand():
         share, a, b = words.find(" ".join(quote))
         assert share * len(quote) <= longest_common(quote, words.words) + 1e-9
         assert round(share * len(quote)) <= longest_common(quote, words_of(TEXT[a:b]))
-    assert words.find("Zounds! Quoth the raven nevermore, my liege.")[0] < INVENTED
+    assert words.find("Zounds! Quoth the raven nevermore, my liege.")[0] < FOUND
     assert Words("他说：你好。然后走了").find("你好")[:2] == (1, 3)
     assert Words("אמר שלום לכולם").find("שלום")[0] == 1
 
@@ -662,6 +735,30 @@ def test_the_release_through_the_validators(shared):
         )
         question.take(Reply(json.dumps({"plots": replayed}), "stop"))
         assert len(question.value) == len(plots) - missing and len(question.problems) == missing
+
+
+HOSTILE_WORDS = ["", " ", "NSP", "Environment", " environment\n", "[", "a]", "(", "\u201cMe\u201d", "x\ny"]
+HOSTILE_WORDS += ["\0", "\ud800", "<|eot_id|>", "{title}", "../..", "N" * 5000, "[only a thought]", "Ruth:"]
+
+
+def test_hostile_replies(curated, tmp_path):
+    """A model that writes some strings of its answers at random: the books are read without repairs."""
+    rng = random.Random(0)
+
+    def spoil(value):
+        if isinstance(value, list):
+            return [spoil(item) for item in value]
+        if isinstance(value, dict):
+            return {key: v if key.endswith("_sentence") else spoil(v) for key, v in value.items()}
+        return rng.choice(HOSTILE_WORDS) if isinstance(value, str) and rng.random() < 0.2 else value
+
+    def say(messages, params):
+        return json.dumps(spoil(json.loads(reader(messages, params))))
+
+    for n in range(4):
+        _, out, [line] = curated(say=say, out=tmp_path / f"out{n}")
+        assert line["figures"]["plots"] > 0
+        load_book(out / "books" / "curate_book.json", Report(strict=True))
 
 
 # ---- hostile books -----------------------------------------------------------------------------------------
@@ -747,9 +844,21 @@ def test_usage_errors(script, tmp_path, shared):
     assert "not a book in the CoSER format" in error(BOOK, "--report", tmp_path / "curate_book.json")
 
 
-def test_the_time_left_is_told():
-    say = command.rounds(3)
-    assert say() == "round 1 of 3" and re.fullmatch(r"round 2 of 3, about \d+ min left", say())
+def test_the_time_left_is_told(monkeypatch):
+    def ask_all(asks, model, journal, what):
+        shown.append(what)
+        clock.append(clock[-1] + 90)  # seconds
+        return [Reply('{"field": "text"}', "stop") for _ in asks]
+
+    def story():
+        for n in range(3):
+            yield [Question(str(n), [{"role": "user", "content": ""}], ask.record(field=ask.TEXT), 1)]
+
+    shown, clock = [], [0]
+    monkeypatch.setattr(ask, "ask_all", ask_all)
+    monkeypatch.setattr(ask.time, "monotonic", lambda: clock[-1])
+    ask.run_all([story()], None, None, 0, 3)
+    assert shown == ["round 1 of 3", "round 2 of 3, about 3 min left", "round 3 of 3, about 2 min left"]
 
 
 def test_a_killed_run_ends_with_the_same_files(script, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import engine.engine
 from checkpoint import weights
 from common import files
 from generate import Engine, SamplingParams
+from llm import open_model
 from model import ModelConfig
 from text.chat import CHAT_FORMATS
 from text.export import save_tokenizer
@@ -437,7 +438,7 @@ def test_a_stray_system_text_is_no_assistants(shared):
             mistral.render(chat)
 
 
-def test_a_completion_goes_on_from_its_prompt(shared, monkeypatch):
+def test_a_completion_goes_on_from_its_prompt(shared, tiny_actor, monkeypatch):
     """SentencePiece drops a text's first space: between a prompt and what follows it is kept, at a chat's
     start it is not."""
     sp = load_tokenizer(shared / "tokenizers" / "llama2")
@@ -459,6 +460,11 @@ def test_a_completion_goes_on_from_its_prompt(shared, monkeypatch):
     greedy = SamplingParams(temperature=0)
     assert "".join(Engine(Parrot(), sp).stream(prompt, greedy, goes_on=True)) == " went over"
     assert "".join(Engine(Parrot(), sp).stream(prompt, greedy)) == "went over"
+    actor = open_model(tiny_actor)
+    actor.engine, actor.tokenizer, actor.encode, actor.markers = Engine(Parrot(), sp), sp, sp.encode, ()
+    for opening, text in (("The ferry", " went over"), ("", "went over")):  # of a chat's reply
+        actor.prompt = lambda messages, opening: (prompt, 0)
+        assert actor.chat([[]], greedy, [opening])[0].text == text
 
 
 @pytest.mark.parametrize("what", ["other head", "integers"])

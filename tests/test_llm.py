@@ -1054,6 +1054,32 @@ def test_a_kept_answer_that_is_none_is_asked_for_again(tmp_path, content):
     assert len(server.requests) == 3
 
 
+def test_an_opening_is_part_of_what_a_kept_answer_is_to(tmp_path):
+    """Of our own server, which continues it; other servers never see it, and what they said is found without
+    it."""
+
+    def say(body, number):
+        last = body["messages"][-1]
+        text = f"continues {last['content']}" if last["role"] == "assistant" else "begins"
+        fingerprint = {"system_fingerprint": "coser sha256"} if body["model"] == "coser" else {}
+        return 200, completion(text) | fingerprint, {}
+
+    with Server(say) as server:
+
+        def texts(model, *openings):
+            endpoint = Endpoint(model, server.url, KEY, answers=tmp_path, concurrency=1)
+            replies = endpoint.chat([HELLO] * len(openings), SamplingParams(0), openings)
+            return [reply.text for reply in replies]
+
+        expected = ["continues A:", "continues B:", "begins"]
+        assert [texts("coser", "A:", "B:", "") for _ in range(2)] == [expected] * 2
+        assert len(server.requests) == 4  # the first answer told what server it is
+        assert texts("coser", "C:") == ["continues C:"] and len(server.requests) == 5
+        before = len(server.requests)
+        assert texts("m", "A:") == texts("m", "") == texts("m", "B:") == ["begins"]
+        assert len(server.requests) == before + 1
+
+
 def test_no_failure_is_kept(tmp_path, pauses):
     """A refusal today may be an answer tomorrow."""
     with Server(lambda _, n: "yes" if n else (400, {}, {})) as server:

@@ -8,6 +8,7 @@ import random
 import socket
 import threading
 import time
+from concurrent.futures import Future
 
 import httpx
 import openai
@@ -20,9 +21,12 @@ from engines import everything_given_back, logprobs_of
 
 import checkpoint
 import serve
+from common.files import UsageError
+from engine.constrain import advance
 from engine.engine import Engine
 from engine.params import SamplingParams
-from llm import open_model
+from llm import Reply, open_model
+from llm.reply import Model
 from serving.app import MAX_BODY, build_app
 from serving.requests import read_chat
 from serving.worker import Worker
@@ -236,6 +240,64 @@ def test_penalties_and_bias(served, tiny_actor):
         assert tokens == [tokenizer.token_bytes(i).decode(errors="replace") for i in expected], fields
 
 
+def test_streamed_log_probabilities_end_where_the_text_does(served, local):
+    """Tokens whose text a stop string may still cut come with that text, or not at all."""
+    whole = local.chat([ASK], SamplingParams(0, max_tokens=60))[0].text
+    fields = dict(temperature=0, max_tokens=60, logprobs=True, stop=[whole[20:30], whole[10:14] + "never"])
+    expected = served.ask(**fields).json()["choices"][0]["logprobs"]["content"]
+    pieces = [event["choices"][0] for event in events(served.ask(**fields, stream=True))]
+    found, text = [], ""
+    for piece in pieces:
+        text += piece["delta"].get("content", "")
+        found += piece["logprobs"]["content"] if piece["logprobs"] else []
+        assert whole[:20].startswith("".join(entry["token"] for entry in found)[: len(text)])
+    assert found == expected and text == whole[:20]
+
+
+def test_a_stream_is_one_even_if_all_is_done_at_once(served, monkeypatch):
+    """However fast the worker is, and where nothing is generated."""
+    start = served.worker.start
+
+    def start_and_wait(*args):
+        job = start(*args)
+        job.exception(timeout=10)
+        return job
+
+    monkeypatch.setattr(served.worker, "start", start_and_wait)
+    assert len(events(served.ask(stream=True, max_tokens=1))) >= 2
+    answer = served.complete("The ferry", echo=True, max_tokens=0, stream=True)
+    assert "".join(event["choices"][0]["text"] for event in events(answer)) == "The ferry"
+
+
+def test_an_endpoint_behind_a_name():
+    """It gets a last assistant message as it is, and a limit that it can take; what it cannot do is refused
+    by name, and nobody takes it for this server."""
+    asked = []
+
+    class Upstream(Model):
+        local, name, identity = False, "openai:m", "m at http://127.0.0.1"
+
+        def submit(self, messages, params, opening=""):
+            if params.logprobs:
+                raise UsageError("logprobs: an endpoint cannot do this")
+            asked.append((messages, params.max_tokens, opening))
+            future = Future()
+            future.set_result(Reply("yes", "stop"))
+            return future
+
+    server = Served({"gpt-4o": Upstream()})
+    turns = [*ASK, {"role": "assistant", "content": "Hanne Brod: I"}]
+    answer = server.http.post("/v1/chat/completions", json={"messages": turns}).json()
+    assert answer["choices"][0]["message"]["content"] == "yes" and answer["system_fingerprint"] is None
+    server.http.post("/v1/chat/completions", json={"messages": ASK, "max_tokens": 8196})
+    assert asked == [(turns, 4096, ""), (ASK, 8196, "")]
+    for stream in (False, True):
+        body = {"messages": ASK, "logprobs": True, "stream": stream}
+        answer = server.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "logprobs"
+    server.close()
+
+
 # ---- requests of programs that exist -----------------------------------------------------------------------
 
 
@@ -362,6 +424,10 @@ REFUSED = [
     ({"n": 10**6}, "n"),
     ({"stop": [""] * 65}, "stop"),
     ({"stop": [3]}, "stop"),
+    ({"stop": "x" * 257}, "stop"),
+    ({"stop": "x", "response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "stop"),
+    ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+    ({"messages": [{"role": "user", "content": False}]}, "messages"),
     ({"logit_bias": {"1": 101}}, "logit_bias"),
     ({"logit_bias": {"99999": 1}}, "logit_bias"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),
@@ -410,6 +476,10 @@ def test_errors_that_clients_know(client, served):
             assert raised.value.code == code
     with pytest.raises(openai.BadRequestError, match="no token id|vocabulary"):
         client.completions.create(model="tiny", prompt=[10**9])
+    for stream in (False, True):  # half a surrogate pair
+        body = json.dumps({"prompt": "\ud800", "stream": stream})
+        answer = served.http.post("/v1/completions", content=body)
+        assert answer.status_code == 400 and answer.json()["error"]["message"]
     assert served.http.get("/v1/models/none").status_code == 404
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
         answer = served.http.request(method, path)
@@ -439,6 +509,11 @@ def test_strangers_are_kept_out(tiny_actor):
         ({**bearer, "Host": f"evil.example:{port}"}, 403),
         ({**bearer, "Host": f"evil.example:{port}", "Origin": f"http://evil.example:{port}"}, 403),
         ({**bearer, "Host": f"localhost:{port}"}, 200),
+        ({**bearer, "Host": "LOCALHOST"}, 200),
+        ({**bearer, "Host": f"[::1]:{port}"}, 200),
+        ({**bearer, "Host": "[::1]"}, 200),
+        ({**bearer, "Host": "localhost:80.evil.example"}, 403),
+        ({**bearer, "Host": ""}, 403),
     ):
         answer = server.http.get("/v1/models", headers=headers)
         assert answer.status_code == status, headers
@@ -466,12 +541,21 @@ def test_a_full_queue_is_503(tiny_actor):
     server.close()
 
 
-def test_a_failing_step_ends_its_requests_only(tiny_actor, monkeypatch):
+@pytest.mark.parametrize("where", ["engine.run", "spoken"])
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError])
+def test_a_failing_step_ends_its_requests_only(tiny_actor, monkeypatch, where, error):
+    """With 500, whatever the error is; the worker lives on."""
     server = Served({"tiny": open_model(tiny_actor)})
-    run = server.model.engine.run
-    monkeypatch.setattr(server.model.engine, "run", lambda batch: 1 / 0)
-    assert server.ask(max_tokens=3).status_code == 500
-    monkeypatch.setattr(server.model.engine, "run", run)
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as broken:
+        owner = server.model.engine if where == "engine.run" else server.model
+        broken.setattr(owner, where.split(".")[-1], fail)
+        for stream in (False, True):
+            answer = server.ask(max_tokens=3, stream=stream)
+            assert answer.status_code == 500 or '"server_error"' in answer.text
     assert server.ask(max_tokens=3).status_code == 200
     server.idle()
     server.close()
@@ -479,7 +563,9 @@ def test_a_failing_step_ends_its_requests_only(tiny_actor, monkeypatch):
 
 def test_the_command_line(script, tmp_path, tiny_actor, monkeypatch):
     assert "--api-key" in usage_error(script("serve", "--host", "0.0.0.0"))
-    assert "NAME=M" in usage_error(script("serve", "--model", tiny_actor, "--alias", "gpt-4o"))
+    for alias in ("gpt-4o", "=x", "x=", "tiny=tiny"):
+        assert "NAME=M" in usage_error(script("serve", "--port", 0, "--model", tiny_actor, "--alias", alias))
+    assert "ASCII" in usage_error(script("serve", "--api-key", "a b"))
     args = ["--model", str(tiny_actor), "--alias", f"a={tiny_actor}/", "gpt-4o=tiny", "b=a"]
     monkeypatch.setattr("sys.argv", ["serve.py", *args])
     models = serve.open_models(serve.parse_args())
@@ -514,8 +600,8 @@ def test_roles_and_parts():
         ([u, empty], [("user", "u")], ""),
         ([a], [], "a"),
     ):
-        asked = read_chat({"messages": messages})
-        assert ([(m["role"], m["content"]) for m in asked.messages], asked.opening) == (turns, opening)
+        body = read_chat({"messages": messages})
+        assert ([(m["role"], m["content"]) for m in body.messages], body.opening) == (turns, opening)
 
 
 # ---- clients that misbehave --------------------------------------------------------------------------------
@@ -537,6 +623,42 @@ def test_a_client_that_leaves_frees_its_pages(served):
         with pytest.raises(httpx.ReadTimeout):
             served.http.post(f"/v1/{path}", json={**body, **extra}, timeout=0.4)
         served.idle()
+
+
+def test_a_client_that_leaves_before_the_first_event(served, monkeypatch):
+    """A response that never begins, as when the client goes just before, is no reason to go on."""
+
+    class NeverBegun:
+        def __init__(self, *_, **__):
+            pass
+
+        async def __call__(self, scope, receive, send):
+            pass
+
+    monkeypatch.setattr("serving.app.StreamingResponse", NeverBegun)
+    served.ask(stream=True, max_tokens=7000, temperature=1, logit_bias=without_end(served))
+    served.idle(1)
+
+
+def test_messages_without_number_are_read_in_no_time(served):
+    begun = time.process_time()
+    body = read_chat({"messages": [{"role": "user", "content": "a"}] * 500_000})
+    assert time.process_time() - begun < 3 and len(body.messages) == 1
+
+
+def test_grammars_take_bounded_memory(served):
+    """Of many schemas, and of one whose states have no end."""
+    engine = served.model.engine
+    for i in range(80):
+        assert engine.grammar(schema := {"type": "integer", "minimum": i}) is engine.grammar(schema)
+    assert len(engine.grammars) <= 64
+    grammar = engine.grammar({"type": "array", "items": {"type": "string"}})
+    state, found = advance(grammar.start, b'["'), None
+    for _ in range(300):
+        ids, costs = grammar.allowed(state)
+        assert found is None or ids.tolist() == found
+        state, found = advance(state, b'a", "'), ids.tolist()
+    assert len(engine.vocabulary.known) <= 256
 
 
 def test_torn_bodies(served):

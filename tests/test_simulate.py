@@ -1067,6 +1067,16 @@ def test_a_directory_in_use_is_left_alone(script, three_scenes, tmp_path, monkey
     assert {file: file.read_bytes() for file in (tmp_path / "a").rglob("*.json*")} == before
 
 
+def test_a_resume_with_another_dtype_says_which_it_was(tmp_path):
+    """The dtype is chosen by free memory, which may have changed since."""
+    identities = [f"sha256:1 cpu torch.{dtype}" for dtype in ("int8", "float32")]
+    first, second = ({"actor": "a", "actor_identity": identity} for identity in identities)
+    transcripts.claim(tmp_path, first, resume=False)
+    with pytest.raises(files.UsageError, match=f"actor_identity was {identities[0]}"):
+        transcripts.claim(tmp_path, second, resume=True)
+    transcripts.claim(tmp_path, first, resume=True)
+
+
 def test_an_endpoint_that_dies_midway(script, three_scenes, tmp_path, monkeypatch):
     """Finished scenes are kept, the line says how many and how to go on; going on plays the rest."""
     dead = True

@@ -9,8 +9,6 @@
 report (report.json), what each step made of each book (steps/), and every reply (replies.jsonl).
 """
 
-import itertools
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,21 +90,9 @@ def run(args, books, chunks, model, count):
         claim(out, {"model": model.name, "model_identity": model.identity}, args.resume)
         with resumable(out):
             stories, journal = list(map(story, books, chunks)), Journal(out / REPLIES)
-            results = run_all(stories, model, journal, args.seed, rounds(max(map(len, chunks)) + 4))
+            results = run_all(stories, model, journal, args.seed, max(map(len, chunks)) + 4)
         write_all(out, books, results, args.seed)
     return results
-
-
-def rounds(total):
-    """say() of `run_all`: the number of the round, and the time left at the pace so far."""
-    begun, numbers = time.monotonic(), itertools.count(1)
-
-    def say():
-        number = next(numbers)
-        minutes = (time.monotonic() - begun) / 60 * (total - number + 1) / max(1, number - 1)
-        return f"round {number} of {total}" + f", about {minutes:.0f} min left" * (number > 1)
-
-    return say
 
 
 def write_all(out, books, results, seed):
@@ -143,7 +129,8 @@ def report(args, books, lines):
     for line in lines:
         notes = [f"  {n} {what}" for what, n in line["notes"].items()]
         notes += [f"  chunk {lost['chunk'] + 1} failed: {lost['error']}" for lost in line["failures"]]
-        show([f"{line['title']}: {line['missing']:.1%} of the text is in chunks that failed", *notes])
+        lost = f"{line['missing']:.1%} of the text in chunks that failed, {line['in_no_plot']:.1%} in no plot"
+        show([f"{line['title']}: {lost}", *notes])
 
 
 def main():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,9 @@ class Question:
     """label: unique in a run. schema: of an object with one field. accept(item, items before) makes of each
     item of the field's list (or of its one value) what is kept; ValueError if it cannot be used.
 
-    value: the items of the best reply so far, None before one can be used; problems: what is wrong with the
-    others. error: why the model gave no reply, after all retries of `llm`.
+    value: the usable items of the best reply so far, None before there is one. problems: what is wrong with
+    its other items. repaired: whether its JSON was. cut_off: whether it reached max_tokens. error: why the
+    model gave no reply, after all retries of `llm`.
     """
 
     label: str
@@ -58,6 +60,7 @@ class Question:
     error: str = ""
     tries: int = 0
     repaired: bool = False
+    cut_off: bool = False
 
     def ask(self, seed):
         """The next call, known by its content: at temperature 0, then at 1 with what was wrong."""
@@ -75,8 +78,10 @@ class Question:
             return
         self.tries += 1
         value, problems, repaired = self.read(reply.text)
-        if self.value is None or (value is not None and len(problems) < len(self.problems)):
+        # more usable items are better than fewer problems: an empty reply has none
+        if self.value is None or (len(value or ()), -len(problems)) > (len(self.value), -len(self.problems)):
             self.value, self.problems, self.repaired = value, problems, repaired
+            self.cut_off = reply.finish_reason == "length"
 
     def read(self, text):
         """(value, problems, whether the JSON was repaired) of a reply."""
@@ -95,10 +100,10 @@ class Question:
         return items if items or not problems else None, problems, repaired
 
 
-def run_all(stories, model, journal, seed, say):
-    """What generators of lists of Questions return, in order. They go on together, each time that all their
-    lists are settled. say(): what is shown of such a round."""
-    results, asked = {}, dict.fromkeys(stories, ())
+def run_all(stories, model, journal, seed, total):
+    """What generators of lists of Questions return, in order. They go on together, in rounds: each time that
+    all their lists are settled. total: how many rounds there are, to tell the time left."""
+    results, asked, begun, number = {}, dict.fromkeys(stories, ()), time.monotonic(), 0
     while asked:
         for story in list(asked):
             try:
@@ -106,7 +111,9 @@ def run_all(stories, model, journal, seed, say):
             except StopIteration as end:
                 results[story] = end.value
                 del asked[story]
-        what, questions = say(), sum(map(list, asked.values()), [])
+        minutes, what = (time.monotonic() - begun) / 60, f"round {number + 1} of {total}"
+        what += f", about {minutes * (total - number) / number:.0f} min left" if number else ""
+        number, questions = number + 1, sum(map(list, asked.values()), [])
         for _ in range(TRIES):
             pending = [question for question in questions if question.problems and not question.error]
             replies = ask_all([q.ask(seed) for q in pending], model, journal, what) if pending else ()

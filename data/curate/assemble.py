@@ -13,6 +13,7 @@ from data.curate.fidelity import words_of
 from data.scenes import ENVIRONMENT
 
 HELD_OUT = 0.1  # of a book's plots and of the books, the last
+LEFT_OUT = "left out by the model"
 A_BOOK = 5  # test scenes at most
 CATEGORIES = ["sexual", "minors", "violence", "self-harm", "hatred", "instructions", "personal data"]
 FLAGS = record(flags=many(category={"enum": CATEGORIES}, severity=integer(1, 3), quote=TEXT))
@@ -44,12 +45,23 @@ def curate(book, chunks, count, args, write):
     notes.update(f"conversations dropped, {one['reason']}" for one in dropped)
     notes["conversations not checked for safety"] = found.count(None)
     notes["plots without a conversation, not in the book"] = len(plots) - len(kept)
+    notes["names that the model left out"] = sum(name["by"] == LEFT_OUT for name in names.values())
     notes["profiles that the model did not give"] = list(profiles.values()).count("")
     lost = sum(failure["end"] - failure["start"] for failure in failures) / chunks[-1].end
     line = {"title": book.title, "chunks": len(chunks), "failures": failures, "missing": lost}
+    line["in_no_plot"] = 1 - covered(plots) / chunks[-1].end
     line["notes"] = {what: n for what, n in notes.items() if n}
     made = {"title": book.title, "author": book.author, "plots": kept, "split_plot_index": split}
     return made | {"character_datasets": datasets(kept, people, profiles)}, line
+
+
+def covered(plots):
+    """How many characters of the text are in plots, in the order of the text."""
+    total = end = 0
+    for plot in plots:
+        total += max(0, plot["end"] - max(plot["start"], end))
+        end = max(end, plot["end"])
+    return total
 
 
 # ---- safety ------------------------------------------------------------------------------------------------
@@ -64,13 +76,12 @@ def check_safety(book, plots):
     returns a line for each."""
     talks = [talk for plot in plots for talk in plot["conversation"]]
     labels = [f"{book.title}: safety of conversation {n}" for n in range(len(talks))]
-    prompts = [material("safety", script(talk)) for talk in talks]
-    questions = [Question(*pair, FLAGS, 1024) for pair in zip(labels, prompts, strict=True)]
+    asked = [material("safety", script(talk)) for talk in talks]
+    questions = [Question(*pair, FLAGS, 1024) for pair in zip(labels, asked, strict=True)]
     yield questions
     for talk, question in zip(talks, questions, strict=True):
-        severities = [flag["severity"] for flag in question.value or ()]
-        known = {"severity": max(severities, default=0), "flags": question.value}
-        talk["safety"] = None if question.value is None else known
+        severity = max((flag["severity"] for flag in question.value or ()), default=0)
+        talk["safety"] = None if question.value is None else {"severity": severity, "flags": question.value}
     return [{"topic": talk["topic"], "safety": talk["safety"]} for talk in talks]
 
 
@@ -140,7 +151,7 @@ def decide(decisions, names, entries, plots):
     casts = [{turn["character"] for turn in talk["dialogues"]} for talk in talks]
     for name in names:
         entry = entries.get(name, {"official": name, "person": True})
-        official, by = entry["official"], "model" if name in entries else "left out by the model"
+        official, by = entry["official"], "model" if name in entries else LEFT_OUT
         official = entries.get(official, {"official": official})["official"]  # an alias of an alias
         bearers = {d["name"] for d in decisions.values() if d["official"] == official} | {official}
         bearers = {other for other in bearers if not (is_part(name, other) or is_part(other, name))}
@@ -183,23 +194,24 @@ def story(name, plots, count, size):
 
 def datasets(plots, people, profiles):
     """{name: {profile, plots, conversations, utterances}} of the people of a book, entries with indices."""
-    entries = []
+    kinds = ("plots", "conversations", "utterances")
+    made = {name: {"profile": profiles.get(name, "")} | {kind: [] for kind in kinds} for name in people}
+
+    def add(name, kind, entry, **place):
+        if name in made:
+            made[name][kind].append(entry | place)
+
     for i_p, plot in enumerate(plots):
-        entries += [(k["name"], "plots", k | {"i_p": i_p}) for k in plot["key_characters"]]
+        for character in plot["key_characters"]:
+            add(character["name"], "plots", character, i_p=i_p)
         for i_c, talk in enumerate(plot["conversation"]):
-            place, motivations = {"i_p": i_p, "i_c": i_c}, dict.fromkeys(names_of(talk), "")
-            motivations |= {k["name"]: k["motivation"] for k in talk["key_characters"]}
-            pairs = motivations.items()
-            entries += [(n, "conversations", {"name": n, "motivation": m} | place) for n, m in pairs]
-            turns = enumerate(talk["dialogues"])
-            entries += [(turn["character"], "utterances", turn | place | {"i_u": i_u}) for i_u, turn in turns]
-    lists = {name: {"profile": profiles.get(name, ""), "plots": [], "conversations": [], "utterances": []}
-             for name in people}  # fmt: skip
-    for name, kind, entry in entries:
-        if name in lists:
-            lists[name][kind].append(entry)
-    present = {name for name, _, _ in entries}
-    return {name: own for name, own in lists.items() if name in present}
+            motivations = {k["name"]: k["motivation"] for k in talk["key_characters"]}
+            for name in names_of(talk):
+                entry = {"name": name, "motivation": motivations.get(name, "")}
+                add(name, "conversations", entry, i_p=i_p, i_c=i_c)
+            for i_u, turn in enumerate(talk["dialogues"]):
+                add(turn["character"], "utterances", turn, i_p=i_p, i_c=i_c, i_u=i_u)
+    return {name: own for name, own in made.items() if any(own[kind] for kind in kinds)}
 
 
 # ---- test scenes -------------------------------------------------------------------------------------------

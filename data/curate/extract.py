@@ -3,10 +3,11 @@
 import re
 from collections import Counter
 from functools import partial
+from operator import itemgetter
 
 from data.curate.ask import BOOLEAN, PROMPTS, TEXT, Question, integer, many, material, record
 from data.curate.chunks import headings
-from data.curate.fidelity import INVENTED, Words, quote_of
+from data.curate.fidelity import FOUND, NEAR, Words, quote_of
 from data.prompts import fill
 
 MOTIVATIONS, MESSAGES = many(name=TEXT, motivation=TEXT), many(character=TEXT, message=TEXT)
@@ -22,7 +23,8 @@ def extract(book, chunks, count, size, max_tokens):
     """Yields [Question] for each chunk; returns (plots in the order of the text, failures, notes).
 
     A plot that a chunk cuts off is told anew, from a passage that begins where the plot does, all of it, and
-    ends with the next chunk. One that is longer than a chunk ends at the chunk's end instead.
+    ends with the next chunk. One that is longer than a chunk ends at the chunk's end instead. So is what
+    follows the last plot of a reply, up to half a chunk: the first lines of a scene may look like nothing.
     """
     plots, held, failures, notes, start = [], [], [], Counter(), 0
     for chunk in chunks:
@@ -38,13 +40,17 @@ def extract(book, chunks, count, size, max_tokens):
         else:
             notes["plots given up, their place or their form is wrong"] += len(question.problems)
         notes["replies repaired"] += question.repaired
+        notes["replies cut off at --max-tokens"] += question.cut_off
         notes["chunks without a plot"] += question.value == [] and question.tries == 1
         new = carry_over(plots, held, question.value or [], notes)
         cut_off = [plot for plot in new if plot["state"] == "truncated" and chunk is not chunks[-1]]
         held = [plot for plot in cut_off if count(book.text[plot["start"] : chunk.end]) <= size]
         notes["plots longer than a chunk, ended with it"] += len(cut_off) - len(held)
         plots += [plot for plot in new if plot not in held]
-        start = min((plot["start"] for plot in held), default=chunk.end)
+        ends = [plot["end"] for plot in new] or [chunk.end]
+        start = min([plot["start"] for plot in held] or [max(ends)])
+        if not held and not 0 < count(book.text[start : chunk.end].strip()) <= size / 2:
+            start = chunk.end
     found = headings(book.text)
     for plot in plots:
         plot["chapter"] = next((name for at, name in reversed(found) if at <= plot["start"]), "")
@@ -85,11 +91,13 @@ def read_plot(value, before, words, offset, chunk):
     Each message of a character says which share of its words stands in the passage (`found`), and where
     (`at`). ValueError where the first sentence is not found, or the last one not after it.
     """
-    share, start, _ = words.find(value["first_sentence"], before[-1]["start"] - offset if before else 0)
-    if share < INVENTED:  # plots out of order
+    after = before[-1]["start"] - offset if before else 0
+    # a model may give plots out of their order
+    share, start, _ = words.find(value["first_sentence"], after)
+    if share < FOUND:
         share, start, _ = words.find(value["first_sentence"])
-    share, _, end = words.find(value["last_sentence"], start) if share >= INVENTED else (0, 0, 0)
-    if share < INVENTED:
+    share_of_last, _, end = words.find(value["last_sentence"], start or 0)
+    if min(share, share_of_last) < FOUND:
         raise ValueError("first_sentence is not in the passage, or last_sentence not after it")
     talks = value["conversations"]
     for entry, key in [mention for owner in (value, *talks) for mention in mentions(owner)]:
@@ -100,10 +108,12 @@ def read_plot(value, before, words, offset, chunk):
         talk["dialogues"] = [turn for turn in talk["dialogues"] if turn["message"].strip()]
         for turn in talk["dialogues"]:
             if quote := quote_of(turn):
-                share, a, b = words.find(quote)
-                turn |= {"found": round(share, 3), "invented": share < INVENTED}
+                # in the plot rather than before it: "Yes" is everywhere
+                share, a, b = max(words.find(quote, start), words.find(quote), key=itemgetter(0))
+                turn |= {"found": round(share, 3), "not_found": share < FOUND}
                 turn["at"] = None if a is None else [offset + a, offset + b]
-                end = end if turn["invented"] else max(end, b)  # the last line may follow that sentence
+                if not turn["not_found"] and end < b < end + NEAR:  # the last line may follow that sentence
+                    end = b
     start -= len(re.search(r"[^\w\s]*$", words.text[:start])[0])
     end += len(re.match(r"[^\w\s]*", words.text[end:])[0])
     plot = {name: value[name] for name in ("summary", "prominence", "key_characters")}
