@@ -53,7 +53,9 @@ function addLine(message, index) {
   if (message.role === DECISION) return;
   const item = make("li"), line = make("p"), tools = make("details", "tools"), summary = make("summary", "", "\u22ef");
   const before = now().messages.slice(0, index);
-  const acts = { Retry: () => branch(before), Edit: () => edit(index, summary), "Go on from here": () => branch([...before, message]) };
+  const acts = {
+    Retry: () => branch(before), Edit: () => edit(index, summary), "Go on from here": () => branch([...before, message]),
+  };
   fill(line, message.role, message.content);
   summary.setAttribute("aria-label", `Change this line of ${message.role}`);
   const menu = make("div", "menu");
@@ -109,7 +111,8 @@ function begin() {
   $("play").hidden = $("controls").hidden = false;
   $("thoughts").checked = human === null;
   $("thoughts").dispatchEvent(new Event("change"));
-  start({ scene, messages, settings, human, options, seed: Math.max(seed, ...messages.map((message) => message.seed ?? 0)) });
+  const seeds = messages.map((message) => message.seed ?? 0); // those of retried messages
+  start({ scene, messages, settings, human, options, seed: Math.max(seed, ...seeds) });
   $("title").focus();
   if (messages.length) tell("The play so far; go on whenever you like."); else goOn();
 }
@@ -275,11 +278,13 @@ function row(name, value) {
 }
 
 async function judge() {
-  const play = now(), { scene, messages, settings } = play, number = (value, factor = 1) => value === null ? "none" : (factor * value).toFixed(1);
+  const play = now(), { scene, messages, settings } = play;
+  const number = (value, factor = 1) => value === null ? "none" : (factor * value).toFixed(1);
   tell("Judging ...");
   $("judge").disabled = true;
   try {
-    const found = await (await post("stage/judge", { scene, messages, settings })).json(), verdicts = Object.entries(found.dimensions);
+    const found = await (await post("stage/judge", { scene, messages, settings })).json();
+    const verdicts = Object.entries(found.dimensions);
     if (stream || play !== now() || play.messages !== messages || $("play").hidden) return; // it has gone on
     const rows = Object.entries(found.metrics).map(([name, value]) => row(name, number(value, 100)));
     rows.push(...verdicts.map(([name, verdict]) => row(name, number(verdict.score))));

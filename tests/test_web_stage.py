@@ -49,20 +49,21 @@ class Cast:
     def submit(self, messages, params, opening=""):
         future = Future()
         self.asked.append(messages)
-        self.running[future] = [self.say(messages, params), 0]
+        sequences = [SimpleNamespace(generated=[], text="")]
+        self.running[future] = SimpleNamespace(text=self.say(messages, params), count=0, sequences=sequences)
         future.add_done_callback(lambda future: self.running.pop(future, None))
         return future
 
     def step(self):
         for future, request in list(self.running.items()):
-            request[1] += 1
-            if request[1] > len(request[0].split(" ")):
-                future.set_result(Reply(request[0], "stop", 7, 3, 2))
+            request.count += 1
+            if request.count > len(request.text.split(" ")):
+                future.set_result(Reply(request.text, "stop", 7, 3, 2))
             time.sleep(self.pause)
 
     def spoken(self, future):
-        text, count = self.running[future]
-        return " ".join(text.split(" ")[:count])
+        request = self.running[future]
+        return " ".join(request.text.split(" ")[: request.count])
 
     def chat(self, conversations, params, openings=None, on_reply=lambda: None):
         return [Reply(self.say(messages, params), "stop") for messages in conversations]
