@@ -906,6 +906,12 @@ def test_a_torn_file_is_gone_on_with(script, seven, monkeypatch):
             assert file.read_bytes() == whole and len(server.requests) == 28
 
 
+def scores_of(out):
+    """The lines of judge.py's output before the figures of the plays."""
+    lines = out.splitlines()
+    return lines[: lines.index("")]
+
+
 def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
     """One dimension of one scene without a valid reply: left out of the means and counted; judging again asks
     for it again.
@@ -930,7 +936,7 @@ def test_verdicts_that_stay_invalid_are_counted(script, plays, monkeypatch):
         server.use(monkeypatch)
         code, out, err = script("judge", plays, "--judge", "openai:j")
         assert code == 0 and re.search(r"\b1 verdict", err)
-        rows = {re.split(r"\s{2,}", line)[0]: line.rsplit(None, 1)[1] for line in out.splitlines()[2:]}
+        rows = {re.split(r"\s{2,}", line)[0]: line.rsplit(None, 1)[1] for line in scores_of(out)[2:]}
         assert (rows["Storyline Quality"], rows["Anthropomorphism"], rows["Average"]) == ("2", "3", "2")
         assert [line["score"] is None for line in read_lines(plays / "verdicts.jsonl")] == [
             False,
@@ -1339,7 +1345,12 @@ def test_rescoring_our_verdicts(script, plays, monkeypatch):
         _, judged, _ = script("judge", plays, "--judge", "openai:j")
     before = file.read_bytes()
     code, out, _ = script("judge", "--rescore", file)
-    assert code == 0 and "12 of 12" in out and judged.strip() in out and file.read_bytes() == before
+    assert (
+        code == 0
+        and "12 of 12" in out
+        and "\n".join(scores_of(judged)) in out
+        and file.read_bytes() == before
+    )
     lines = read_lines(file)
     lines[1]["dimensions"]["Anthropomorphism"]["flaws"][0]["severity"] = 4
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))

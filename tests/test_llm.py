@@ -987,6 +987,8 @@ def test_ctrl_c_does_not_wait_for_an_answer(tmp_path):
     """A process of its own, interrupted while it waits, is gone at once and prints no trace of what it waited
     for."""
     program = (
+        # whoever starts the tests may ignore Ctrl-C, which processes inherit
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys; from common import terminal; from llm.endpoint import Endpoint; "
         "from engine.params import SamplingParams; "
         "model = Endpoint('m', sys.argv[1], 'key', concurrency=4); "
