@@ -125,7 +125,7 @@ def ask_all(asks, model, journal, what):
                 replies.update(answered)
                 update(len(replies), what)
     finally:
-        for future in running:
+        for future in reversed(running):
             future.cancel()
     return [replies[one] for one in asks]
 

@@ -60,8 +60,8 @@ class Model:
                     future.result()  # raises what ended the request
                     on_reply()
             return [future.result() for future in futures]
-        finally:  # after an error or Ctrl-C the others are not needed
-            for future in futures:
+        finally:  # after an error or Ctrl-C; the latest first: they may be waiting for an earlier one's place
+            for future in reversed(futures):
                 future.cancel()
 
 

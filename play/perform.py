@@ -186,6 +186,6 @@ def perform(scenes, models, protocol, on_message=_nothing, on_end=_nothing, on_f
                 live.tokens.add(live.call, reply, journal.run, retrieval and models[live.call.role])
             for answered in replies:
                 advance(*answered)
-    finally:
-        for future in calls:
+    finally:  # the latest first: they may be waiting for an earlier one's place
+        for future in reversed(calls):
             future.cancel()
