@@ -14,10 +14,9 @@ from common import terminal
 from common.files import UsageError
 from engine.cpu import DTYPES
 from llm import default_actor, open_model
+from serving.requests import LOOPBACK
 from serving.worker import Served, Worker
 from text.chat import CHAT_FORMATS
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def parse_args():

@@ -139,9 +139,8 @@ def main():
     scenes = find_scenes(args.scene, args.limit)
     session = person(scenes, protocol, args.play) if args.play is not None else None
     out = Path(args.out) if args.out else default_directory(args.scene, vars(args))
-    retrieval = None
-    if args.retrieve:
-        retrieval = Retrieval(args.retrieve, scenes, args.book, args.retrieve_leaky)
+    from_book = (args.retrieve, scenes, args.book, args.retrieve_leaky)
+    retrieval = Retrieval(*from_book) if args.retrieve else None
     models = open_roles(args, ROLES, out / ANSWERS)
     settings = settings_of(models, scenes, args.protocol, protocol)
     settings |= retrieval.settings if retrieval else {}

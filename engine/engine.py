@@ -113,7 +113,7 @@ class Engine:
                 if len(text) > shown:
                     yield text[shown:]
                     shown = len(text)
-            if len(sequence.text) > shown:
+            if len(sequence.text) > shown:  # it has ended in a step of another stream
                 yield sequence.text[shown:]
         finally:  # the reader may have left
             self.cancel(request)

@@ -22,12 +22,11 @@ from starlette.routing import Route
 from common import terminal
 from common.files import UsageError
 from serving import replies
-from serving.requests import ANY_LENGTH, Refused, read_chat, read_completion, refusal
+from serving.requests import ANY_LENGTH, LOOPBACK, Refused, read_chat, read_completion, refusal
 from serving.worker import Busy
 
 MAX_BODY, BODY_SECONDS = 2**22, 30
 ENDPOINT_TOKENS = 2**12  # max_tokens for an endpoint where a request has none
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def build_app(worker, key=None, origins=(), log_prompts=False, hosts=LOOPBACK, routes=()):
@@ -68,7 +67,7 @@ class Guard:
         """The Refused of a request, None if it may pass."""
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self.hosts and re.sub(r":\d+\Z", "", host).lower() not in self.hosts:
+        if self.hosts and re.sub(r":\d+\Z", "", host).strip("[]").lower() not in self.hosts:
             return Refused(403, f"Host {host[:100]!r} is not a name of this server; use {self.hosts[0]}")
         if origin and origin not in (*self.origins, f"http://{host}", f"https://{host}"):
             return Refused(403, f"pages of {origin[:100]} may not send requests; --origin allows an origin")

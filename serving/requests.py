@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from common.files import UsageError
 from engine.params import SamplingParams
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # names of this machine for itself
 ANY_LENGTH = 2**31 - 1  # tokens; the engine ends a text where the context ends
 MAX_STOPS, MAX_STOP, MAX_BIAS = 64, 256, 1024  # each step works on every one of them
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}

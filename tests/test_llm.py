@@ -30,7 +30,7 @@ from common.files import ROOT, UsageError
 from generate import SamplingParams
 from llm import Reply, endpoint, local
 from llm.endpoint import Endpoint
-from llm.reply import REASONING_TOKENS, open_tag, split_reasoning, spoken_so_far
+from llm.reply import REASONING_TOKENS, Model, open_tag, split_reasoning, spoken_so_far
 from text.hf import QWEN2_PATTERN
 from tokenizer import load_tokenizer
 
@@ -1009,6 +1009,27 @@ def test_ctrl_c_does_not_wait_for_an_answer(tmp_path):
         over.set()
     assert code == 130 and took < 10 and error.strip() == "stopped.", error
     assert len(server.requests) == 4
+
+
+def test_requests_that_wait_are_cancelled_first():
+    """Else the place of a cancelled one would go to the next, which would still be sent."""
+
+    cancelled = []
+
+    class Slots(Model):
+        local = True
+
+        def submit(self, messages, params, opening):
+            future = Future()
+            future.add_done_callback(lambda _: cancelled.append(messages))
+            return future
+
+        def step(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Slots().chat(["first", "second", "third"], SamplingParams(0))
+    assert cancelled == ["third", "second", "first"]
 
 
 # ---- answers kept on disk --------------------------------------------------------------------------------

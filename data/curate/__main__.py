@@ -49,10 +49,10 @@ def parse_args():
     add("--max-tokens", type=int, default=8192, metavar="N", help="of an answer (default: 8192)")
     add("--min-messages", type=int, default=FEWEST, metavar="N", help="of a conversation that is kept (10)")
     add("--drop-flagged", type=int, choices=[1, 2, 3], help="drop conversations flagged so, or not checked")
-    add("--concurrency", type=int, default=CONCURRENCY, metavar="N", help="requests at once (default: 8)")
+    add("--concurrency", type=int, default=CONCURRENCY, metavar="N", help="requests at once (%(default)s)")
     add("--requests-per-minute", type=float, metavar="N", help="to an endpoint (default: no limit)")
     add("--chat-format", metavar="NAME", help="of a checkpoint (default: its own)")
-    add("--dtype", help="of a checkpoint (default: bfloat16 on a GPU, else float32)")
+    add("--dtype", help="of a checkpoint (default: as fits; int8 is fast on a CPU)")
     add("--seed", type=int, default=0, help="of second and third tries, and of test.json (default: 0)")
     args = parser.parse_args()
     if not (args.dry_run or args.report or args.model):
